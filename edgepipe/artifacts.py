@@ -1,0 +1,148 @@
+"""Every noun that flows through the pipeline: frozen records, no behaviour beyond small derived facts.
+
+    TorchModel → TorchModel → OnnxModel → CompiledModel → Measured
+
+Weights travel as a lazy `WeightStore` (see weights.py), so an artifact is cheap to pass around however large the
+model is: nothing is read until somebody asks for one tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from edgepipe.target import Target
+    from edgepipe.weights import WeightStore
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class QuantizedTensor:
+    """Hold one weight matrix on a grid: the one currency of compression.
+
+    A group is `group` neighbouring elements of one output row. With `code` an unsigned integer of `bits` bits:
+
+        symmetric     value = scale · (code − 2^(bits−1))
+        zero points   value = scale · (code − zero_points)
+        minima        value = scale · code + minima
+
+    Rows are padded to whole groups; padding codes decode to a value that meets only zero activations.
+    """
+
+    shape: tuple[int, int]  # (out, in): elements, padding not counted
+    bits: int  # 4 or 8
+    group: int  # elements of one row that share a scale
+    codes: np.ndarray  # [out, groups · group · bits / 8] uint8, little end first: element 2i is the low nibble
+    scale: np.ndarray  # [out, groups] float16 | float32
+    zero_points: np.ndarray | None = None  # [out, groups] uint8, one per byte
+    minima: np.ndarray | None = None  # [out, groups] float16 | float32
+    source_grid: str = "rtn"  # where the codes come from: "rtn", or the name of the imported grid ("Q4_1")
+
+    @property
+    def groups(self) -> int:
+        """Return the number of groups in one row."""
+        return -(-self.shape[1] // self.group)
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of codes, scales and offsets together."""
+        parts = (self.codes, self.scale, self.zero_points, self.minima)
+        return sum(p.nbytes for p in parts if p is not None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageRecord:
+    """Say what one finished stage did; the list of these is an artifact's history."""
+
+    stage: str
+    options: Json
+    key: str  # hash of the contents the result depends on
+    notes: tuple[str, ...] = ()  # sentences for people: fall-backs, checks passed, choices made
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Licence:
+    """Name a model's licence and every model it was made from."""
+
+    id: str  # SPDX id where known, else "unknown"
+    source: str  # where the model came from: package, hub id, file name
+    lineage: tuple[str, ...] = ()  # older ancestors, nearest first
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """Carry what stays true of a model whatever is done to its weights."""
+
+    name: str
+    task: str  # "text-generation" | "feature-extraction"
+    config: Json  # the Hugging Face config.json
+    tokenizer: Mapping[str, bytes]  # file name → content: tokenizer.json, tokenizer_config.json
+    chat_template: str | None
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    licence: Licence
+    fingerprint: str  # sha256 over the contents of the source files
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TorchModel:
+    """Hold a model as its framework sees it: a config and named weights.
+
+    The torch module is made on demand from both (graph/reference.py), one layer at a time where it must be, so that a
+    model larger than memory passes through.
+    """
+
+    info: ModelInfo
+    weights: WeightStore  # Hugging Face parameter names
+    history: tuple[StageRecord, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnnxModel:
+    """Hold a model in the portable dialect (docs/dialect.md): named graphs over one weight store."""
+
+    info: ModelInfo
+    graphs: Mapping[str, bytes]  # graph name → serialized ModelProto without weights
+    weights: WeightStore
+    spec: Json  # the task's shape: layers, kv_heads, head_dim, vocab_size, context …
+    history: tuple[StageRecord, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompiledModel:
+    """Hold a finished bundle directory: what an app ships."""
+
+    info: ModelInfo
+    path: Path
+    manifest: Json
+    history: tuple[StageRecord, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """Hold a bundle and what was measured on it; seconds and machines live here, outside the bundle's hash."""
+
+    model: CompiledModel
+    figures: Json
+    history: tuple[StageRecord, ...] = ()
+
+
+def _silent(_message: str, _done: int = 0, _total: int = 0) -> None:
+    """Report nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """Give a stage what it may read besides its input and its options."""
+
+    target: Target
+    work_dir: Path  # private to the stage; removed when the stage has been saved
+    seed: int = 0
+    progress: Callable[[str, int, int], None] = field(default=_silent)  # (what, done, total)
+    float_reference: TorchModel | None = None  # the source before any stage touched it

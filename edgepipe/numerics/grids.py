@@ -1,0 +1,102 @@
+"""Grids: pack and unpack codes, round to nearest, decode.
+
+Round-to-nearest over groups of one row, the baseline every other method is judged by. The symmetric grid uses the
+full range of the code as llama.cpp's Q4_0 does (scale = extreme / −2^(bits−1), where `extreme` is the element of the
+largest magnitude with its sign), which loses less than scale = max|w| / (2^(bits−1) − 1). Scales are rounded to float16
+*before* the codes are chosen, so the shipped grid is the one the codes were rounded to.
+Source: ggml-quants.c (Q4_0, Q4_1); Jacob et al., arXiv:1712.05877, for the zero point.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from edgepipe.artifacts import QuantizedTensor
+
+_SMALLEST_FP16 = np.float32(2.0**-14)  # below it float16 loses digits: such groups get the smallest normal scale
+_LARGEST_FP16 = np.float32(65504.0)
+
+
+def pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Pack codes [..., n] uint8 into bytes [..., n · bits / 8], element 2i in the low nibble."""
+    if bits == 8:
+        return codes
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
+    """Unpack bytes [..., m] into codes [..., m · 8 / bits] uint8; the inverse of `pack`."""
+    if bits == 8:
+        return packed
+    codes = np.empty((*packed.shape[:-1], packed.shape[-1] * 2), np.uint8)
+    np.bitwise_and(packed, 0x0F, out=codes[..., 0::2])
+    np.right_shift(packed, 4, out=codes[..., 1::2])
+    return codes
+
+
+def dequantize(tensor: QuantizedTensor) -> np.ndarray:
+    """Decode a quantized tensor to float32 [out, in]."""
+    rows, columns = tensor.shape
+    codes = unpack(np.asarray(tensor.codes), tensor.bits).reshape(rows, tensor.groups, tensor.group)
+    value = codes.astype(np.float32)
+    scale = np.asarray(tensor.scale, np.float32)[..., None]
+    if tensor.minima is not None:
+        value *= scale
+        value += np.asarray(tensor.minima, np.float32)[..., None]
+    else:
+        if tensor.zero_points is not None:
+            value -= np.asarray(tensor.zero_points, np.float32)[..., None]
+        else:
+            value -= np.float32(1 << (tensor.bits - 1))
+        value *= scale
+    return value.reshape(rows, -1)[:, :columns]
+
+
+def round_to_nearest(weight: np.ndarray, *, bits: int, group: int, symmetric: bool) -> QuantizedTensor:
+    """Quantize weight [out, in] to the nearest point of a `bits`-wide grid per group of one row.
+
+    Symmetric grids have no offset; asymmetric ones integer zero points. Raises ValueError when a weight isn't finite.
+    """
+    rows, columns = weight.shape
+    groups = -(-columns // group)
+    if not np.isfinite(weight).all():
+        raise ValueError("the weight has values that are not finite")
+    padded = np.zeros((rows, groups * group), np.float32)
+    padded[:, :columns] = weight
+    blocks = padded.reshape(rows, groups, group)
+    top = (1 << bits) - 1
+    zero: np.ndarray | None
+    if symmetric:
+        middle = 1 << (bits - 1)
+        largest, smallest = blocks.max(axis=-1), blocks.min(axis=-1)
+        extreme = np.where(largest > -smallest, largest, smallest)
+        scale = _to_float16(extreme / np.float32(-middle))
+        codes = np.rint(blocks / _safe(scale)[..., None]) + middle
+        zero = None
+    else:
+        low = np.minimum(blocks.min(axis=-1), 0)
+        high = np.maximum(blocks.max(axis=-1), 0)
+        scale = _to_float16((high - low) / np.float32(top))
+        zero = np.clip(np.rint(-low / _safe(scale)), 0, top).astype(np.uint8)
+        codes = np.rint(blocks / _safe(scale)[..., None]) + zero[..., None]
+    packed = pack(np.clip(codes, 0, top).astype(np.uint8).reshape(rows, -1), bits)
+    return QuantizedTensor(
+        shape=(rows, columns), bits=bits, group=group, codes=packed, scale=scale, zero_points=zero, source_grid="rtn"
+    )
+
+
+def _to_float16(scale: np.ndarray) -> np.ndarray:
+    """Round scales to float16, keeping their sign and away from subnormals and infinity."""
+    magnitude = np.clip(np.abs(scale), _SMALLEST_FP16, _LARGEST_FP16)
+    return np.where(scale == 0, np.float32(1), np.copysign(magnitude, scale)).astype(np.float16)
+
+
+def _safe(scale: np.ndarray) -> np.ndarray:
+    """Return float16 scales as float32, the precision in which codes are chosen."""
+    return scale.astype(np.float32)
+
+
+def quantized_nbytes(shape: tuple[int, int], *, bits: int, group: int, offset_bytes: int = 0) -> int:
+    """Return the bytes a grid needs: packed codes, one float16 scale a group, and `offset_bytes` a group."""
+    groups = -(-shape[1] // group)
+    return shape[0] * groups * (group * bits // 8 + 2 + offset_bytes)
