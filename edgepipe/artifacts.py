@@ -133,8 +133,12 @@ class Measured:
     history: tuple[StageRecord, ...] = ()
 
 
-def _silent(_message: str, _done: int = 0, _total: int = 0) -> None:
-    """Report nothing."""
+def _silent(_what: str, _done: int, _total: int) -> None:
+    """Report no progress."""
+
+
+def _unheard(_sentence: str) -> None:
+    """Drop a note."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,4 +149,5 @@ class Context:
     work_dir: Path  # private to the stage; removed when the stage has been saved
     seed: int = 0
     progress: Callable[[str, int, int], None] = field(default=_silent)  # (what, done, total)
+    note: Callable[[str], None] = field(default=_unheard)  # a sentence for the stage's record
     float_reference: TorchModel | None = None  # the source before any stage touched it

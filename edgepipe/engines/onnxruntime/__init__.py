@@ -1,0 +1,72 @@
+"""Lower the portable dialect for onnxruntime: fused operators, packed weights, one memory-mapped file.
+
+The order is the list below. Each pass is one file, says what it rewrites and what it leaves alone.
+
+Lowered graph `decoder` (docs/bundle.md): input_ids, seqlens_k, total_sequence_length, logits_positions and the caches
+past_key.i / past_value.i [batch, kv_heads, context, head_dim] → logits, and the same buffers as present_key.i / …
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx_ir as ir
+
+from edgepipe.artifacts import Json, OnnxModel
+from edgepipe.errors import TargetError
+from edgepipe.engines.onnxruntime.fuse_attention import fuse_attention
+from edgepipe.engines.onnxruntime.fuse_norms import fuse_norms
+from edgepipe.engines.onnxruntime.join_projections import join_projections
+from edgepipe.engines.onnxruntime.place_weights import place_weights
+from edgepipe.engines.onnxruntime.planned import FILE_NAME, WeightsFile
+
+_HEAD_DIM_STEP = 16  # GroupQueryAttention refuses others (onnxruntime 1.31)
+_OPSETS = {"": 23, "com.microsoft": 1}
+
+
+def lower(model: OnnxModel, *, accuracy_level: int) -> tuple[bytes, WeightsFile]:
+    """Return the lowered decoder graph and the layout of its weights; nothing is written.
+
+    `accuracy_level` is MatMulNBits': 0 computes in float32, 4 multiplies int8 activations.
+    """
+    head_dim = model.spec["head_dim"]
+    if head_dim % _HEAD_DIM_STEP:
+        raise TargetError(
+            f"onnxruntime's attention kernel needs a head size that is a multiple of {_HEAD_DIM_STEP}, "
+            f"and this model's is {head_dim}"
+        )
+    source = ir.from_proto(_parse(model.graphs["decoder"]))
+    graph = source.graph
+    join_projections(graph, model.weights)
+    fuse_attention(graph, model.spec)
+    fuse_norms(graph)
+    file = WeightsFile()
+    place_weights(graph, model.weights, file, accuracy_level)
+    _drop_unused(graph)
+    graph.opset_imports.update(_OPSETS)
+    return bytes(ir.to_proto(source).SerializeToString(deterministic=True)), file
+
+
+def write(graph: bytes, file: WeightsFile, directory: Path, progress: Callable[[int, int], None]) -> tuple[str, str]:
+    """Write graph and weights into `directory`; return the two file names."""
+    (directory / "decoder.onnx").write_bytes(graph)
+    file.write(directory / FILE_NAME, progress)
+    return "decoder.onnx", FILE_NAME
+
+
+def _parse(graph: bytes) -> Json:
+    import onnx
+
+    return onnx.load_model_from_string(graph)  # type: ignore[return-value]
+
+
+def _drop_unused(graph: ir.Graph) -> None:
+    """Remove nodes and initializers that nothing reads, last to first."""
+    outputs = set(graph.outputs)
+    for node in reversed(list(graph)):
+        if not any(o.uses() or o in outputs for o in node.outputs):
+            graph.remove([node], safe=True)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses():
+            del graph.initializers[name]

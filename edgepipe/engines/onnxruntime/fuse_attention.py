@@ -1,0 +1,72 @@
+"""Pass: RotaryEmbedding + Attention over a growing past → GroupQueryAttention over one preallocated buffer.
+
+    Attention(RotaryEmbedding(q), RotaryEmbedding(k), v, mask, past…)  →  GroupQueryAttention(q, k, v, past…, lengths)
+
+The operator rotates, appends to the cache and attends in one call; past and present are the same memory. When q, k and
+v are the three parts of one Split, it takes the packed value and the Split goes. A window mask becomes an attribute.
+Left alone: nothing. A graph with an Attention this pass can't read is an error, since the cache layout depends on it.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from edgepipe.artifacts import Json
+from edgepipe.errors import ContractError
+
+_MICROSOFT = "com.microsoft"
+
+
+def fuse_attention(graph: ir.Graph, spec: Json) -> None:
+    """Replace every Attention of `graph` in place and give the graph the inputs the operator needs."""
+    batch = ir.Shape(["batch"])
+    lengths = ir.Value(name="seqlens_k", type=ir.TensorType(ir.DataType.INT32), shape=batch)
+    total = ir.Value(name="total_sequence_length", type=ir.TensorType(ir.DataType.INT32), shape=ir.Shape([1]))
+    graph.inputs.extend([lengths, total])
+    for node in list(graph):
+        if node.op_type == "Attention":
+            _fuse(graph, node, lengths, total)
+    cache = ir.Shape(["batch", spec["kv_heads"], spec["context"], spec["head_dim"]])
+    for value in [*graph.inputs, *graph.outputs]:
+        if value.name is not None and value.name.startswith(("past_", "present_")):
+            value.shape = cache
+    for value in list(graph.inputs):
+        if value.name == "position_ids" and not value.uses():
+            graph.inputs.remove(value)
+
+
+def _fuse(graph: ir.Graph, node: ir.Node, lengths: ir.Value, total: ir.Value) -> None:
+    q, k, v, _mask, past_key, past_value = node.inputs
+    rotated = _producer(q, "RotaryEmbedding"), _producer(k, "RotaryEmbedding")
+    tables: list[ir.Value | None] = [None, None]
+    if rotated[0] is not None and rotated[1] is not None:
+        q, k = rotated[0].inputs[0], rotated[1].inputs[0]
+        tables = [rotated[0].inputs[1], rotated[0].inputs[2]]
+    elif any(rotated):
+        raise ContractError("an Attention whose queries are rotated and whose keys are not cannot be lowered")
+    split = _producer(q, "Split")
+    packed = split is not None and [q, k, v] == list(split.outputs)
+    operands = [split.inputs[0], None, None] if packed and split is not None else [q, k, v]
+    fused = ir.node(
+        "GroupQueryAttention",
+        [*operands, past_key, past_value, lengths, total, *tables],
+        {
+            "num_heads": node.attributes["q_num_heads"].as_int(),
+            "kv_num_heads": node.attributes["kv_num_heads"].as_int(),
+            "scale": node.attributes["scale"].as_float(),
+            "do_rotary": int(tables[0] is not None),
+            "local_window_size": int(node.metadata_props.get("sliding_window", -1)),
+        },
+        domain=_MICROSOFT,
+        num_outputs=3,
+    )
+    graph.insert_before(node, [fused])
+    for old, new in zip(node.outputs, fused.outputs, strict=True):
+        new.name, new.type = old.name, old.type
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+    graph.remove([node], safe=True)
+
+
+def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type == op_type else None

@@ -1,0 +1,90 @@
+"""Pass: MatMuls that read the same value become one MatMul over joined rows, then a Split.
+
+    q = x·Wq (+ bq) ; k = x·Wk (+ bk) ; v = x·Wv (+ bv)   →   q, k, v = Split(x·[Wq|Wk|Wv] (+ [bq|bk|bv]))
+
+One kernel call instead of three: at one token a call costs as much as its arithmetic. Weights are joined only when
+they lie on grids of one kind (bits, group, offset) and either all or none have a bias; others stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+import onnx_ir as ir
+
+from edgepipe.artifacts import QuantizedTensor
+from edgepipe.engines.onnxruntime.names import joined_name, weight_parts
+from edgepipe.weights import WeightStore
+
+Kind = tuple[str, int, int, bool, bool]
+
+
+def join_projections(graph: ir.Graph, weights: WeightStore) -> None:
+    """Join every group of sibling projections of `graph` in place."""
+    siblings: dict[tuple[ir.Value, Kind], list[ir.Node]] = defaultdict(list)
+    for node in graph:
+        if node.op_type == "MatMul" and node.inputs[1] is not None and weight_parts(node.inputs[1]):
+            x = node.inputs[0]
+            assert x is not None
+            siblings[x, _kind(node, weights)].append(node)
+    for group in siblings.values():
+        if len(group) > 1:
+            _join(graph, group)
+
+
+def grid_kind(weights: WeightStore, name: str) -> tuple[str, int, int, bool]:
+    """Return what must agree for two weights to share a kernel call: (dtype, bits, group, which offset)."""
+    record = weights[name]
+    if record.grid is None:
+        return record.dtype, 0, 0, False
+    value = weights.load(name)
+    assert isinstance(value, QuantizedTensor)
+    offset = "z" if value.zero_points is not None else "m" if value.minima is not None else ""
+    return value.scale.dtype.name + offset, value.bits, value.group, value.minima is not None
+
+
+def _kind(node: ir.Node, weights: WeightStore) -> Kind:
+    assert node.inputs[1] is not None
+    return *grid_kind(weights, weight_parts(node.inputs[1])[0]), _bias(node) is not None
+
+
+def _bias(node: ir.Node) -> ir.Node | None:
+    """Return the Add that gives a MatMul its bias, when its result goes nowhere else."""
+    uses = node.outputs[0].uses()
+    if len(uses) == 1:
+        user = uses[0].node
+        if user.op_type == "Add" and user.inputs[1] is not None and weight_parts(user.inputs[1]):
+            return user
+    return None
+
+
+def _join(graph: ir.Graph, group: list[ir.Node]) -> None:
+    ends = [_bias(node) or node for node in group]
+    x = group[0].inputs[0]
+    views = [n.inputs[1] for n in group]
+    widths = [int(v.shape[-1]) for v in views if v is not None and v.shape is not None]
+    first = group[0]
+    joined = joined_name([v for v in views if v is not None])
+    weight = ir.Value(
+        name=joined, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([views[0].shape[0], sum(widths)])  # type: ignore[union-attr,index]
+    )
+    graph.inputs.append(weight)
+    nodes = [ir.node("MatMul", [x, weight])]
+    if _bias(first) is not None:
+        biases = [e.inputs[1] for e in ends]
+        bias = ir.Value(
+            name=joined_name([b for b in biases if b is not None]),
+            type=ir.TensorType(ir.DataType.FLOAT),
+            shape=ir.Shape([sum(widths)]),
+        )
+        graph.inputs.append(bias)
+        nodes.append(ir.node("Add", [nodes[0].outputs[0], bias]))
+    sizes = ir.Value(name=f"{joined}:widths", const_value=ir.tensor(np.array(widths, np.int64)))
+    graph.initializers[sizes.name] = sizes  # type: ignore[index]
+    nodes.append(ir.node("Split", [nodes[-1].outputs[0], sizes], {"axis": -1}, num_outputs=len(group)))
+    graph.insert_before(first, nodes)
+    for end, part in zip(ends, nodes[-1].outputs, strict=True):
+        end.outputs[0].replace_all_uses_with(part)
+    for node, end in zip(group, ends, strict=True):
+        graph.remove([end, node] if end is not node else [node], safe=True)

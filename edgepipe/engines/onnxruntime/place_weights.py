@@ -1,0 +1,236 @@
+"""Pass: MatMul and Gather on named weights → kernels that read the stored grid, weights in one file.
+
+    MatMul(x, W.T)   symmetric or zero points → MatMulNBits(x, codes, scale, zero_points, bias)
+                     minima                   → the same on symmetric codes, + groupsum(x) · (minima + 2^(b−1)·scale)ᵀ
+                     float                    → FusedMatMul(x, Cast(W), transB)
+    Gather(W, ids)   quantized                → GatherBlockQuantized, sliced to the width where rows were padded
+                     float                    → Cast(Gather(W, ids))
+
+The identity for minima is exact: scale·q + m = scale·(q − 2^(b−1)) + (m + 2^(b−1)·scale). onnxruntime's own float zero
+points are exact too, but unpack the whole weight at every call (70 times slower at one row). Scales are stored as the
+grid has them (float16) and widened by a Cast that the engine folds when it loads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from edgepipe.artifacts import QuantizedTensor
+from edgepipe.engines.onnxruntime.names import weight_parts
+from edgepipe.engines.onnxruntime.planned import PlannedTensor, WeightsFile, plan_float, plan_part
+from edgepipe.errors import ContractError
+from edgepipe.weights import WeightStore
+
+_MICROSOFT = "com.microsoft"
+
+
+@dataclass(slots=True, kw_only=True)
+class _Lowering:
+    """Hold what one run of the pass needs."""
+
+    graph: ir.Graph
+    weights: WeightStore
+    file: WeightsFile
+    accuracy_level: int
+    group_sums: dict[tuple[ir.Value, int], ir.Value] = field(default_factory=dict)
+
+    def initializer(self, planned: PlannedTensor, shape: tuple[int, ...] | None = None) -> ir.Value:
+        """Return the graph's initializer for a planned tensor, made on first use."""
+        tensor = self.file.place(planned, shape)
+        name = tensor.name
+        assert name is not None
+        if name not in self.graph.initializers:
+            value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+            self.graph.initializers[name] = value
+        return self.graph.initializers[name]
+
+    def constant(self, array: np.ndarray, name: str) -> ir.Value:
+        """Return a small embedded constant, made on first use."""
+        if name not in self.graph.initializers:
+            self.graph.initializers[name] = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+        return self.graph.initializers[name]
+
+
+def place_weights(graph: ir.Graph, weights: WeightStore, file: WeightsFile, accuracy_level: int) -> None:
+    """Lower every use of a named weight in `graph` in place; `file` collects the tensors to write."""
+    low = _Lowering(graph=graph, weights=weights, file=file, accuracy_level=accuracy_level)
+    for node in list(graph):
+        if node.op_type == "MatMul" and _parts(node, 1):
+            _lower_matmul(low, node)
+        elif node.op_type == "Gather" and _parts(node, 0):
+            _lower_gather(low, node)
+    for value in list(graph.inputs):
+        if weight_parts(value):
+            _lower_rest(low, value)
+
+
+def _parts(node: ir.Node, index: int) -> tuple[str, ...]:
+    value = node.inputs[index]
+    return weight_parts(value) if value is not None else ()
+
+
+def _emit(low: _Lowering, before: ir.Node, nodes: list[ir.Node]) -> ir.Value:
+    """Insert nodes before another and return the last one's first output."""
+    low.graph.insert_before(before, nodes)
+    return nodes[-1].outputs[0]
+
+
+def _float32(low: _Lowering, before: ir.Node, value: ir.Value) -> ir.Value:
+    if value.dtype == ir.DataType.FLOAT:
+        return value
+    return _emit(low, before, [ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)})])
+
+
+def _replace(low: _Lowering, node: ir.Node, value: ir.Value) -> None:
+    node.outputs[0].replace_all_uses_with(value, replace_graph_outputs=True)
+    if node.outputs[0].name and value.name != node.outputs[0].name:
+        value.name, node.outputs[0].name = node.outputs[0].name, None
+        value.type, value.shape = node.outputs[0].type, node.outputs[0].shape
+    low.graph.remove([node], safe=True)
+
+
+def _lower_matmul(low: _Lowering, node: ir.Node) -> None:
+    names = _parts(node, 1)
+    x = node.inputs[0]
+    assert x is not None
+    sample = low.weights.load(names[0])
+    if not isinstance(sample, QuantizedTensor):
+        planned = plan_float(low.weights, names)
+        weight = _float32(low, node, low.initializer(planned))
+        product = ir.node("FusedMatMul", [x, weight], {"transB": 1}, domain=_MICROSOFT)
+        _replace(low, node, _emit(low, node, [product]))
+        return
+    rows = sum(low.weights[n].shape[0] for n in names)
+    codes = plan_part(low.weights, names, "codes", sample)
+    blob = sample.group * sample.bits // 8
+    scale = _float32(low, node, low.initializer(plan_part(low.weights, names, "scale", sample)))
+    zeros = None
+    if sample.zero_points is not None:
+        zeros = low.initializer(plan_part(low.weights, names, "zero_points", sample))
+    bias = _take_bias(low, node)
+    product = ir.node(
+        "MatMulNBits",
+        [x, low.initializer(codes, (rows, sample.groups, blob)), scale, zeros, None, bias],
+        {
+            "K": sample.shape[1],
+            "N": rows,
+            "bits": sample.bits,
+            "block_size": sample.group,
+            "accuracy_level": low.accuracy_level,
+        },
+        domain=_MICROSOFT,
+    )
+    y = _emit(low, node, [product])
+    if sample.minima is not None:
+        y = _add_minima(low, node, y, scale, names, sample)
+    _replace(low, node, y)
+
+
+def _take_bias(low: _Lowering, node: ir.Node) -> ir.Value | None:
+    """Move the bias that follows a MatMul into it: the kernel adds it for nothing."""
+    uses = node.outputs[0].uses()
+    if len(uses) != 1 or uses[0].node.op_type != "Add":
+        return None
+    add = uses[0].node
+    parts = _parts(add, 1)
+    if not parts:
+        return None
+    bias = _float32(low, node, low.initializer(plan_float(low.weights, parts)))
+    add.outputs[0].replace_all_uses_with(node.outputs[0])
+    low.graph.remove([add], safe=True)
+    return bias
+
+
+def _add_minima(
+    low: _Lowering, node: ir.Node, y: ir.Value, scale: ir.Value, names: tuple[str, ...], sample: QuantizedTensor
+) -> ir.Value:
+    """Add groupsum(x) · (minima + 2^(b−1)·scale)ᵀ to the symmetric product `y`."""
+    x = node.inputs[0]
+    assert x is not None
+    middle = low.constant(np.array(1 << (sample.bits - 1), np.float32), f"middle_{sample.bits}")
+    minima = _float32(low, node, low.initializer(plan_part(low.weights, names, "minima", sample)))
+    shift = ir.node("Mul", [scale, middle])
+    offset = ir.node("Add", [minima, shift.outputs[0]])
+    low.graph.insert_before(node, [shift, offset])
+    product = ir.node(
+        "FusedMatMul", [_group_sums(low, node, x, sample), offset.outputs[0]], {"transB": 1}, domain=_MICROSOFT
+    )
+    return _emit(low, node, [product, ir.node("Add", [y, product.outputs[0]])])
+
+
+def _group_sums(low: _Lowering, node: ir.Node, x: ir.Value, sample: QuantizedTensor) -> ir.Value:
+    """Sum x [B, S, in] over groups → [B, S, groups]; computed once for all weights that read x."""
+    key = (x, sample.group)
+    if key not in low.group_sums:
+        columns, group = sample.shape[1], sample.group
+        nodes = []
+        if columns % group:
+            short = sample.groups * group - columns
+            pads = low.constant(np.array([0, 0, 0, 0, 0, short], np.int64), f"pad_{short}")
+            nodes.append(ir.node("Pad", [x, pads]))
+        dims = low.constant(np.array([0, 0, sample.groups, group], np.int64), f"groups_{sample.groups}x{group}")
+        nodes.append(ir.node("Reshape", [nodes[-1].outputs[0] if nodes else x, dims]))
+        axis = low.constant(np.array([-1], np.int64), "last_axis")
+        nodes.append(ir.node("ReduceSum", [nodes[-1].outputs[0], axis], {"keepdims": 0}))
+        low.group_sums[key] = _emit(low, node, nodes)
+    return low.group_sums[key]
+
+
+def _lower_gather(low: _Lowering, node: ir.Node) -> None:
+    (name,) = _parts(node, 0)
+    ids = node.inputs[1]
+    value = low.weights.load(name)
+    real = low.weights.aliases.get(name, name)
+    if not isinstance(value, QuantizedTensor):
+        gathered = _emit(low, node, [ir.node("Gather", [low.initializer(plan_float(low.weights, [real])), ids])])
+        gathered.dtype = low.graph.initializers[real].dtype
+        _replace(low, node, _float32(low, node, gathered))
+        return
+    codes = plan_part(low.weights, [real], "codes", value)
+    scale = _float32(low, node, low.initializer(plan_part(low.weights, [real], "scale", value)))
+    zeros = None
+    if value.zero_points is not None:
+        zeros = low.initializer(plan_part(low.weights, [real], "zero_points", value))
+    attributes = {"bits": value.bits, "block_size": value.group, "gather_axis": 0, "quantize_axis": 1}
+    rows = ir.node("GatherBlockQuantized", [low.initializer(codes), ids, scale, zeros], attributes, domain=_MICROSOFT)
+    x = _emit(low, node, [rows])
+    if value.minima is not None:
+        x = _gather_minima(low, node, x, scale, real, value)
+    if value.shape[1] % value.group:
+        bounds = [low.constant(np.array([v], np.int64), f"int_{v}") for v in (0, value.shape[1], -1)]
+        x = _emit(low, node, [ir.node("Slice", [x, *bounds])])
+    _replace(low, node, x)
+
+
+def _gather_minima(
+    low: _Lowering, node: ir.Node, x: ir.Value, scale: ir.Value, name: str, value: QuantizedTensor
+) -> ir.Value:
+    """Add each group's minima + 2^(b−1)·scale to gathered rows x [B, S, groups · group]."""
+    ids = node.inputs[1]
+    middle = low.constant(np.array(1 << (value.bits - 1), np.float32), f"middle_{value.bits}")
+    minima = _float32(low, node, low.initializer(plan_part(low.weights, [name], "minima", value)))
+    split = low.constant(np.array([0, 0, value.groups, value.group], np.int64), f"groups_{value.groups}x{value.group}")
+    whole = low.constant(np.array([0, 0, value.groups * value.group], np.int64), f"row_{value.groups * value.group}")
+    last = low.constant(np.array([-1], np.int64), "last_axis")
+    shift = ir.node("Mul", [scale, middle])
+    offset = ir.node("Add", [minima, shift.outputs[0]])
+    picked = ir.node("Gather", [offset.outputs[0], ids])
+    column = ir.node("Unsqueeze", [picked.outputs[0], last])
+    blocks = ir.node("Reshape", [x, split])
+    added = ir.node("Add", [blocks.outputs[0], column.outputs[0]])
+    return _emit(low, node, [shift, offset, picked, column, blocks, added, ir.node("Reshape", [added.outputs[0], whole])])
+
+
+def _lower_rest(low: _Lowering, value: ir.Value) -> None:
+    """Turn the weights that are left (norms, biases) into initializers, and drop inputs nobody reads any more."""
+    uses = value.uses()
+    if uses:
+        names = weight_parts(value)
+        if (value.name or "").endswith(".T"):
+            raise ContractError(f"weight {names[0]} is used by {uses[0].node.op_type}, which has no lowering")
+        weight = low.initializer(plan_float(low.weights, names))
+        value.replace_all_uses_with(_float32(low, uses[0].node, weight))
+    low.graph.inputs.remove(value)

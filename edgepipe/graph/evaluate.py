@@ -1,0 +1,70 @@
+"""Run a portable graph node by node with onnx's reference operators, one weight in memory at a time.
+
+Slow and plain on purpose: it is the meaning of the dialect that every engine's lowering is checked against. Weights
+are decoded to float32 when a node asks for them and dropped after it, so a model larger than memory can be checked.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+from onnx.reference import ReferenceEvaluator
+
+from edgepipe.artifacts import OnnxModel
+from edgepipe.graph.dialect import OPSET, weight_name
+from edgepipe.weights import WeightStore
+
+
+def evaluate(graph: bytes, weights: WeightStore, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return every output of a portable graph by name. `feeds` holds all inputs that aren't weights."""
+    model = onnx.load_model_from_string(graph)
+    values: dict[str, np.ndarray] = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    values.update(feeds)
+    kept = {o.name for o in model.graph.output}
+    left = Counter(name for node in model.graph.node for name in node.input)
+    for node in model.graph.node:
+        inputs = {name: _value(name, values, weights) for name in node.input if name}
+        for name, result in zip(node.output, _run_node(node, inputs), strict=True):
+            if name:
+                values[name] = result
+        for name in node.input:
+            left[name] -= 1
+            if left[name] == 0 and name not in kept:
+                values.pop(name, None)
+    return {o.name: values[o.name] for o in model.graph.output}
+
+
+def prompt_logits(model: OnnxModel, input_ids: np.ndarray) -> np.ndarray:
+    """Return logits [batch, sequence, vocab] float32 of the graph `decoder` for prompts input_ids [batch, sequence]."""
+    batch, sequence = input_ids.shape
+    steps = np.tile(np.arange(sequence, dtype=np.int64), (batch, 1))
+    empty = np.zeros((batch, model.spec["kv_heads"], 0, model.spec["head_dim"]), np.float32)
+    caches = {f"past_{kind}.{i}": empty for kind in ("key", "value") for i in range(model.spec["layers"])}
+    feeds = {"input_ids": input_ids, "position_ids": steps, "logits_positions": steps, **caches}
+    return evaluate(model.graphs["decoder"], model.weights, feeds)["logits"]
+
+
+def _value(name: str, values: Mapping[str, np.ndarray], weights: WeightStore) -> np.ndarray:
+    named = weight_name(name)
+    if named is None:
+        return values[name]
+    stored, transposed = named
+    value = weights.float32(stored)
+    return value.T if transposed else value
+
+
+def _run_node(node: onnx.NodeProto, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    if node.op_type == "MatMul":  # the bulk of the work: straight to BLAS
+        return [np.matmul(inputs[node.input[0]], inputs[node.input[1]])]
+    graph = onnx.helper.make_graph(
+        [node],
+        node.op_type,
+        [onnx.helper.make_tensor_value_info(n, onnx.helper.np_dtype_to_tensor_dtype(v.dtype), v.shape)
+         for n, v in inputs.items()],
+        [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.UNDEFINED, None) for n in node.output if n],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)])
+    return [np.asarray(r) for r in ReferenceEvaluator(model).run(None, dict(inputs))]

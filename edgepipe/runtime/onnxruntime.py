@@ -1,0 +1,100 @@
+"""Load a lowered decoder with onnxruntime and run it over preallocated key/value caches.
+
+Past and present are bound to the same memory, so a step moves nothing but the new token. The weights file is mapped
+by this process and handed to onnxruntime; once it has made its packed copy the mapped pages are given back.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from edgepipe.errors import ContractError, TargetError
+
+
+class Cache:
+    """Hold the key/value buffers of `batch` sequences: per layer two of [batch, kv_heads, context, head_dim] float32.
+
+    The buffers are zero pages until tokens are written, so an unused context costs address space, not memory.
+    """
+
+    def __init__(self, session: ort.InferenceSession, layers: int, shape: tuple[int, int, int, int]) -> None:
+        self.batch = shape[0]
+        self.binding = session.io_binding()
+        self._buffers = []
+        for layer in range(layers):
+            for kind in ("key", "value"):
+                buffer = np.zeros(shape, np.float32)
+                value = ort.OrtValue.ortvalue_from_numpy(buffer)
+                self._buffers.append((buffer, value))
+                self.binding.bind_ortvalue_input(f"past_{kind}.{layer}", value)
+                self.binding.bind_ortvalue_output(f"present_{kind}.{layer}", value)
+
+
+class Decoder:
+    """Run the graph `decoder` of a bundle. Safe for concurrent calls on different caches."""
+
+    def __init__(self, session: ort.InferenceSession, model: dict[str, Any]) -> None:
+        self._session = session
+        self._layers = int(model["layers"])
+        self._cache_shape = (int(model["kv_heads"]), int(model["context"]), int(model["head_dim"]))
+        self.context = int(model["context"])
+        self.vocab_size = int(model["vocab_size"])
+        self.cache_bytes = 2 * 4 * self._layers * int(np.prod(self._cache_shape))
+
+    def new_cache(self, batch: int) -> Cache:
+        """Make an empty cache for `batch` sequences."""
+        return Cache(self._session, self._layers, (batch, *self._cache_shape))
+
+    def run(
+        self, cache: Cache, input_ids: np.ndarray, past: np.ndarray, lengths: np.ndarray, positions: np.ndarray
+    ) -> np.ndarray:
+        """Append tokens to the cache and return logits [batch, P, vocab] float32.
+
+        input_ids [batch, sequence] int64, rows right-padded; past [batch]: tokens of each row already in the cache;
+        lengths [batch]: valid new tokens of each row; positions [batch, P] int64: the new positions to score.
+        More than one row may take more than one token only at past 0; a smaller past rewinds a row.
+        """
+        batch, sequence = input_ids.shape
+        totals = past + lengths
+        if int(totals.max()) > self.context or int(past.max()) + sequence > self.context:
+            raise ContractError(f"{int(past.max()) + sequence} tokens do not fit the context of {self.context}")
+        if batch > 1 and sequence > 1 and past.any():
+            raise ContractError("several rows can only take several tokens when all start at past 0")
+        # a prompt's rows are padded to one length, and the operator wants to know that length
+        total = sequence if not past.any() else int(totals.max())
+        binding = cache.binding
+        binding.bind_cpu_input("input_ids", np.ascontiguousarray(input_ids, np.int64))
+        binding.bind_cpu_input("seqlens_k", np.ascontiguousarray(totals - 1, np.int32))
+        binding.bind_cpu_input("total_sequence_length", np.array([total], np.int32))
+        binding.bind_cpu_input("logits_positions", np.ascontiguousarray(positions, np.int64))
+        binding.bind_output("logits", "cpu")
+        self._session.run_with_iobinding(binding)
+        logits: np.ndarray = binding.get_outputs()[-1].numpy()
+        return logits
+
+
+def open_decoder(path: Path, manifest: dict[str, Any], threads: int | None) -> Decoder:
+    """Open a bundle's decoder; `threads` None takes onnxruntime's choice (one per physical core)."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.enable_cpu_mem_arena = False
+    weights = path / manifest["weights"]["file"]
+    with weights.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    address = np.frombuffer(mapped, np.uint8)
+    del address
+    try:
+        session = ort.InferenceSession(
+            os.fspath(path / manifest["graphs"]["decoder"]), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # onnxruntime raises a dozen unrelated classes
+        raise TargetError(f"onnxruntime could not load the bundle: {str(error).splitlines()[0]}") from error
+    return Decoder(session, manifest["model"])
