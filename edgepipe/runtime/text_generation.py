@@ -1,0 +1,448 @@
+"""Generate and score text with a loaded bundle.
+
+One loop serves whole answers, streams and batches: a `_Row` takes logits, chooses a token and says which text became
+certain; the model runs what the row chose. So a stream's pieces joined are exactly the text of the whole answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, overload
+
+import numpy as np
+
+from edgepipe.errors import ConfigError
+from edgepipe.runtime.bundle import Bundle
+from edgepipe.runtime.caches import CachePool, Slot
+from edgepipe.runtime.chat import ChatTemplate
+from edgepipe.runtime.sampling import Sampling, choose_token, log_softmax, random_generator
+from edgepipe.runtime.tokenizer import StopFilter, Tokenizer
+
+_PROMPT_CHUNK = 512  # tokens of a prompt run at once: bounds activation memory, and longer is hardly faster
+_LOGITS_CHUNK = 64  # positions whose logits are held at once: 64 × 150k tokens of vocabulary = 38 MB
+
+Message = dict[str, Any]  # {"role": "user", "content": "…"}
+FinishReason = Literal["stop", "length", "context"]
+
+
+class Decoder(Protocol):
+    """Say what an engine's loaded decoder offers; runtime/onnxruntime.py has one."""
+
+    @property
+    def context(self) -> int:
+        """Return the most tokens one row can hold."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Return the number of logits per position."""
+
+    @property
+    def cache_bytes(self) -> int:
+        """Return the bytes of one row's cache at full context."""
+
+    def new_cache(self, batch: int) -> Any:
+        """Return an empty cache of `batch` rows."""
+
+    def run(
+        self, cache: Any, input_ids: np.ndarray, past: np.ndarray, lengths: np.ndarray, positions: np.ndarray
+    ) -> np.ndarray:
+        """Add input_ids [batch, sequence] to the cache after `past` [batch] tokens; return logits [batch, P, vocab].
+
+        `lengths` [batch] counts each row's valid tokens, `positions` [batch, P] says which of them get logits.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """Hold what was generated for one prompt."""
+
+    text: str  # without special tokens, cut before a stop string
+    token_ids: tuple[int, ...]  # every token generated, those of a stop string included, the end token not
+    prompt_tokens: int
+    reused_tokens: int  # of the prompt, already in a cache: not run again
+    finish_reason: FinishReason  # "stop": end token or stop string; "length": max_new_tokens; "context": it is full
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Request:
+    """Hold one checked prompt and how to continue it."""
+
+    ids: tuple[int, ...]
+    limit: int  # tokens to generate at most
+    at_limit: FinishReason
+    sampling: Sampling
+    stop: tuple[str, ...]
+    seed: int | None
+    end_ids: frozenset[int]
+
+
+class Model:
+    """Generate and score with one loaded bundle; see `edgepipe.runtime.load`. Safe for concurrent callers."""
+
+    def __init__(self, bundle: Bundle, decoder: Decoder, *, callers: int) -> None:
+        """Join a checked bundle and its loaded decoder; at most `callers` calls run at a time."""
+        self._bundle = bundle
+        self._decoder = decoder
+        self._tokenizer = Tokenizer(bundle.tokenizer)
+        special = bundle.manifest["tokenizer"]["special_tokens"]
+        self._chat = None if bundle.chat_template is None else ChatTemplate(bundle.chat_template, special)
+        self._end_ids = frozenset(bundle.manifest["model"]["eos_token_ids"])
+        self._pool = CachePool(lambda: decoder.new_cache(1), callers)
+
+    @property
+    def name(self) -> str:
+        """Return the model's name."""
+        return str(self._bundle.manifest["name"])
+
+    @property
+    def context(self) -> int:
+        """Return the most tokens that prompt and answer can have together."""
+        return self._decoder.context
+
+    @property
+    def cache_bytes(self) -> int:
+        """Return the bytes of one caller's key/value cache at full context."""
+        return self._decoder.cache_bytes
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        """Return the bundle's manifest."""
+        return self._bundle.manifest
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Return the tokenizer."""
+        return self._tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of raw text, special tokens as the model expects them."""
+        return self._tokenizer.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids without special tokens."""
+        return self._tokenizer.decode(ids)
+
+    def apply_chat_template(self, messages: Sequence[Message]) -> str:
+        """Return the text the model sees for chat messages, up to where its answer begins.
+
+        Raises ConfigError when the bundle has no chat template, or the template refuses the messages.
+        """
+        if self._chat is None:
+            raise ConfigError(f"{self.name} has no chat template: pass the prompt as text instead of messages")
+        return self._chat.render(messages)
+
+    @overload
+    def generate(
+        self,
+        prompt: str | list[Message],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        stop: str | Sequence[str] = (),
+        seed: int | None = None,
+        stream: Literal[False] = False,
+        reuse_prefix: bool = True,
+        ignore_eos: bool = False,
+    ) -> Generation: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: list[str] | list[list[Message]],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        stop: str | Sequence[str] = (),
+        seed: int | None = None,
+        stream: Literal[False] = False,
+        reuse_prefix: bool = True,
+        ignore_eos: bool = False,
+    ) -> list[Generation]: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: str | list[Message],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        stop: str | Sequence[str] = (),
+        seed: int | None = None,
+        stream: Literal[True],
+        reuse_prefix: bool = True,
+        ignore_eos: bool = False,
+    ) -> Iterator[str]: ...
+
+    def generate(
+        self,
+        prompt: str | list[Message] | list[str] | list[list[Message]],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        stop: str | Sequence[str] = (),
+        seed: int | None = None,
+        stream: bool = False,
+        reuse_prefix: bool = True,
+        ignore_eos: bool = False,
+    ) -> Generation | list[Generation] | Iterator[str]:
+        """Continue a prompt: text as it is, or chat messages through the model's template; a list of either = a batch.
+
+        :param max_new_tokens: tokens to generate at most, ≥ 1; the context may end it earlier.
+        :param temperature: 0 = the most likely token each time (greedy); otherwise logits are divided by it.
+        :param top_k: choose among the k most likely tokens; 0 = all.
+        :param top_p: choose among the most likely tokens that together hold this probability, in (0, 1].
+        :param repetition_penalty: above 1 makes tokens of prompt and answer less likely; 1 = off.
+        :param stop: strings that end the text; it is cut before them.
+        :param seed: the same seed gives the same answer; row i of a batch uses seed + i. None = a fresh one.
+        :param stream: return an iterator of text pieces, which joined are the whole text. It holds one of the model's
+            caches from its first piece until it ends, is closed or is collected.
+        :param reuse_prefix: keep what a cache already holds of the prompt's beginning; False runs all of it.
+        :param ignore_eos: go on at the end token (for measuring); it then counts as any other.
+        :raises ConfigError: for a value out of range, an empty prompt, or one that leaves no room in the context.
+
+        A batch of n rows allocates n caches while it runs, and its prompts run at once, padded to the longest.
+        """
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens must be a whole number of at least 1, but is {max_new_tokens!r}")
+        random_generator(seed)  # refuses a wrong seed before anything runs
+        stops = _checked_stop(stop)
+        end_ids = frozenset[int]() if ignore_eos else self._end_ids
+        prompts, is_batch = _split(prompt)
+        if stream and is_batch:
+            raise ConfigError("a batch cannot be streamed: pass one prompt, or stream=False")
+        rows: list[_Row] = []
+        for number, one in enumerate(prompts):
+            ids = self._prompt_ids(one)
+            room = self.context - len(ids)
+            request = _Request(
+                ids=ids,
+                limit=min(max_new_tokens, room),
+                at_limit="length" if max_new_tokens <= room else "context",
+                sampling=sampling,
+                stop=stops,
+                seed=seed,
+                end_ids=end_ids,
+            )
+            rows.append(_Row(request, self._tokenizer, number))
+        if stream:
+            return self._pieces(rows[0], reuse=reuse_prefix)
+        if len(rows) == 1:
+            for _ in self._pieces(rows[0], reuse=reuse_prefix):
+                pass
+        else:
+            self._run_batch(rows)
+        return [row.result() for row in rows] if is_batch else rows[0].result()
+
+    def logits(self, prompt: str | Sequence[int], *, all_positions: bool = True) -> np.ndarray:
+        """Return the logits [tokens, vocab] float32 of text or token ids; of the last token only, [1, vocab], if asked.
+
+        All positions of a long text are large: tokens × vocab × 4 bytes. `token_logprobs` needs no such memory.
+        Raises ConfigError when the prompt is empty or longer than the context.
+        """
+        ids = self._scored_ids(prompt)
+        if all_positions:
+            chunks = list(self._logit_chunks(ids))
+            return np.concatenate(chunks)
+        with self._pool.lend(ids, reuse=False) as (slot, _):
+            return self._extend(slot, ids)[None].copy()
+
+    def token_logprobs(self, prompt: str | Sequence[int]) -> np.ndarray:
+        """Return log p(token | tokens before it), natural log, float64 [tokens − 1], from the second token on.
+
+        Runs a few positions at a time, so memory stays small whatever the length. Raises ConfigError as `logits` does.
+        """
+        ids = self._scored_ids(prompt)
+        scores: list[np.ndarray] = []
+        start = 0
+        for chunk in self._logit_chunks(ids[:-1]) if len(ids) > 1 else ():
+            following = np.asarray(ids[start + 1 : start + 1 + len(chunk)], np.int64)
+            scores.append(log_softmax(chunk)[np.arange(len(chunk)), following])
+            start += len(chunk)
+        return np.concatenate(scores) if scores else np.empty(0, np.float64)
+
+    def _prompt_ids(self, prompt: str | list[Message]) -> tuple[int, ...]:
+        """Return the ids of a prompt that leaves room for one token at least; raise ConfigError otherwise."""
+        if isinstance(prompt, str):
+            ids = self._tokenizer.encode(prompt)
+        else:  # the template writes the special tokens itself
+            ids = self._tokenizer.encode(self.apply_chat_template(prompt), add_special_tokens=False)
+        self._check_ids(ids, self.context - 1, "one token at least must be left for the answer")
+        return tuple(ids)
+
+    def _scored_ids(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
+        """Return the ids of text or ids to score; raise ConfigError when there are none or too many."""
+        ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        self._check_ids(ids, self.context, "score it in parts")
+        return tuple(ids)
+
+    def _check_ids(self, ids: Sequence[int], most: int, advice: str) -> None:
+        """Raise ConfigError unless there are 1 to `most` ids and the model knows them all."""
+        if len(ids) == 0:
+            raise ConfigError("the prompt has no tokens: give it some text")
+        if len(ids) > most:
+            raise ConfigError(
+                f"the prompt has {len(ids)} tokens, but {self.name} has a context of {self.context}: "
+                f"shorten it to {most} ({advice})"
+            )
+        largest, least = max(ids), min(ids)
+        if least < 0 or largest >= self._decoder.vocab_size:
+            wrong = least if least < 0 else largest
+            raise ConfigError(f"token id {wrong} is not in the model's vocabulary of {self._decoder.vocab_size}")
+
+    def _pieces(self, row: _Row, *, reuse: bool) -> Iterator[str]:
+        """Run one row to its end, yielding text as it becomes certain; the cache goes back when the iterator ends."""
+        with self._pool.lend(row.ids, reuse=reuse) as (slot, reused):
+            row.reused_tokens = reused
+            todo: Sequence[int] = row.ids[reused:]
+            while row.finish_reason is None:
+                piece = row.accept(self._extend(slot, todo))
+                todo = row.token_ids[-1:]
+                if piece:
+                    yield piece
+
+    def _extend(self, slot: Slot, ids: Sequence[int]) -> np.ndarray:
+        """Run ids after what the slot holds, in chunks; return the logits [vocab] of the last."""
+        logits = np.empty(0, np.float32)
+        for start in range(0, len(ids), _PROMPT_CHUNK):
+            chunk = ids[start : start + _PROMPT_CHUNK]
+            logits = self._run_chunk(slot, chunk, np.asarray([len(chunk) - 1], np.int64))[-1]
+        return logits
+
+    def _logit_chunks(self, ids: Sequence[int]) -> Iterator[np.ndarray]:
+        """Yield the logits [≤ 64, vocab] of all positions in order, each array the caller's own."""
+        with self._pool.lend(ids, reuse=False) as (slot, _):
+            for start in range(0, len(ids), _LOGITS_CHUNK):
+                chunk = ids[start : start + _LOGITS_CHUNK]
+                yield self._run_chunk(slot, chunk, np.arange(len(chunk), dtype=np.int64)).copy()
+
+    def _run_chunk(self, slot: Slot, ids: Sequence[int], positions: np.ndarray) -> np.ndarray:
+        """Add ids to the slot; return logits [P, vocab] at positions [P], valid until its next run."""
+        logits: np.ndarray = self._decoder.run(
+            slot.cache,
+            np.asarray([ids], np.int64),
+            np.asarray([len(slot.ids)], np.int64),
+            np.asarray([len(ids)], np.int64),
+            positions[None],
+        )
+        slot.ids.extend(ids)  # only now: a run that failed added nothing that counts
+        row: np.ndarray = logits[0]
+        return row
+
+    def _run_batch(self, rows: Sequence[_Row]) -> None:
+        """Run all rows to their ends: the prompts at once, then one token of every row per step."""
+        lengths = np.asarray([len(row.ids) for row in rows], np.int64)
+        input_ids = np.zeros((len(rows), int(lengths.max())), np.int64)  # rows padded on the right
+        for number, row in enumerate(rows):
+            input_ids[number, : len(row.ids)] = row.ids
+        with self._pool.turn():
+            cache = self._decoder.new_cache(len(rows))
+            past = np.zeros(len(rows), np.int64)
+            logits = self._decoder.run(cache, input_ids, past, lengths, lengths[:, None] - 1)
+            past = lengths.copy()
+            ones = np.ones(len(rows), np.int64)
+            step_ids = np.zeros((len(rows), 1), np.int64)
+            last = np.zeros((len(rows), 1), np.int64)
+            while True:
+                for number, row in enumerate(rows):
+                    if row.finish_reason is None:
+                        row.accept(logits[number, -1])
+                        if row.finish_reason is None:
+                            step_ids[number, 0] = row.token_ids[-1]
+                running = [row.finish_reason is None for row in rows]
+                if not any(running):
+                    return
+                # A finished row runs along at its last place, which nobody reads any more.
+                logits = self._decoder.run(cache, step_ids, past, ones, last)
+                past += np.asarray(running, np.int64)
+
+
+class _Row:
+    """Hold one answer in the making: choose tokens, decode them, decide when it ends."""
+
+    def __init__(self, request: _Request, tokenizer: Tokenizer, number: int) -> None:
+        self.ids = request.ids
+        self.token_ids: list[int] = []
+        self.reused_tokens = 0
+        self.finish_reason: FinishReason | None = None
+        self._request = request
+        self._detokenizer = tokenizer.detokenizer()
+        self._stop = StopFilter(request.stop)
+        self._random = random_generator(request.seed, number)
+        self._text: list[str] = []
+        # Prompt and answer in one array, so that the penalty needs no copy per token.
+        self._seen = np.empty(len(request.ids) + request.limit, np.int64)
+        self._seen[: len(request.ids)] = request.ids
+
+    def accept(self, logits: np.ndarray) -> str:
+        """Choose a token from logits [vocab]; return the text that became certain; set `finish_reason` at the end."""
+        request = self._request
+        seen = self._seen[: len(self.ids) + len(self.token_ids)]
+        token = choose_token(logits, seen, request.sampling, self._random)
+        if token in request.end_ids:
+            self.finish_reason = "stop"
+            piece = self._stop.push(self._detokenizer.flush())
+        else:
+            self._seen[len(seen)] = token
+            self.token_ids.append(token)
+            piece = self._stop.push(self._detokenizer.push(token))
+            if not self._stop.stopped and len(self.token_ids) == request.limit:
+                self.finish_reason = request.at_limit
+                piece += self._stop.push(self._detokenizer.flush())
+        if self._stop.stopped:
+            self.finish_reason = "stop"
+        elif self.finish_reason is not None:
+            piece += self._stop.flush()
+        self._text.append(piece)
+        return piece
+
+    def result(self) -> Generation:
+        """Return the finished answer."""
+        assert self.finish_reason is not None, "result() before the end"
+        return Generation(
+            text="".join(self._text),
+            token_ids=tuple(self.token_ids),
+            prompt_tokens=len(self.ids),
+            reused_tokens=self.reused_tokens,
+            finish_reason=self.finish_reason,
+        )
+
+
+def _checked_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the stop strings as a tuple; raise ConfigError when one is empty or no text."""
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(isinstance(one, str) and one for one in stops):
+        raise ConfigError(f"stop must be texts of at least one character, but is {stop!r}")
+    return stops
+
+
+def _split(prompt: Any) -> tuple[list[str | list[Message]], bool]:
+    """Return the prompts, and whether they are a batch; raise ConfigError for what is neither text nor messages."""
+    if isinstance(prompt, str):
+        return [prompt], False
+    if not isinstance(prompt, list | tuple):
+        raise ConfigError(
+            f"a prompt must be a text, a list of messages, or a list of either, but is {type(prompt).__name__}"
+        )
+    if len(prompt) == 0:
+        raise ConfigError("the prompt is an empty list: give a text, messages, or a batch of them")
+    if all(isinstance(one, Mapping) for one in prompt):
+        return [list(prompt)], False
+    if all(isinstance(one, str) for one in prompt):
+        return list(prompt), True
+    if all(isinstance(one, list | tuple) for one in prompt):
+        return [list(one) for one in prompt], True
+    raise ConfigError("a batch must hold only texts or only lists of messages, but holds a mixture")
