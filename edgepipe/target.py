@@ -1,0 +1,86 @@
+"""Target: what edgepipe knows about the machine a model is made for, loaded from targets/NAME.toml or from a path."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from edgepipe.errors import ConfigError
+from edgepipe.package_data import did_you_mean, find_named, list_names, read_record
+
+ENGINES = ("onnxruntime",)
+_MAX_THREADS = 1024  # beyond any machine: a larger number is a typing error, and each thread costs a stack
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnnxruntimeSettings:
+    """Hold what the onnxruntime engine is told about this machine."""
+
+    # Least exact arithmetic that MatMulNBits may use for activations: 0 = kernel's choice, 1 = float32, 2 = float16,
+    # 3 = bfloat16, 4 = int8. Source: com.microsoft.MatMulNBits in onnxruntime's ContribOperators.md.
+    accuracy_level: int = 4
+    threads: int = 0  # threads inside one operator; 0 = one per physical core
+
+    def __post_init__(self) -> None:
+        """Refuse values that onnxruntime would ignore or choke on."""
+        if not 0 <= self.accuracy_level <= 4:
+            raise ConfigError(f"onnxruntime.accuracy_level must be 0 to 4, not {self.accuracy_level}")
+        if not 0 <= self.threads <= _MAX_THREADS:
+            raise ConfigError(f"onnxruntime.threads must be 0 (all physical cores) to {_MAX_THREADS}, not {self.threads}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budgets:
+    """Hold what a finished model may cost; None = no limit."""
+
+    shipped_ratio: float | None = None  # bytes of the bundle / bytes of the uncompressed model's bundle, > 0
+    perplexity_ratio: float | None = None  # perplexity / the uncompressed model's perplexity, > 0 (1 = nothing lost)
+    ttft_ms: float | None = None  # time to the first token, milliseconds, > 0
+
+    def __post_init__(self) -> None:
+        """Refuse budgets that nothing could meet."""
+        for name in ("shipped_ratio", "perplexity_ratio", "ttft_ms"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"budgets.{name} must be a finite number above 0, not {value}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """Describe one machine: facts, engine settings and budgets."""
+
+    name: str  # file name without .toml
+    description: str  # one line for `edgepipe targets`
+    engines: tuple[str, ...]  # engines that run there, the preferred one first; at least one of ENGINES
+    measurable: Literal["here", "emulated", "no"]  # whether speed on it can be measured from this machine
+    onnxruntime: OnnxruntimeSettings = field(default_factory=OnnxruntimeSettings)
+    budgets: Budgets = field(default_factory=Budgets)
+
+    def __post_init__(self) -> None:
+        """Refuse a target that no engine serves."""
+        if not self.engines:
+            raise ConfigError(f"engines is empty: name at least one of {', '.join(ENGINES)}")
+        for engine in self.engines:
+            if engine not in ENGINES:
+                hint = did_you_mean(engine, ENGINES)
+                raise ConfigError(f"unknown engine {engine!r}{hint}: known are {', '.join(ENGINES)}")
+        if len(set(self.engines)) < len(self.engines):
+            raise ConfigError(f"engines names one engine twice: {', '.join(self.engines)}")
+
+
+def list_targets() -> tuple[str, ...]:
+    """Return the names of the targets that come with edgepipe, sorted."""
+    return list_names("targets")
+
+
+def load_target(name_or_path: str | Path) -> Target:
+    """Load a target by name ("cpu") or from a TOML file ("./mine.toml": a path ends in .toml or has a separator).
+
+    Raises ConfigError: unknown name (lists the known ones), unreadable file, unknown key, wrong type, out of range.
+    """
+    text = str(name_or_path)
+    is_path = isinstance(name_or_path, Path) or text.endswith(".toml") or "/" in text or "\\" in text
+    path = Path(text) if is_path else find_named("targets", text, "target")
+    return read_record(path, Target, {"name": path.stem})
