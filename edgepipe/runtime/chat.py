@@ -12,7 +12,7 @@ import json
 import threading
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 import jinja2.ext
@@ -25,7 +25,7 @@ from jinja2.utils import Namespace
 
 from edgepipe.errors import ConfigError
 
-_MOST_ROUNDS = 200_000  # loop rounds and macro calls of one rendering: about 0.1 s of Python
+_MOST_ROUNDS = 50_000  # loop rounds and macro calls of one rendering: about half a second of Python
 _MOST_CHARACTERS = 4_000_000  # of the result and of any value kept in a variable: a million tokens, more than contexts
 _MOST_EXPONENT = 64  # templates count; they do not compute powers
 
@@ -137,9 +137,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         """Compute an operator, refusing the ones that make huge values out of small ones."""
         if operator == "*":
             for sized, times in ((left, right), (right, left)):
-                if isinstance(sized, str | list | tuple) and isinstance(times, int):
-                    if len(sized) * times > _MOST_CHARACTERS:
-                        raise SecurityError(f"it repeated a value beyond {_MOST_CHARACTERS} characters")
+                repeats = isinstance(sized, str | list | tuple) and isinstance(times, int)
+                if repeats and len(sized) * times > _MOST_CHARACTERS:
+                    raise SecurityError(f"it repeated a value beyond {_MOST_CHARACTERS} characters")
         if operator == "**" and not (isinstance(right, int | float) and abs(right) <= _MOST_EXPONENT):
             raise SecurityError(f"it raised to a power above {_MOST_EXPONENT}")
         if operator == "%" and isinstance(left, str) and any(letter.isdigit() or letter == "*" for letter in left):
@@ -155,7 +155,7 @@ def _environment_call(method: str, arguments: list[Any]) -> nodes.Call:
 class _GenerationTag(jinja2.ext.Extension):
     """Accept `{% generation %}` … `{% endgeneration %}`, which marks what the assistant said, and render its body."""
 
-    tags = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> nodes.Node:
         """Return the body in a scope of its own."""
