@@ -34,7 +34,7 @@ class TextSet:
 
     def __post_init__(self) -> None:
         """Refuse names that leave the folder and hashes that can't be one."""
-        if PurePath(self.file).name != self.file or "\\" in self.file:
+        if self.file in {"", "..", "."} or PurePath(self.file).name != self.file or "\\" in self.file:
             raise ConfigError(f"file must be a plain file name beside the TOML file, not {self.file!r}")
         if not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
             raise ConfigError(f"sha256 must be 64 lower-case hex digits, not {self.sha256!r}")
@@ -59,7 +59,7 @@ def open_text(name: str, *, purpose: Purpose = "evaluation") -> str:
     record = describe_set(name)
     if record.purpose != purpose:
         fitting = ", ".join(s.name for s in list_sets() if s.purpose == purpose) or "none yet"
-        raise ConfigError(f"{name} is for {record.purpose}, it can't be used for {purpose}: sets for that are {fitting}")
+        raise ConfigError(f"{name} is for {record.purpose} and can't serve {purpose}: sets for that are {fitting}")
     return _verified_bytes(record).decode("utf-8")
 
 
@@ -78,7 +78,7 @@ def _verified_bytes(record: TextSet) -> bytes:
     found = hashlib.sha256(data).hexdigest()
     if found != record.sha256:
         raise ConfigError(
-            f"{path} is not the text that {record.name}.toml vouches for: expected sha256 {record.sha256}, got {found}; "
-            "restore the file, or record the new hash and measure everything again"
+            f"{path} is not the text that {record.name}.toml vouches for (expected sha256 {record.sha256}, "
+            f"got {found}): restore the file, or record the new hash and measure everything again"
         )
     return data

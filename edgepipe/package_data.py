@@ -109,7 +109,7 @@ def _read_text(path: Path) -> str:
 
 def _fill(kind: type[Record], table: dict[str, Any], place: _Place, extra: dict[str, object]) -> Record:
     """Build one record from one TOML table."""
-    fields = {field.name: field for field in dataclasses.fields(kind) if field.name not in extra}  # type: ignore[arg-type]
+    fields = {f.name: f for f in dataclasses.fields(kind) if f.name not in extra}  # type: ignore[arg-type]
     hints = typing.get_type_hints(kind)
     for key in table:
         if key not in fields:
@@ -126,7 +126,7 @@ def _fill(kind: type[Record], table: dict[str, Any], place: _Place, extra: dict[
 
 
 def _convert(value: object, hint: Any, place: _Place, key: str) -> object:
-    """Check one TOML value against a field's type. Types in use: str, int, float, tuple[str, ...], X | None, a table."""
+    """Check one TOML value against a field's type: str, int, float, Literal, tuple[str, ...], X | None or a table."""
     if isinstance(hint, types.UnionType):
         (hint,) = (part for part in typing.get_args(hint) if part is not types.NoneType)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):

@@ -28,7 +28,7 @@ class OnnxruntimeSettings:
         if not 0 <= self.accuracy_level <= 4:
             raise ConfigError(f"onnxruntime.accuracy_level must be 0 to 4, not {self.accuracy_level}")
         if not 0 <= self.threads <= _MAX_THREADS:
-            raise ConfigError(f"onnxruntime.threads must be 0 (all physical cores) to {_MAX_THREADS}, not {self.threads}")
+            raise ConfigError(f"onnxruntime.threads must be 0 (all cores) to {_MAX_THREADS}, not {self.threads}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,60 @@
+# Every target sets up .venv on first use, and again when pyproject.toml or constraints.txt has changed.
+# Needs make and Python 3.11 or newer (the pinned versions in constraints.txt were tested with 3.11).
+
+PYTHON := $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+SETUP := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint bench clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.compress ## compress SmolLM2-135M to 4 bits for this CPU and measure it (some minutes, 100 MB download)
+	$(BIN)/edgepipe compress smollm2-135m --target cpu --bits 4
+
+test: $(VENV)/.dev ## run the fast tests: what CI runs
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.dev ## run the tests that take longer
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.dev ## check style, formatting, types and the Dockerfile
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
+
+bench: $(VENV)/.bench ## run edgepipe beside onnxruntime-genai on the same model
+	$(BIN)/python benchmarks/genai.py
+
+clean: ## remove .venv, caches and builds; runs/ stays
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp per set of extras: later ones hold the earlier ones, so no set-up takes away what another brought.
+$(VENV)/.compress: $(VENV)/bin/python
+	@echo "Setting up $(VENV) with [compress]: torch and transformers, some minutes the first time"
+	$(PIP) --editable ".[compress]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/bin/python
+	@echo "Setting up $(VENV) with [compress,dev]: torch, transformers and the test tools, some minutes the first time"
+	$(PIP) --editable ".[compress,dev]"
+	@touch $@ $(VENV)/.compress
+
+$(VENV)/.bench: $(VENV)/bin/python
+	@echo "Setting up $(VENV) with [compress,bench]: torch, transformers and the peers, some minutes the first time"
+	$(PIP) --editable ".[compress,bench]"
+	@touch $@ $(VENV)/.compress
+
+$(VENV)/.compress $(VENV)/.dev $(VENV)/.bench: $(SETUP)
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "edgepipe needs Python 3.11 or newer, and none is on the PATH: install python3.11" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "$(PYTHON) can't make a virtual environment: install its venv module (Debian: python3.11-venv)" >&2; exit 1; }
