@@ -1,4 +1,4 @@
-"""Facts every kind of source needs: task, licence id, fingerprint, and plain words for a missing package or bad JSON."""
+"""Facts that every kind of source needs: task, licence, fingerprint; plain words for a missing package or bad JSON."""
 
 from __future__ import annotations
 
@@ -15,13 +15,46 @@ _CHUNK_BYTES = 1 << 20  # read at a time: a fingerprint must not need the memory
 
 # Encoders by model_type, whatever head their checkpoint was saved with (a BertForMaskedLM still embeds).
 _ENCODERS = frozenset(
-    ("albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "modernbert", "mpnet")
-    + ("nomic_bert", "roberta", "xlm-roberta")
+    {
+        "albert",
+        "bert",
+        "camembert",
+        "deberta",
+        "deberta-v2",
+        "distilbert",
+        "electra",
+        "modernbert",
+        "mpnet",
+        "nomic_bert",
+        "roberta",
+        "xlm-roberta",
+    }
 )
 # Decoders by model_type, for a config that names no architecture or a base model only (LlamaModel).
 _DECODERS = frozenset(
-    ("falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neo", "gpt_neox", "granite", "llama", "mistral", "mpt")
-    + ("olmo", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2")
+    {
+        "falcon",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "gpt2",
+        "gpt_neo",
+        "gpt_neox",
+        "granite",
+        "llama",
+        "mistral",
+        "mpt",
+        "olmo",
+        "olmo2",
+        "opt",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+        "stablelm",
+        "starcoder2",
+    }
 )
 
 # Licence names as the hub and GGUF files write them → SPDX ids.

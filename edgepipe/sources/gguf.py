@@ -10,6 +10,7 @@ of queries and keys and for rope_freqs; transformers' modeling_gguf_pytorch_util
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import mmap
 import re
@@ -50,11 +51,7 @@ _SCALARS = {
 }
 _STRING, _ARRAY = 8, 9
 
-_FLOATS = {
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
+_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 # Weights of rotary tables that llama.cpp stores as tensors; read by _rope_parameters, never a parameter.
 _ROPE_TENSOR = "rope_freqs.weight"
@@ -200,8 +197,6 @@ class _Cursor:
 
 
 def _parse(path: Path, cursor: _Cursor) -> Header:
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
     magic, version, tensor_count, key_count = cursor.unpack("4sIQQ")
     if magic != b"GGUF":
         raise ValueError(f"it starts with {magic!r} instead of b'GGUF'")
@@ -215,40 +210,45 @@ def _parse(path: Path, cursor: _Cursor) -> Header:
         if key in metadata:
             raise ValueError(f"the metadata key {key!r} comes twice")
         metadata[key] = cursor.value(cursor.unpack("I")[0])
-    table = []
-    for _ in range(tensor_count):
-        name = cursor.string()
-        (dimensions,) = cursor.unpack("I")
-        if not 1 <= dimensions <= _MOST_DIMENSIONS:
-            raise ValueError(f"the tensor {name!r} claims {dimensions} dimensions")
-        shape = tuple(reversed(cursor.unpack(f"{dimensions}Q")))
-        kind, offset = cursor.unpack("IQ")
-        table.append((name, shape, kind, offset))
+    infos = [_tensor_info(cursor) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20:
         raise ValueError(f"general.alignment is {alignment!r}")
     data_start = -(-cursor.position // alignment) * alignment
     tensors: dict[str, TensorInfo] = {}
-    for name, shape, kind, offset in table:
-        if name in tensors:
-            raise ValueError(f"the tensor {name!r} comes twice")
-        if kind not in set(GGMLQuantizationType):
-            raise ValueError(f"the tensor {name!r} has the unknown type {kind}")
-        block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-        if math.prod(shape) == 0 or shape[-1] % block:
-            raise ValueError(f"the tensor {name!r} of shape {list(shape)} does not consist of whole blocks of {block}")
-        nbytes = math.prod(shape) // block * block_bytes
-        if data_start + offset + nbytes > len(cursor.data):
-            raise ValueError(f"it is truncated: the tensor {name!r} ends at byte {data_start + offset + nbytes}")
-        tensors[name] = TensorInfo(
-            name=name,
-            shape=shape,
-            type=kind,
-            type_name=GGMLQuantizationType(kind).name,
-            start=data_start + offset,
-            nbytes=nbytes,
-        )
+    for info in infos:
+        end = data_start + info.start + info.nbytes
+        if info.name in tensors:
+            raise ValueError(f"the tensor {info.name!r} comes twice")
+        if end > len(cursor.data):
+            raise ValueError(f"it is truncated: the tensor {info.name!r} ends at byte {end} of {len(cursor.data)}")
+        tensors[info.name] = dataclasses.replace(info, start=data_start + info.start)
     return Header(path=path, metadata=metadata, tensors=tensors)
+
+
+def _tensor_info(cursor: _Cursor) -> TensorInfo:
+    """Read one entry of the tensor table; its `start` still counts from the start of the data."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    name = cursor.string()
+    (dimensions,) = cursor.unpack("I")
+    if not 1 <= dimensions <= _MOST_DIMENSIONS:
+        raise ValueError(f"the tensor {name!r} claims {dimensions} dimensions")
+    shape = tuple(reversed(cursor.unpack(f"{dimensions}Q")))
+    kind, offset = cursor.unpack("IQ")
+    if kind not in set(GGMLQuantizationType):
+        raise ValueError(f"the tensor {name!r} has the unknown type {kind}")
+    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+    if math.prod(shape) == 0 or shape[-1] % block:
+        raise ValueError(f"the tensor {name!r} of shape {list(shape)} does not consist of whole blocks of {block}")
+    return TensorInfo(
+        name=name,
+        shape=shape,
+        type=kind,
+        type_name=GGMLQuantizationType(kind).name,
+        start=offset,
+        nbytes=math.prod(shape) // block * block_bytes,
+    )
 
 
 def _family(header: Header) -> Family:
@@ -267,7 +267,7 @@ def _number(
     kind: type[int | float],
     default: float | None = None,
 ) -> Any:
-    """Return a positive number from the metadata; ConfigError when it is absent without a default, or something else."""
+    """Return a positive number from the metadata; ConfigError when it has none, or something else."""
     value = header.metadata.get(key, default)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
