@@ -75,7 +75,11 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("threads = 2", "thread = 2", r"board\.toml, line 7: unknown key 'onnxruntime\.thread' \(did you mean 'threads'"),
+        (
+            "threads = 2",
+            "thread = 2",
+            r"board\.toml, line 7: unknown key 'onnxruntime\.thread' \(did you mean 'threads'",
+        ),
         ("[budgets]", "[budget]", r"line 9: unknown key 'budget' \(did you mean 'budgets'"),
         ("threads = 2", "threads = 2\nthreads = 3", r"not valid TOML: .*line 8"),
         ('description = "a board"', "description = ", r"not valid TOML: .*line 1"),
