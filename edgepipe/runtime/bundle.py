@@ -126,6 +126,13 @@ def _check_manifest(manifest: object) -> None:
         if not _SHA256.fullmatch(_text(facts, "sha256", f"files.{name}.")):
             raise ConfigError(f"manifest.json: files.{name}.sha256 must be 64 hex digits, in small letters")
 
+    _check_graphs(manifest, files)
+    _check_model(manifest)
+    _check_tokenizer(manifest, files)
+
+
+def _check_graphs(manifest: Mapping[str, Any], files: Mapping[str, Any]) -> None:
+    """Check graphs and weights."""
     graphs = _object(manifest, "graphs")
     if "decoder" not in graphs and manifest["task"] == "text-generation":
         raise ConfigError("manifest.json: graphs must name a decoder, but does not")
@@ -135,6 +142,9 @@ def _check_manifest(manifest: object) -> None:
     weights = _object(manifest, "weights")
     _listed(files, _text(weights, "file", "weights."), "weights.file")
 
+
+def _check_model(manifest: Mapping[str, Any]) -> None:
+    """Check the model's sizes, one by one and together."""
     model = _object(manifest, "model")
     layers = _whole(model, "layers", 1, _MOST_LAYERS, "model.")
     heads = _whole(model, "kv_heads", 1, _MOST_HEADS, "model.")
@@ -154,6 +164,9 @@ def _check_manifest(manifest: object) -> None:
         )
     _whole(_object(manifest, "cache"), "bytes", 0, _MOST_CACHE_BYTES, "cache.")
 
+
+def _check_tokenizer(manifest: Mapping[str, Any], files: Mapping[str, Any]) -> None:
+    """Check the tokenizer's and the chat template's files, and the special tokens."""
     tokenizer = _object(manifest, "tokenizer")
     name = _text(tokenizer, "file", "tokenizer.")
     _listed(files, name, "tokenizer.file", _MOST_TOKENIZER_BYTES)

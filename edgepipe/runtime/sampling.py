@@ -15,6 +15,8 @@ import numpy as np
 
 from edgepipe.errors import ConfigError, ContractError
 
+_SORTED_AT_FIRST = 512  # tokens that top-p sorts before it looks further: enough for almost every step of a real model
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
@@ -76,21 +78,24 @@ def keep_top_p(logits: np.ndarray, top_p: float) -> np.ndarray:
     if top_p >= 1.0:
         return logits
     candidates = np.flatnonzero(logits > -np.inf)
-    ascending = candidates[np.argsort(logits[candidates], kind="stable")]
-    reached = np.cumsum(softmax(logits[ascending]))
-    dropped = ascending[:-1][reached[:-1] <= 1.0 - top_p]  # the most likely token always stays
-    kept = logits.copy()
-    kept[dropped] = -np.inf
+    values = logits[candidates]
+    weights = np.exp(values - values.max())  # probabilities up to their sum
+    enough = top_p * weights.sum(dtype=np.float64)
+    # The tokens that are kept are few: sort the likeliest ones only, more of them while they do not hold enough.
+    count = _SORTED_AT_FIRST
+    while True:
+        count = min(count, len(weights))
+        likeliest = np.argpartition(values, -count)[-count:]
+        likeliest = likeliest[np.argsort(-values[likeliest], kind="stable")]
+        reached = np.cumsum(weights[likeliest], dtype=np.float64)
+        if reached[-1] >= enough or count == len(weights):
+            break
+        count *= 8
+    before = np.concatenate([[0.0], reached[:-1]])  # held by the likelier tokens; 0 for the first, so that it stays
+    chosen = candidates[likeliest[before < enough]]
+    kept = np.full_like(logits, -np.inf)
+    kept[chosen] = logits[chosen]
     return kept
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Return probabilities [..., vocab] float64 of logits [..., vocab]."""
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max(axis=-1, keepdims=True)
-    np.exp(shifted, out=shifted)
-    shifted /= shifted.sum(axis=-1, keepdims=True)
-    return shifted
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -126,6 +131,8 @@ def choose_token(
     scores = filter_logits(logits, seen, sampling)
     if sampling.temperature == 0:
         return int(scores.argmax())
-    reached = np.cumsum(softmax(scores))
+    kept = np.flatnonzero(scores > -np.inf)
+    likely = scores[kept]
+    reached = np.cumsum(np.exp(likely - likely.max()), dtype=np.float64)
     draw = generator.random() * reached[-1]
-    return int(np.searchsorted(reached, draw, side="right"))  # "right": a token of probability 0 is never hit
+    return int(kept[np.searchsorted(reached, draw, side="right")])  # "right": a token of probability 0 is never hit

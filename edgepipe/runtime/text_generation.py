@@ -213,7 +213,9 @@ class Model:
         :param ignore_eos: go on at the end token (for measuring); it then counts as any other.
         :raises ConfigError: for a value out of range, an empty prompt, or one that leaves no room in the context.
 
-        A batch of n rows allocates n caches while it runs, and its prompts run at once, padded to the longest.
+        A batch of n rows allocates n caches while it runs, and its prompts run at once, padded to the longest. The
+        padding changes nothing; but an engine may round steps of several rows, or a prompt taken from a cache, another
+        way than one row from the beginning, so that two nearly equal tokens can change places.
         """
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:

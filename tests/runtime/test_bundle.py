@@ -125,7 +125,7 @@ def test_path_that_is_no_bundle_is_refused(tmp_path: Path, what: str) -> None:
 def test_text_that_is_no_manifest_is_refused(tmp_path: Path, text: str) -> None:
     """Refuse broken JSON, other JSON, and nesting that would exhaust the stack."""
     (tmp_path / "manifest.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(ConfigError, match="manifest.json"):
+    with pytest.raises(ConfigError, match=r"manifest\.json"):
         read_manifest(tmp_path)
 
 

@@ -78,8 +78,13 @@ def test_further_callers_wait_for_their_turn() -> None:
 def test_slot_comes_back_after_an_error() -> None:
     """Give the cache and the turn back when the caller fails."""
     pool = CachePool(object, 1)
-    with pytest.raises(RuntimeError), pool.lend([1, 2]) as (slot, _):
-        slot.ids.append(1)
-        raise RuntimeError
+
+    def fail() -> None:
+        with pool.lend([1, 2]) as (slot, _):
+            slot.ids.append(1)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert pool.caches == 1
     assert _use(pool, [1, 2])[1] == 1

