@@ -250,7 +250,7 @@ def test_make_help_names_every_target() -> None:
     """`make help` lists all that can be made, each with a sentence."""
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
     (phony,) = re.findall(r"^\.PHONY: (.+)$", text, re.MULTILINE)
-    shown = [line.split()[1] for line in run("make", "help", cwd=ROOT).splitlines()]
+    shown = [line.split()[1] for line in run("make", "--no-print-directory", "help", cwd=ROOT).splitlines()]
     assert sorted(shown) == sorted(phony.split())
 
 
