@@ -150,4 +150,5 @@ class Context:
     seed: int = 0
     progress: Callable[[str, int, int], None] = field(default=_silent)  # (what, done, total)
     note: Callable[[str], None] = field(default=_unheard)  # a sentence for the stage's record
-    float_reference: TorchModel | None = None  # the source before any stage touched it
+    recipe: Json = field(default_factory=dict)  # what was asked for, resolved; goes into the bundle's manifest
+    baseline: CompiledModel | None = None  # the same model down the same river without the compression stages

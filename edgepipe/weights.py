@@ -9,7 +9,8 @@ holds one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -43,11 +44,18 @@ class Weight:
 
 
 class WeightStore(Mapping[str, Weight]):
-    """Map parameter names to lazy weights. Tied weights are one entry with one name per use in `aliases`."""
+    """Map parameter names to lazy weights. Tied weights are one entry with one name per use in `aliases`.
 
-    def __init__(self, weights: Mapping[str, Weight], aliases: Mapping[str, str] | None = None) -> None:
+    `origin` says where the values can be read again: a directory written by `store.save_weights`, "source" for the
+    model as it was opened, or None when they are still to be computed.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, Weight], aliases: Mapping[str, str] | None = None, *, origin: str | None = None
+    ) -> None:
         self._weights = dict(weights)
         self.aliases = dict(aliases or {})
+        self.origin = origin
 
     def __getitem__(self, name: str) -> Weight:
         """Return the record of `name`, following an alias."""
@@ -79,6 +87,14 @@ class WeightStore(Mapping[str, Weight]):
     def replace(self, changed: Mapping[str, Weight]) -> WeightStore:
         """Return a store in which the named weights are others."""
         return WeightStore({**self._weights, **changed}, self.aliases)
+
+    def as_float32(self) -> WeightStore:
+        """Return the store with every weight decoded to float32: the uncompressed baseline."""
+        decoded = {
+            w.name: replace(w, dtype="float32", nbytes=4 * w.size, grid=None, load=partial(self.float32, w.name))
+            for w in self._weights.values()
+        }
+        return WeightStore(decoded, self.aliases, origin=self.origin)
 
     @property
     def parameters(self) -> int:

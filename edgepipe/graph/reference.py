@@ -70,7 +70,7 @@ def _stream_weights(leaf: Any, prefix: str, weights: WeightStore) -> None:
 
     def fill(_module: Any, _inputs: Any) -> None:
         for name in empty:
-            value = np.ascontiguousarray(weights.float32(f"{prefix}.{name}"))
+            value = np.require(weights.float32(f"{prefix}.{name}"), requirements=["C", "W"])
             leaf._parameters[name] = torch.nn.Parameter(torch.from_numpy(value), requires_grad=False)
 
     def drop(_module: Any, _inputs: Any, _output: Any) -> None:

@@ -22,6 +22,7 @@ from edgepipe.engines.onnxruntime.place_weights import place_weights
 from edgepipe.engines.onnxruntime.planned import FILE_NAME, WeightsFile
 
 _HEAD_DIM_STEP = 16  # GroupQueryAttention refuses others (onnxruntime 1.31)
+GRAPH_NAME = "decoder.onnx"
 _OPSETS = {"": 23, "com.microsoft": 1}
 
 
@@ -50,9 +51,9 @@ def lower(model: OnnxModel, *, accuracy_level: int) -> tuple[bytes, WeightsFile]
 
 def write(graph: bytes, file: WeightsFile, directory: Path, progress: Callable[[int, int], None]) -> tuple[str, str]:
     """Write graph and weights into `directory`; return the two file names."""
-    (directory / "decoder.onnx").write_bytes(graph)
+    (directory / GRAPH_NAME).write_bytes(graph)
     file.write(directory / FILE_NAME, progress)
-    return "decoder.onnx", FILE_NAME
+    return GRAPH_NAME, FILE_NAME
 
 
 def _parse(graph: bytes) -> Json:

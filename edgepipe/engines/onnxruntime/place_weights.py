@@ -183,7 +183,7 @@ def _lower_gather(low: _Lowering, node: ir.Node) -> None:
     (name,) = _parts(node, 0)
     ids = node.inputs[1]
     value = low.weights.load(name)
-    real = low.weights.aliases.get(name, name)
+    real = low.weights[name].name
     if not isinstance(value, QuantizedTensor):
         gathered = _emit(low, node, [ir.node("Gather", [low.initializer(plan_float(low.weights, [real])), ids])])
         gathered.dtype = low.graph.initializers[real].dtype

@@ -51,6 +51,7 @@ class PlannedTensor:
 
 def plan_float(weights: WeightStore, names: Sequence[str]) -> PlannedTensor:
     """Plan float weights joined along their first axis, in the dtype they are stored in."""
+    names = [weights[n].name for n in names]  # a tied weight has one name in the file
     records = [weights[n] for n in names]
     dtypes = {r.dtype for r in records}
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
@@ -75,6 +76,7 @@ def plan_part(weights: WeightStore, names: Sequence[str], part: str, sample: Qua
             array = pack(np.pad(array, ((0, 0), (0, odd))), value.bits)
         return array
 
+    names = [weights[n].name for n in names]
     example = take(sample)
     rows = sum(weights[n].shape[0] for n in names)
 

@@ -1,0 +1,94 @@
+"""Write a bundle: tokenizer and manifest beside the engine's graphs and weights (docs/bundle.md has the contract).
+
+Everything in the manifest is decided by the recipe, the source's contents and the versions: the same three give the
+same bytes. Seconds, machines and measurements live outside, in run.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import edgepipe
+from edgepipe.artifacts import Json, OnnxModel
+from edgepipe.store import file_sha256, versions, write_json
+from edgepipe.weights import WeightStore
+
+if TYPE_CHECKING:
+    from edgepipe.engines.onnxruntime.planned import WeightsFile
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+_CACHE_BYTES = 4  # float32 keys and values
+_PARTS = (("embedding and head", ("embed_tokens", "lm_head")), ("attention", ("self_attn.",)), ("mlp", ("mlp.",)))
+
+
+def write_bundle(model: OnnxModel, path: Path, file: WeightsFile, recipe: Json) -> Json:
+    """Complete the bundle in `path`, where graphs and weights already are; return its manifest."""
+    (path / "tokenizer.json").write_bytes(model.info.tokenizer["tokenizer.json"])
+    names = ["decoder.onnx", "weights.bin", "tokenizer.json"]
+    if model.info.chat_template is not None:
+        (path / "chat_template.jinja").write_text(model.info.chat_template, encoding="utf-8")
+        names.append("chat_template.jinja")
+    spec = model.spec
+    shape = [1, spec["kv_heads"], spec["context"], spec["head_dim"]]
+    cache_bytes = 2 * spec["layers"] * _CACHE_BYTES * spec["kv_heads"] * spec["context"] * spec["head_dim"]
+    parameters = model.weights.parameters
+    manifest: Json = {
+        "schema": SCHEMA,
+        "edgepipe": edgepipe.__version__,
+        "name": model.info.name,
+        "task": model.info.task,
+        "engine": "onnxruntime",
+        "graphs": {"decoder": "decoder.onnx"},
+        "weights": {
+            "file": "weights.bin",
+            "bytes": file.nbytes,
+            "parameters": parameters,
+            "bits_per_weight": round(8 * file.nbytes / parameters, 4),
+            "parts": weight_parts(model.weights),
+        },
+        "model": spec,
+        "cache": {"bytes": cache_bytes, "dtype": "float32", "shape": shape, "layers": spec["layers"]},
+        "tokenizer": {
+            "file": "tokenizer.json",
+            "chat_template": "chat_template.jinja" if model.info.chat_template is not None else None,
+            "special_tokens": _special_tokens(model),
+        },
+        "licence": dataclasses.asdict(model.info.licence),
+        "source": {"model": model.info.licence.source, "sha256": model.info.fingerprint},
+        "recipe": recipe,
+        "history": [dataclasses.asdict(record) for record in model.history],
+        "versions": versions(),
+        "files": {n: {"bytes": (path / n).stat().st_size, "sha256": file_sha256(path / n)} for n in sorted(names)},
+    }
+    write_json(path / MANIFEST, manifest)
+    return manifest
+
+
+def weight_parts(weights: WeightStore) -> list[Json]:
+    """Sum parameters and bytes by part of the model and by storage, for tables."""
+    sums: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+    for weight in weights.values():
+        part = next((title for title, marks in _PARTS if any(m in weight.name for m in marks)), "norms and rest")
+        storage = f"{weight.dtype} {weight.grid}" if weight.grid else weight.dtype
+        row = sums[part, storage]
+        row[0] += weight.size
+        row[1] += weight.nbytes
+    return [
+        {"part": part, "storage": storage, "parameters": size, "bytes": nbytes, "bits_per_weight": 8 * nbytes / size}
+        for (part, storage), (size, nbytes) in sorted(sums.items())
+    ]
+
+
+def _special_tokens(model: OnnxModel) -> dict[str, str | None]:
+    """Read the special tokens a chat template may name from tokenizer_config.json."""
+    config = json.loads(model.info.tokenizer.get("tokenizer_config.json", b"{}"))
+    found: dict[str, str | None] = {}
+    for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        token = config.get(key)
+        found[key] = token.get("content") if isinstance(token, dict) else token
+    return found

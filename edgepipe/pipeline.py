@@ -1,0 +1,237 @@
+"""The whole program on one page: check the chain, run each stage, record it, save it, publish the bundle.
+
+    source ─▶ quantize ─▶ export ─▶ compile ─▶ measure
+
+Every finished stage is saved under runs/NAME/NN-stage with a key over the contents it depends on. A second run with
+the same prefix reuses it, and a run that was stopped goes on after the last finished stage. The uncompressed baseline
+goes down the same river without the compression stages, so that both meet the same exporter, engine and clock.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from edgepipe.artifacts import CompiledModel, Context, Json, Measured, StageRecord, TorchModel
+from edgepipe.bundle import MANIFEST
+from edgepipe.errors import ConfigError, EdgepipeError, StageError
+from edgepipe.recipe import Recipe, Stage, stage_options
+from edgepipe.store import (
+    Artifact,
+    cache_key,
+    file_sha256,
+    load_artifact,
+    publish,
+    read_json,
+    save_artifact,
+    write_json,
+)
+from edgepipe.weights import WeightStore
+
+_BASELINE_STAGES = ("export", "compile")  # what is left of the river when nothing is compressed
+# Above this a float32 baseline is not built: it would need more memory than the compression itself, on any machine.
+BASELINE_LIMIT_BYTES = 2 << 30
+
+
+class Listener(Protocol):
+    """Hear how a run goes."""
+
+    def begin(self, stage: str, number: int, total: int) -> None:
+        """Hear that a stage begins: the `number`-th of `total`."""
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Hear how far the stage at work is."""
+
+    def end(self, stage: str, seconds: float, *, reused: bool, notes: Sequence[str]) -> None:
+        """Hear that a stage is done, or was reused from an earlier run."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _River:
+    """Hold what stays the same from stage to stage of one river."""
+
+    recipe: Recipe
+    stages: tuple[tuple[str, Stage], ...]
+    directory: Path
+    label: str  # put before stage names shown to people: "" or "baseline "
+    fresh: bool
+    listener: Listener
+    step: Callable[[], tuple[int, int]]  # numbers the stages of the whole run
+
+
+def run(
+    model: TorchModel, recipe: Recipe, *, out: Path | None, runs: Path, fresh: bool, listener: Listener
+) -> CompiledModel | Measured:
+    """Send a model down the river of `recipe` and put the bundle at `out` (default: runs/NAME/bundle).
+
+    Raises StageError when a stage fails; whatever stood at `out` before is untouched then.
+    """
+    directory = runs / run_name(model, recipe)
+    target = out if out is not None else directory / "bundle"
+    check_output(target)
+    make_directory(directory)
+    wants_baseline = any(name == "measure" for name, _ in recipe.stages)
+    weights = model.weights
+    wants_baseline = wants_baseline and 4 * weights.parameters <= BASELINE_LIMIT_BYTES
+    total = len(recipe.stages) + (len(_BASELINE_STAGES) if wants_baseline else 0)
+    numbers = iter(range(1, total + 1))
+    river = _River(
+        recipe=recipe,
+        stages=recipe.stages,
+        directory=directory,
+        label="",
+        fresh=fresh,
+        listener=listener,
+        step=lambda: (next(numbers), total),
+    )
+    baseline: CompiledModel | None = None
+    if wants_baseline:
+        floats = dataclasses.replace(model, weights=weights.as_float32())
+        stages = tuple((name, stage) for name, stage in recipe.stages if name in _BASELINE_STAGES)
+        side = dataclasses.replace(river, stages=stages, directory=directory / "baseline", label="baseline ")
+        result = _flow(floats, side, None)
+        assert isinstance(result, CompiledModel)
+        baseline = result
+    finished = _flow(model, river, baseline)
+    compiled = finished.model if isinstance(finished, Measured) else finished
+    assert isinstance(compiled, CompiledModel)
+    _publish_bundle(compiled, target)
+    compiled = dataclasses.replace(compiled, path=target)
+    if isinstance(finished, Measured):
+        finished = dataclasses.replace(finished, model=compiled)
+        write_json(directory / "run.json", {"recipe": recipe.to_json(), "figures": finished.figures})
+        return finished
+    return compiled
+
+
+def run_name(model: TorchModel, recipe: Recipe) -> str:
+    """Name a run's directory after what is made: model, target, and bits when there is a quantize stage."""
+    bits = next((f"-{stage.bits}bit" for name, stage in recipe.stages if name == "quantize"), "")
+    return f"{model.info.name.replace('/', '--')}-{recipe.target.name}{bits}"
+
+
+def _flow(model: TorchModel, river: _River, baseline: CompiledModel | None) -> Artifact:
+    """Run the stages one after another, each from its cache where it has been run before."""
+    weights = WeightStore({n: model.weights[n] for n in model.weights}, model.weights.aliases, origin="source")
+    source = dataclasses.replace(model, weights=weights)
+    artifact: Artifact = source
+    key = cache_key(model.info.fingerprint, river.label)
+    done: list[str] = []
+    compiled: CompiledModel | None = None
+    for number, (name, stage) in enumerate(river.stages, start=1):
+        key = cache_key(key, name, stage_options(stage), dataclasses.asdict(river.recipe.target), river.recipe.seed)
+        river.listener.begin(river.label + name, *river.step())
+        directory = river.directory / f"{number:02d}-{name}"
+        started = time.perf_counter()
+        reused = not river.fresh and _has_key(directory, key)
+        if not reused:
+            make_directory(river.directory)
+            _run_stage(artifact, (name, stage, key), directory, river, baseline, tuple(done))
+        artifact = load_artifact(directory, source, compiled)
+        if isinstance(artifact, CompiledModel):
+            compiled = artifact
+        done.append(name)
+        notes = artifact.history[-1].notes
+        river.listener.end(river.label + name, time.perf_counter() - started, reused=reused, notes=notes)
+    return artifact
+
+
+def _run_stage(
+    artifact: Artifact,
+    work: tuple[str, Stage, str],
+    directory: Path,
+    river: _River,
+    baseline: CompiledModel | None,
+    done: tuple[str, ...],
+) -> None:
+    """Run one stage and save its result in `directory`, whole or not at all."""
+    name, stage, key = work
+    staged = directory.with_name(f".{directory.name}.tmp")
+    scratch = directory.with_name(f".{directory.name}.work")
+    notes: list[str] = []
+    try:
+        for path in (staged, scratch):
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir()
+        ctx = Context(
+            target=river.recipe.target,
+            work_dir=scratch,
+            seed=river.recipe.seed,
+            progress=river.listener.progress,
+            note=notes.append,
+            recipe=river.recipe.to_json(),
+            baseline=baseline,
+        )
+        result = stage(artifact, ctx)
+        record = StageRecord(stage=name, options=stage_options(stage), key=key, notes=tuple(notes))
+        result = dataclasses.replace(result, history=(*artifact.history, record))
+        save_artifact(result, staged, river.listener.progress)
+        write_json(staged / "key.json", key)
+        publish(staged, directory)
+    except EdgepipeError as error:
+        if isinstance(error, StageError):
+            error.stage, error.done = name, done
+        raise
+    except (OSError, MemoryError, RuntimeError, ValueError, ArithmeticError, LookupError, TypeError) as error:
+        raise StageError(f"stage {name} failed: {_describe(error)}", stage=name, done=done) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _describe(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}{f' ({error.filename})' if error.filename else ''}; finished stages are kept"
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no details'}"
+
+
+def _has_key(directory: Path, key: str) -> bool:
+    try:
+        return bool(read_json(directory / "key.json") == key)
+    except (OSError, ValueError):
+        return False
+
+
+def check_output(path: Path) -> None:
+    """Refuse an output that would overwrite something that isn't a bundle; nothing is written."""
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"--out {path} is a file: expected a directory that is new, empty or an earlier bundle")
+    if path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).is_file():
+        raise ConfigError(f"--out {path} is a directory that isn't a bundle: name a new one, or empty it first")
+
+
+def make_directory(path: Path) -> None:
+    """Create a directory, or say in one sentence why it can't be written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".write-test"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"{path} can't be written: {error.strerror}; name another place or change its rights") from error
+
+
+def _publish_bundle(compiled: CompiledModel, target: Path) -> None:
+    """Copy the finished bundle to where the user wants it; an earlier one there stays until the copy is whole."""
+    manifest = target / MANIFEST
+    if manifest.is_file() and file_sha256(manifest) == file_sha256(compiled.path / MANIFEST):
+        if all((target / n).is_file() and (target / n).stat().st_size == f["bytes"] for n, f in _files(compiled)):
+            return
+    staged = target.with_name(f".{target.name}.tmp")
+    try:
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(compiled.path, staged)
+        publish(staged, target)
+    except OSError as error:
+        raise StageError(f"the bundle can't be written to {target}: {error.strerror}; it is kept in {compiled.path}") from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _files(compiled: CompiledModel) -> list[tuple[str, Json]]:
+    return list(compiled.manifest["files"].items())

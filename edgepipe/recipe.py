@@ -1,0 +1,160 @@
+"""Recipe: target + ordered stages + options + seed; resolved once from three layers of defaults, printed, saved.
+
+A stage's own defaults give way to the recipe file, and that to flags and `--set STAGE.OPTION=VALUE`. A stage is found
+by its file name; the dataclass in it names the options. Unknown names, values out of range and stages in an order that
+doesn't fit are refused before any work begins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+import tomllib
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgepipe import stages
+from edgepipe.artifacts import CompiledModel, Json, Measured, TorchModel
+from edgepipe.errors import ConfigError
+from edgepipe.package_data import did_you_mean, fill_record
+from edgepipe.target import Target, load_target
+
+DEFAULT_STAGES = ("quantize", "export", "compile", "measure")
+_TOP_LEVEL = ("target", "stages", "seed")
+
+Stage = Any  # an instance of the dataclass in stages/NAME.py: options, and a __call__ from artifact to artifact
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """Hold everything that decides a run's result, apart from the model."""
+
+    target: Target
+    stages: tuple[tuple[str, Stage], ...]
+    seed: int = 0
+
+    def to_json(self) -> Json:
+        """Return the resolved recipe as it is printed and kept in the manifest."""
+        return {
+            "target": self.target.name,
+            "stages": [name for name, _ in self.stages],
+            "options": {name: stage_options(stage) for name, stage in self.stages},
+            "seed": self.seed,
+        }
+
+
+def list_stages() -> tuple[str, ...]:
+    """Return the names of all stages: the files in stages/."""
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(stages.__path__)))
+
+
+def find_stage(name: str) -> type[Stage]:
+    """Return the dataclass of a stage; ConfigError when there is none of that name."""
+    if name not in list_stages():
+        hint = did_you_mean(name, list_stages())
+        raise ConfigError(f"there is no stage {name!r}{hint}: known are {', '.join(list_stages())}")
+    module = importlib.import_module(f"edgepipe.stages.{name}")
+    kind: type[Stage] = getattr(module, name.title())
+    return kind
+
+
+def stage_options(stage: Stage) -> Json:
+    """Return a stage's options under the names users write (import_ is written import)."""
+    return {key.rstrip("_"): value for key, value in dataclasses.asdict(stage).items()}
+
+
+def read_recipe_file(path: Path) -> Json:
+    """Read a recipe's TOML; its tables are stages, its other keys target, stages and seed."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: expected a TOML file") from error
+    except OSError as error:
+        raise ConfigError(f"the recipe {path} can't be read: {error.strerror}") from error
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    for key, value in table.items():
+        if not isinstance(value, dict) and key not in _TOP_LEVEL:
+            raise ConfigError(f"{path}: unknown key {key!r}: known are {', '.join(_TOP_LEVEL)} and a table per stage")
+    return table
+
+
+def parse_setting(text: str) -> tuple[str, str, object]:
+    """Read STAGE.OPTION=VALUE; the value is read as TOML, and as plain text when it isn't TOML."""
+    name, equals, value = text.partition("=")
+    stage, dot, option = name.strip().partition(".")
+    if not (equals and dot and stage and option):
+        raise ConfigError(f"--set: expected STAGE.OPTION=VALUE, got {text!r}")
+    try:
+        return stage, option, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return stage, option, value.strip()
+
+
+def resolve(
+    *,
+    target: str | None,
+    file: Path | None = None,
+    settings: Sequence[tuple[str, str, object]] = (),
+    seed: int | None = None,
+) -> Recipe:
+    """Build the recipe from a file and settings (later ones win); ConfigError says what is wrong with it."""
+    table = read_recipe_file(file) if file is not None else {}
+    where = str(file) if file is not None else "the recipe"
+    names = table.get("stages", list(DEFAULT_STAGES))
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+        raise ConfigError(f"{where}: stages must be a list of stage names, not {names!r}")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"{where}: a stage is named twice in {', '.join(names)}")
+    chosen_seed = seed if seed is not None else table.get("seed", 0)
+    if not isinstance(chosen_seed, int) or isinstance(chosen_seed, bool) or chosen_seed < 0:
+        raise ConfigError(f"seed must be a whole number of at least 0, not {chosen_seed!r}")
+    kinds = {name: find_stage(name) for name in names}
+    options: dict[str, dict[str, object]] = {name: {} for name in names}
+    for stage, values in table.items():
+        if isinstance(values, dict):
+            for option, value in values.items():
+                _put(options, stage, option, value)
+    for stage, option, value in settings:
+        _put(options, stage, option, value)
+    check_chain(kinds)
+    return Recipe(
+        target=load_target(target or table.get("target") or "cpu"),
+        stages=tuple((name, _make_stage(kind, name, options[name])) for name, kind in kinds.items()),
+        seed=chosen_seed,
+    )
+
+
+def check_chain(kinds: Mapping[str, type[Stage]]) -> None:
+    """Compare what each stage gives with what the next one takes; ConfigError names the pair that doesn't fit."""
+    given: type = TorchModel
+    for kind in kinds.values():
+        hints = typing.get_type_hints(kind.__call__)
+        if hints["model"] is not given:
+            raise ConfigError(f"{kind.__name__} takes {hints['model'].__name__}, but would be given {given.__name__}")
+        given = hints["return"]
+    if given not in (CompiledModel, Measured):
+        raise ConfigError(f"the stages end in {given.__name__}: the last one must be compile or measure")
+
+
+def _put(options: dict[str, dict[str, object]], stage: str, option: str, value: object) -> None:
+    if stage not in options:
+        find_stage(stage)  # an unknown name gets the better sentence
+        raise ConfigError(f"{stage}.{option} is set, but the recipe has no stage {stage!r}: it has {', '.join(options)}")
+    options[stage][option] = value
+
+
+def _make_stage(kind: type[Stage], name: str, values: dict[str, object]) -> Stage:
+    """Build a stage from options as users write them; ConfigError for unknown ones and wrong types."""
+    fields = {f.name.rstrip("_"): f.name for f in dataclasses.fields(kind)}
+    for option in values:
+        if option not in fields:
+            hint = did_you_mean(option, fields)
+            raise ConfigError(f"stage {name} has no option {option!r}{hint}: known are {', '.join(fields)}")
+    return fill_record(kind, {fields[option]: value for option, value in values.items()}, name)

@@ -1,0 +1,98 @@
+"""Compile: lower the portable graphs for one engine, check the result, and write the bundle an app ships.
+
+The check runs the lowered decoder through the very runtime that ships, as a prompt and then token by token, against
+the portable graph: once with the engine's exact arithmetic (structure, packing and cache must be right to float32
+rounding), once with the arithmetic that ships (int8 activations cost some accuracy; how much is recorded).
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edgepipe.artifacts import CompiledModel, Context, OnnxModel
+from edgepipe.errors import ConfigError, ContractError
+
+_EXACT = 0  # MatMulNBits accuracy level: float32 arithmetic
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compile:
+    """Options of the stage `compile`."""
+
+    accuracy_level: int = -1  # of MatMulNBits: 0 float32 … 4 int8 activations; −1 takes the target's
+    check_tokens: int = 16  # tokens of the numeric check against the portable graph; 0 leaves it out
+    exact_tolerance: float = 1e-3  # largest difference of a logit with exact arithmetic, relative to the largest logit
+    shipped_tolerance: float = 0.1  # RMS difference of the logits as shipped, relative to their RMS
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        if not -1 <= self.accuracy_level <= 4:
+            raise ConfigError(f"compile.accuracy_level: expected 0 to 4, or -1 for the target's, got {self.accuracy_level}")
+        if self.check_tokens < 0 or self.exact_tolerance <= 0 or self.shipped_tolerance <= 0:
+            raise ConfigError("compile.check_tokens must not be negative and the tolerances must be positive")
+
+    def __call__(self, model: OnnxModel, ctx: Context) -> CompiledModel:
+        """Return the bundle, written to a directory of its own."""
+        from edgepipe.bundle import write_bundle
+        from edgepipe.engines import onnxruntime as engine
+
+        level = self.accuracy_level if self.accuracy_level >= 0 else ctx.target.onnxruntime.accuracy_level
+        path = ctx.work_dir / "bundle"
+        path.mkdir()
+        graph, file = engine.lower(model, accuracy_level=level)
+        engine.write(graph, file, path, lambda done, total: ctx.progress("writing weights", done, total))
+        if self.check_tokens:
+            self._check(model, path, ctx)
+        manifest = write_bundle(model, path, file, ctx.recipe)
+        return CompiledModel(info=model.info, path=path, manifest=manifest, history=model.history)
+
+    def _check(self, model: OnnxModel, path: Path, ctx: Context) -> None:
+        """Compare the lowered decoder with the portable graph; ContractError when they differ too much."""
+        from edgepipe.engines import onnxruntime as engine
+        from edgepipe.graph.evaluate import prompt_logits
+
+        count = min(self.check_tokens, model.spec["context"])
+        ids = np.random.default_rng(ctx.seed + 1).integers(0, model.spec["vocab_size"], (1, count), dtype=np.int64)
+        ctx.progress("the portable graph's logits", 0, 3)
+        expected = prompt_logits(model, ids)
+        exact_dir = ctx.work_dir / "exact"
+        exact_dir.mkdir()
+        graph, _ = engine.lower(model, accuracy_level=_EXACT)
+        (exact_dir / engine.GRAPH_NAME).write_bytes(graph)
+        (exact_dir / engine.FILE_NAME).symlink_to(path / engine.FILE_NAME)
+        ctx.progress("the lowered graph's logits, exact", 1, 3)
+        exact = _run_in_steps(exact_dir, model, ids) - expected
+        shutil.rmtree(exact_dir)
+        ctx.progress("the lowered graph's logits, as shipped", 2, 3)
+        shipped = _run_in_steps(path, model, ids) - expected
+        worst = float(np.abs(exact).max() / np.abs(expected).max())
+        loss = float(np.sqrt(np.square(shipped).mean() / np.square(expected).mean()))
+        for kind, error, allowed in (("exact", worst, self.exact_tolerance), ("shipped", loss, self.shipped_tolerance)):
+            if not error <= allowed:
+                raise ContractError(
+                    f"the lowered graph ({kind} arithmetic) differs from the portable one by {error:.1e} of the logits; "
+                    f"allowed {allowed:.0e}"
+                )
+        ctx.note(f"agrees with the portable graph on {count} tokens: {worst:.0e} exact, {loss:.0e} as shipped")
+
+
+def _run_in_steps(path: Path, model: OnnxModel, ids: np.ndarray) -> np.ndarray:
+    """Run ids [1, n] as a prompt of n − n//4 tokens and then one by one. → logits [1, n, vocab]"""
+    from edgepipe.engines import onnxruntime as engine
+    from edgepipe.runtime.onnxruntime import open_decoder
+
+    manifest = {"graphs": {"decoder": engine.GRAPH_NAME}, "weights": {"file": engine.FILE_NAME}, "model": model.spec}
+    decoder = open_decoder(path, manifest, None)
+    cache = decoder.new_cache(1)
+    count = ids.shape[1]
+    prompt = count - count // 4
+    pieces = []
+    for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, count))]:
+        positions = np.arange(end - start, dtype=np.int64)[None]
+        logits = decoder.run(cache, ids[:, start:end], np.array([start]), np.array([end - start]), positions)
+        pieces.append(logits.copy())
+    return np.concatenate(pieces, axis=1)

@@ -1,0 +1,43 @@
+"""Measure: TTFT, time per output token, memory, bytes and perplexity of the bundle, beside the uncompressed baseline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgepipe.artifacts import CompiledModel, Context, Measured
+from edgepipe.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measure:
+    """Options of the stage `measure`."""
+
+    text: str = "prose-eval"  # name of an evaluation set in calibration/
+    blocks: int = 2  # fresh processes per bundle, alternating with the baseline's
+    threads: int = 0  # 0 takes the target's
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        if self.blocks < 1 or self.threads < 0:
+            raise ConfigError("measure.blocks must be at least 1 and measure.threads must not be negative")
+
+    def __call__(self, model: CompiledModel, ctx: Context) -> Measured:
+        """Return the bundle with its figures; where no baseline was built they say so."""
+        from edgepipe.calibration import open_text
+        from edgepipe.measuring.run import describe_machine, measure_bundles
+
+        text = open_text(self.text, purpose="evaluation")
+        threads = self.threads or ctx.target.onnxruntime.threads
+        bundles = {"bundle": model.path}
+        if ctx.baseline is not None:
+            bundles = {"baseline": ctx.baseline.path, **bundles}
+        else:
+            ctx.note("no float32 baseline: it would be larger than the limit for one")
+        results = measure_bundles(bundles, text, threads=threads, blocks=self.blocks, progress=ctx.progress)
+        figures = {
+            "bundle": results["bundle"],
+            "baseline": results.get("baseline"),
+            "text": self.text,
+            "machine": describe_machine(threads),
+        }
+        return Measured(model=model, figures=figures, history=model.history)

@@ -1,0 +1,252 @@
+"""Save and load artifacts, hash contents, make cache keys.
+
+A weight store on disk is `weights.bin` (one value after another, as stored) and `weights.json` (where each lies). It
+comes back as memory-mapped arrays: opening it reads nothing. An artifact whose weights already lie in another stage's
+folder, or still come from the source, only refers to them, so weights are on disk once per stage that changed them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgepipe.artifacts import (
+    CompiledModel,
+    Json,
+    Licence,
+    Measured,
+    ModelInfo,
+    OnnxModel,
+    QuantizedTensor,
+    StageRecord,
+    TorchModel,
+)
+from edgepipe.errors import ContractError
+from edgepipe.weights import Value, Weight, WeightStore
+
+Artifact = TorchModel | OnnxModel | CompiledModel | Measured
+
+_ALIGNMENT = 64
+_PARTS = ("codes", "scale", "zero_points", "minima")
+# what decides the bytes of a result, beside edgepipe's own code
+_PRODUCERS = ("numpy", "onnx", "onnx-ir", "onnxruntime", "torch", "transformers", "gguf", "safetensors", "tokenizers")
+
+
+def save_weights(store: WeightStore, directory: Path, progress: Callable[[str, int, int], None]) -> WeightStore:
+    """Compute every weight, one at a time, into `directory`; return the store that reads them back."""
+    index: list[Json] = []
+    with (directory / "weights.bin").open("wb") as file:
+        for done, name in enumerate(store):
+            progress(name, done, len(store))
+            value = store.load(name)
+            index.append(_write_value(file, store[name], value))
+            del value
+        file.flush()
+        os.fsync(file.fileno())
+    write_json(directory / "weights.json", {"tensors": index, "aliases": store.aliases})
+    return load_weights(directory)
+
+
+def load_weights(directory: Path) -> WeightStore:
+    """Open a saved weight store; values are views of one memory-mapped file."""
+    index = read_json(directory / "weights.json")
+    path = directory / "weights.bin"
+    file = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
+    weights = {}
+    for entry in index["tensors"]:
+        weights[entry["name"]] = Weight(
+            name=entry["name"],
+            shape=tuple(entry["shape"]),
+            dtype=entry["dtype"],
+            nbytes=entry["nbytes"],
+            grid=entry["grid"],
+            load=_reader(file, entry),
+        )
+    return WeightStore(weights, index["aliases"], origin=str(directory.resolve()))
+
+
+def save_artifact(artifact: Artifact, directory: Path, progress: Callable[[str, int, int], None]) -> None:
+    """Write an artifact into an empty directory."""
+    record: Json = {"kind": type(artifact).__name__, "history": [dataclasses.asdict(r) for r in artifact.history]}
+    if isinstance(artifact, Measured):
+        record |= {"figures": artifact.figures}
+    else:
+        _save_info(artifact.info, directory)
+    if isinstance(artifact, TorchModel | OnnxModel):
+        origin = artifact.weights.origin
+        if origin is None:
+            save_weights(artifact.weights, directory, progress)
+        record["weights"] = origin if origin in (None, "source") else os.path.relpath(origin, directory)
+    if isinstance(artifact, OnnxModel):
+        record["spec"] = artifact.spec
+        record["graphs"] = sorted(artifact.graphs)
+        for name, graph in artifact.graphs.items():
+            (directory / f"{name}.onnx").write_bytes(graph)
+    if isinstance(artifact, CompiledModel) and artifact.path.resolve() != (directory / "bundle").resolve():
+        shutil.move(artifact.path, directory / "bundle")
+    write_json(directory / "artifact.json", record)
+
+
+def load_artifact(directory: Path, source: TorchModel, compiled: CompiledModel | None = None) -> Artifact:
+    """Read an artifact back. `source` lends its weights to artifacts that refer to it, `compiled` its bundle."""
+    record = read_json(directory / "artifact.json")
+    history = tuple(StageRecord(**{**r, "notes": tuple(r["notes"])}) for r in record["history"])
+    if record["kind"] == "Measured":
+        if compiled is None:
+            raise ContractError(f"{directory} holds measurements, but the bundle they belong to is gone")
+        return Measured(model=compiled, figures=record["figures"], history=history)
+    info = _load_info(directory)
+    if record["kind"] == "CompiledModel":
+        path = directory / "bundle"
+        return CompiledModel(info=info, path=path, manifest=read_json(path / "manifest.json"), history=history)
+    origin = record["weights"]
+    if origin == "source":
+        weights = source.weights
+    else:
+        weights = load_weights(directory if origin is None else directory / origin)
+    if record["kind"] == "TorchModel":
+        return TorchModel(info=info, weights=weights, history=history)
+    graphs = {name: (directory / f"{name}.onnx").read_bytes() for name in record["graphs"]}
+    return OnnxModel(info=info, weights=weights, graphs=graphs, spec=record["spec"], history=history)
+
+
+def cache_key(*contents: object) -> str:
+    """Hash the contents a result depends on, edgepipe's own code and its producers' versions among them."""
+    text = json.dumps([*contents, code_fingerprint(), versions()], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@cache
+def code_fingerprint() -> str:
+    """Hash edgepipe's own source files."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Return the installed versions of the packages that decide a result's bytes."""
+    found = {}
+    for name in _PRODUCERS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def file_sha256(path: Path) -> str:
+    """Return a file's sha256, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON the same way every time: sorted keys, two spaces, a last newline."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of ours."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def publish(staged: Path, target: Path) -> None:
+    """Put a finished directory in its place: whole, or not at all; an earlier one goes only when the new one stands."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    if target.exists():
+        target.rename(old)
+    try:
+        staged.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
+    """Copy files into a new directory, sharing their bytes through hard links where the file system can."""
+    for name in names:
+        destination = target / name
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source / name, destination)
+        except OSError:
+            shutil.copyfile(source / name, destination)
+
+
+def _write_value(file: Any, weight: Weight, value: Value) -> Json:
+    entry: Json = {"name": weight.name, "shape": list(weight.shape), "dtype": weight.dtype, "grid": weight.grid}
+    arrays: dict[str, np.ndarray]
+    if isinstance(value, QuantizedTensor):
+        arrays = {part: getattr(value, part) for part in _PARTS if getattr(value, part) is not None}
+        entry |= {"bits": value.bits, "group": value.group}
+        shape: tuple[int, ...] = value.shape
+    else:
+        arrays = {"value": value}
+        shape = value.shape
+    entry["nbytes"] = sum(a.nbytes for a in arrays.values())
+    if shape != weight.shape or entry["nbytes"] != weight.nbytes:
+        raise ContractError(
+            f"{weight.name}: planned {weight.shape} in {weight.nbytes} bytes, got {shape} in {entry['nbytes']}"
+        )
+    entry["parts"] = {}
+    for part, array in arrays.items():
+        file.seek(-(-file.tell() // _ALIGNMENT) * _ALIGNMENT)
+        entry["parts"][part] = {"offset": file.tell(), "dtype": array.dtype.name, "shape": list(array.shape)}
+        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return entry
+
+
+def _reader(file: np.ndarray, entry: Json) -> Callable[[], Value]:
+    def load() -> Value:
+        arrays = {part: _view(file, place) for part, place in entry["parts"].items()}
+        if "value" in arrays:
+            return arrays["value"]
+        out, n_in = entry["shape"]
+        return QuantizedTensor(
+            shape=(out, n_in), bits=entry["bits"], group=entry["group"], source_grid=entry["grid"], **arrays
+        )
+
+    return load
+
+
+def _view(file: np.ndarray, place: Json) -> np.ndarray:
+    import ml_dtypes
+
+    dtype = np.dtype(getattr(ml_dtypes, place["dtype"], place["dtype"]))
+    size = int(np.prod(place["shape"], dtype=np.int64)) * dtype.itemsize
+    return file[place["offset"] : place["offset"] + size].view(dtype).reshape(place["shape"])
+
+
+def _save_info(info: ModelInfo, directory: Path) -> None:
+    record = dataclasses.asdict(dataclasses.replace(info, tokenizer={}))
+    record["tokenizer"] = sorted(info.tokenizer)
+    folder = directory / "tokenizer"
+    folder.mkdir()
+    for name, content in info.tokenizer.items():
+        (folder / name).write_bytes(content)
+    write_json(directory / "info.json", record)
+
+
+def _load_info(directory: Path) -> ModelInfo:
+    record = read_json(directory / "info.json")
+    record["tokenizer"] = {name: (directory / "tokenizer" / name).read_bytes() for name in record["tokenizer"]}
+    record["licence"] = Licence(**{**record["licence"], "lineage": tuple(record["licence"]["lineage"])})
+    record["eos_token_ids"] = tuple(record["eos_token_ids"])
+    return ModelInfo(**record)
