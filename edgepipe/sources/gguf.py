@@ -299,9 +299,9 @@ def _config(header: Header, family: Family) -> Json:
         for key, name in mapping.items()
         if name is not None and f"{arch}.{key}" in metadata
     }
-    # transformers' table takes Llama's head width from the rotary width, and no width at all for Qwen.
-    rotary = _number(header, f"{arch}.rope.dimension_count", int, hidden // heads or 1)
-    head_dim = _number(header, f"{arch}.attention.key_length", int, rotary)
+    # As llama.cpp reads them; transformers' table takes Llama's head width from the rotary width, and none for Qwen.
+    head_dim = _number(header, f"{arch}.attention.key_length", int, hidden // heads or 1)
+    rotary = _number(header, f"{arch}.rope.dimension_count", int, head_dim)
     if rotary != head_dim:
         raise ConfigError(
             f"{header.path} rotates {rotary} of {head_dim} elements of a head; partial rotary positions are not read "
