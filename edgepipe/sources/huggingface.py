@@ -269,10 +269,9 @@ def _equal(one: Weight, other: Weight) -> bool:
     # The loads above are partial(_load, path, stored name): their slices are read instead of the whole.
     places = [cast("partial[np.ndarray]", weight.load).args for weight in (one, other)]
     first, second = (_open(path).get_slice(name) for path, name in places)
-    return all(
-        first[start : start + _SLICE_ROWS].tobytes() == second[start : start + _SLICE_ROWS].tobytes()
-        for start in range(0, one.shape[0], _SLICE_ROWS)
-    )
+    rows = one.shape[0]
+    spans = [slice(start, min(rows, start + _SLICE_ROWS)) for start in range(0, rows, _SLICE_ROWS)]
+    return all(first[span].tobytes() == second[span].tobytes() for span in spans)
 
 
 def _licence(directory: Path, config: Json, source: str) -> Licence:

@@ -224,9 +224,8 @@ def test_flipped_header_bytes_never_crash(write_gguf: Writer, tmp_path: Path) ->
         start = time.perf_counter()
         try:
             open_gguf(damaged)
-        except EdgepipeError as error:
+        except EdgepipeError:
             refused += 1
-            assert str(error)
         assert time.perf_counter() - start < 5
     assert refused > 60
 
@@ -272,7 +271,7 @@ def test_tensor_beyond_the_file_is_refused(write_gguf: Writer) -> None:
     path = write_gguf(make_decoder("llama", tied=True), "llama")
     at = path.read_bytes().index(b"output_norm.weight") + len(b"output_norm.weight")
     poke(path, at + 4 + 8 + 4, "<Q", 2**40)
-    with pytest.raises(ConfigError, match="truncated: the tensor 'output_norm.weight'"):
+    with pytest.raises(ConfigError, match=r"truncated: the tensor 'output_norm\.weight'"):
         open_gguf(path)
 
 
