@@ -70,25 +70,32 @@ def read_record(path: Path, kind: type[Record], extra: dict[str, object] | None 
         raise ConfigError(message if message.startswith(str(path)) else f"{path}: {message}") from error
 
 
+def fill_record(kind: type[Record], table: dict[str, Any], name: str) -> Record:
+    """Fill the dataclass `kind` from values that come from flags or several files; `name` is put before each key."""
+    return _fill(kind, table, _Place(None, "", name), {})
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Place:
     """Say which table of which file is being read, so that an error can name the line."""
 
-    path: Path
+    path: Path | None  # None: the values come from nowhere that has lines
     text: str
     table: str  # "" for the top of the file
 
     def at(self, key: str) -> str:
-        """Return "file, line 3" for the line that sets `key` in this table, or the file alone if no line does."""
+        """Return "file, line 3: " for the line that sets `key` in this table, or the file alone if no line does."""
+        if self.path is None:
+            return ""
         table = ""
         for number, line in enumerate(self.text.splitlines(), start=1):
             if header := re.match(r"\s*\[\s*([^\[\]]+?)\s*\]", line):
                 table = header[1]
                 if not self.table and table == key:
-                    return f"{self.path}, line {number}"
+                    return f"{self.path}, line {number}: "
             elif table == self.table and re.match(rf"""\s*["']?{re.escape(key)}["']?\s*[=.]""", line):
-                return f"{self.path}, line {number}"
-        return str(self.path)
+                return f"{self.path}, line {number}: "
+        return f"{self.path}: "
 
     def name(self, key: str) -> str:
         """Return the key as a reader would write it: "onnxruntime.threads"."""
@@ -115,13 +122,13 @@ def _fill(kind: type[Record], table: dict[str, Any], place: _Place, extra: dict[
         if key not in fields:
             where, name = place.at(key), place.name(key)
             known = ", ".join(fields)
-            raise ConfigError(f"{where}: unknown key {name!r}{did_you_mean(key, fields)}: known are {known}")
+            raise ConfigError(f"{where}unknown key {name!r}{did_you_mean(key, fields)}: known are {known}")
     values = dict(extra)
     for key, field in fields.items():
         if key in table:
             values[key] = _convert(table[key], hints[key], place, key)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"{place.path}: the key {place.name(key)!r} is missing")
+            raise ConfigError(f"{place.at(key)}the key {place.name(key)!r} is missing")
     return kind(**values)
 
 
@@ -142,9 +149,9 @@ def _convert(value: object, hint: Any, place: _Place, key: str) -> object:
             return value
         expected = "one of " + ", ".join(repr(choice) for choice in typing.get_args(hint))
     else:
-        if isinstance(value, hint) and not isinstance(value, bool):
+        if isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
             return value
         if hint is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
-        expected = {str: "a string", int: "a whole number", float: "a number"}[hint]
-    raise ConfigError(f"{place.at(key)}: {place.name(key)!r} must be {expected}, not {value!r}")
+        expected = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}[hint]
+    raise ConfigError(f"{place.at(key)}{place.name(key)!r} must be {expected}, not {value!r}")

@@ -1,12 +1,11 @@
 """Load a lowered decoder with onnxruntime and run it over preallocated key/value caches.
 
-Past and present are bound to the same memory, so a step moves nothing but the new token. The weights file is mapped
-by this process and handed to onnxruntime; once it has made its packed copy the mapped pages are given back.
+Past and present are bound to the same memory, so a step moves nothing but the new token. onnxruntime maps the weights
+file, makes its packed copy of each matrix and gives the mapping back, except for what it only gathers from.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 from pathlib import Path
 from typing import Any
@@ -86,11 +85,6 @@ def open_decoder(path: Path, manifest: dict[str, Any], threads: int | None) -> D
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.enable_cpu_mem_arena = False
-    weights = path / manifest["weights"]["file"]
-    with weights.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    address = np.frombuffer(mapped, np.uint8)
-    del address
     try:
         session = ort.InferenceSession(
             os.fspath(path / manifest["graphs"]["decoder"]), options, providers=["CPUExecutionProvider"]

@@ -1,0 +1,238 @@
+"""The command line: parse, call one library function, print. Imports nothing heavy, so that --help answers at once.
+
+People read stderr (progress, tables); programs read the last line of stdout, one JSON document.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+import edgepipe
+from edgepipe.errors import ConfigError, EdgepipeError, StageError
+
+_INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
+_OVER_BUDGET = 3
+
+
+
+class _Commands(click.Group):
+    """A group that turns edgepipe's errors into one sentence and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; a known error is printed without a traceback."""
+        try:
+            return super().invoke(ctx)
+        except StageError as error:
+            done = f" (finished and kept: {', '.join(error.done)})" if error.done else ""
+            stage = f"stage {error.stage}: " if error.stage and f"stage {error.stage}" not in str(error) else ""
+            _fail(f"{stage}{error}{done}", error.exit_code)
+        except EdgepipeError as error:
+            _fail(str(error), error.exit_code)
+        except KeyboardInterrupt:
+            _fail("stopped; finished stages are kept, the same command goes on from there", _INTERRUPTED)
+        except BrokenPipeError:  # the reader of our stdout is gone: nothing left to tell anybody
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(edgepipe.__version__, prog_name="edgepipe")
+def main() -> None:
+    """Compress a language model for a small device, and measure what came out."""
+
+
+@main.command("compress")
+@click.argument("model", default="smollm2-135m")
+@click.option("--target", help="Name in `edgepipe targets`, or a TOML file.  [default: cpu]")
+@click.option("--bits", type=int, help="Bits per weight of the layers: 4, 8 or 16.  [default: 4]")
+@click.option("--embedding-bits", type=int, help="Bits of embedding and output head: 4, 8 or 16.  [default: 8]")
+@click.option("--out", type=click.Path(path_type=Path), help="Where the bundle goes.  [default: runs/NAME/bundle]")
+@click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="A recipe in TOML.")
+@click.option("--set", "settings", multiple=True, metavar="STAGE.OPTION=VALUE", help="Set one option of a stage.")
+@click.option("--context", type=int, help="Tokens the KV cache holds.  [default: 2048]")
+@click.option("--seed", type=int, help="Seed of everything random.  [default: 0]")
+@click.option("--fresh", is_flag=True, help="Repeat stages that an earlier run finished.")
+@click.option("--dry-run", is_flag=True, help="Check and print the recipe; do nothing.")
+def compress_command(
+    model: str,
+    target: str | None,
+    bits: int | None,
+    embedding_bits: int | None,
+    out: Path | None,
+    recipe_file: Path | None,
+    settings: tuple[str, ...],
+    context: int | None,
+    seed: int | None,
+    fresh: bool,
+    dry_run: bool,
+) -> None:
+    """Compress MODEL (a directory, a hub id, a .gguf file or a packaged name) into a bundle, and measure it."""
+    from edgepipe.compress import compress, over_budget
+    from edgepipe.recipe import parse_setting, resolve
+
+    flags = [("quantize", "bits", bits), ("quantize", "embedding_bits", embedding_bits), ("export", "context", context)]
+    chosen: list[tuple[str, str, object]] = [parse_setting(text) for text in settings]
+    chosen += [(stage, option, value) for stage, option, value in flags if value is not None]
+    recipe = resolve(target=target, file=recipe_file, settings=chosen, seed=seed)
+    _say(f"recipe: {json.dumps(recipe.to_json())}")
+    if dry_run:
+        _print_json({"model": model, "recipe": recipe.to_json()})
+        return
+    from edgepipe.report.progress import Progress
+    from edgepipe.report.terminal import measured_table
+
+    summary = compress(model, recipe, listener=Progress(), out=out, fresh=fresh)
+    if "figures" in summary:
+        _say(f"\n{measured_table(summary['figures'])}\n")
+    _say(f"bundle: {summary['bundle']}    try it: edgepipe run {summary['bundle']} \"What is the capital of France?\"")
+    broken = over_budget(summary, recipe)
+    summary.pop("figures", None)
+    _print_json(summary | {"over_budget": broken})
+    for sentence in broken:
+        _say(sentence)
+    if broken:
+        sys.exit(_OVER_BUDGET)
+
+
+@main.command("run")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("prompt", required=False)
+@click.option("--max-new-tokens", default=256, show_default=True, help="Tokens to generate at most.")
+@click.option("--temperature", default=0.0, show_default=True, help="0 picks the most likely token each time.")
+@click.option("--top-k", default=0, show_default=True, help="Sample among the K most likely tokens; 0: all.")
+@click.option("--top-p", default=1.0, show_default=True, help="Sample among the most likely tokens of this mass.")
+@click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1: repeat less.")
+@click.option("--stop", multiple=True, help="Stop before this text.")
+@click.option("--seed", type=int, help="Seed of the sampling.")
+@click.option("--threads", type=int, help="Threads of the engine.  [default: one per physical core]")
+@click.option("--raw", is_flag=True, help="Continue PROMPT as it is, without the chat template.")
+def run_command(bundle: Path, prompt: str | None, threads: int | None, raw: bool, **sampling: Any) -> None:
+    """Stream the answer of BUNDLE to PROMPT; without PROMPT, chat (or answer what stdin holds, if it is piped)."""
+    from edgepipe.runtime import load
+
+    model = load(bundle, threads=threads)
+    if prompt is None and sys.stdin.isatty():
+        _chat(model, sampling)
+        return
+    text = prompt if prompt is not None else _read_stdin()
+    if not text.strip():
+        raise ConfigError("the prompt is empty: give some text as PROMPT or on stdin")
+    asked: Any = text if raw or not _has_template(model) else [{"role": "user", "content": text}]
+    _stream(model.generate(asked, stream=True, **sampling))
+
+
+@main.command("inspect")
+@click.argument("model")
+def inspect_command(model: str) -> None:
+    """Show layers, parameters, bytes per part and bits per weight of MODEL or a bundle."""
+    from edgepipe.inspect import inspect_any
+    from edgepipe.report.terminal import megabytes, table
+
+    facts = inspect_any(model)
+    for key, value in facts.items():
+        if key != "parts":
+            _say(f"{key.replace('_', ' '):16} {value:,}" if isinstance(value, int) else f"{key.replace('_', ' '):16} {value}")
+    rows = [
+        [p["part"], p["storage"], f"{p['parameters']:,}", megabytes(p["bytes"]), f"{p['bits_per_weight']:.2f}"]
+        for p in facts["parts"]
+    ]
+    _say("\n" + table(["part", "stored as", "parameters", "MB", "bits/weight"], rows))
+    _print_json(facts)
+
+
+@main.command("targets")
+def targets_command() -> None:
+    """List the machines a model can be made for."""
+    from edgepipe.report.terminal import table
+    from edgepipe.target import list_targets, load_target
+
+    targets = [load_target(name) for name in list_targets()]
+    rows = [[t.name, ", ".join(t.engines), t.measurable, t.description] for t in targets]
+    _say(table(["target", "engines", "measured", "what it is"], rows))
+    _print_json([{"name": t.name, "engines": list(t.engines), "description": t.description} for t in targets])
+
+
+@main.command("stages")
+@click.argument("name", required=False)
+def stages_command(name: str | None) -> None:
+    """List the stages, or the options of the stage NAME with their defaults and meaning."""
+    from edgepipe.report.terminal import table
+    from edgepipe.stage_help import describe_stages, stage_options_help
+
+    if name is None:
+        stages = describe_stages()
+        _say(table(["stage", "what it does"], [[s["name"], s["summary"]] for s in stages]))
+        _print_json(stages)
+        return
+    options = stage_options_help(name)
+    _say(table(["option", "default", "meaning"], [[f"{name}.{o['name']}", o["default"], o["meaning"]] for o in options]))
+    _print_json(options)
+
+
+@main.command("models")
+def models_command() -> None:
+    """List the models that come as packages: no hub needed."""
+    from edgepipe.report.terminal import table
+    from edgepipe.sources import DEFAULT_MODEL, PACKAGED
+
+    rows = [[m.name + (" (default)" if m.name == DEFAULT_MODEL else ""), m.licence.id, m.title] for m in PACKAGED]
+    _say(table(["model", "licence", "what it is"], rows))
+    _print_json([{"name": m.name, "licence": m.licence.id, "description": m.title} for m in PACKAGED])
+
+
+def _chat(model: Any, sampling: dict[str, Any]) -> None:
+    """Talk until Ctrl-D; each turn pays only for what is new."""
+    _say(f"{model.name}: write a message, or end with Ctrl-D.")
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            text = click.prompt("you", prompt_suffix="> ", err=True)
+        except click.Abort:
+            return
+        messages.append({"role": "user", "content": text})
+        answer = _stream(model.generate(messages, stream=True, **sampling))
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _stream(pieces: Iterator[str]) -> str:
+    """Print pieces of text as they come; return the whole."""
+    text = []
+    for piece in pieces:
+        text.append(piece)
+        click.echo(piece, nl=False)
+        sys.stdout.flush()
+    click.echo()
+    return "".join(text)
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the text on stdin is not UTF-8 (byte {error.start}): convert it first") from error
+
+
+def _has_template(model: Any) -> bool:
+    return model.manifest["tokenizer"]["chat_template"] is not None
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _print_json(value: object) -> None:
+    click.echo(json.dumps(value, ensure_ascii=False))
+
+
+def _fail(message: str, code: int) -> None:
+    _say(f"edgepipe: {message}")
+    sys.exit(code)
+
+

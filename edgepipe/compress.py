@@ -1,0 +1,71 @@
+"""Compress: the library function behind `edgepipe compress`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgepipe.artifacts import Json, Measured
+from edgepipe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from edgepipe.pipeline import Listener
+    from edgepipe.recipe import Recipe
+
+
+def compress(
+    model: str, recipe: Recipe, *, listener: Listener, out: Path | None = None, runs: Path = Path("runs"), fresh: bool = False
+) -> Json:
+    """Compress MODEL by a recipe and return the summary: bundle path, bytes, bits per weight and what was measured.
+
+    `runs` keeps finished stages, so that a run that was stopped, or one with the same beginning, needn't repeat them;
+    `fresh` repeats them all. Raises ConfigError before any work begins, StageError or TargetError when a stage fails.
+    """
+    from edgepipe.pipeline import check_output, run
+    from edgepipe.sources import open_model
+
+    if out is not None:
+        check_output(out)
+    source = open_model(model)
+    if source.info.task != "text-generation":
+        raise ConfigError(
+            f"{source.info.name} is a {source.info.task} model ({source.info.config.get('model_type')}): "
+            "compress takes decoder language models so far"
+        )
+    result = run(source, recipe, out=out, runs=runs, fresh=fresh, listener=listener)
+    bundle = result.model if isinstance(result, Measured) else result
+    weights = bundle.manifest["weights"]
+    summary: Json = {
+        "bundle": str(bundle.path),
+        "bundle_bytes": sum(f.stat().st_size for f in bundle.path.iterdir()),
+        "weight_bytes": weights["bytes"],
+        "bits_per_weight": weights["bits_per_weight"],
+        "cache_bytes": bundle.manifest["cache"]["bytes"],
+    }
+    if isinstance(result, Measured):
+        summary |= {"figures": result.figures} | _headline(result.figures)
+    return summary
+
+
+def _headline(figures: Json) -> Json:
+    keys = ("ttft_ms", "token_ms", "tokens_per_second", "memory_peak_bytes", "perplexity")
+    line: Json = {key: figures["bundle"][key] for key in keys}
+    line["baseline"] = None if figures["baseline"] is None else {key: figures["baseline"][key] for key in keys}
+    return line
+
+
+def over_budget(summary: Json, recipe: Recipe) -> list[str]:
+    """Return one sentence for every budget of the target that the result breaks."""
+    figures = summary.get("figures")
+    if figures is None:
+        return []
+    after, before, budgets = figures["bundle"], figures["baseline"], recipe.target.budgets
+    checks = [("TTFT in ms", after["ttft_ms"], budgets.ttft_ms)]
+    if before is not None:
+        checks.append(("shipped ratio", after["bundle_bytes"] / before["bundle_bytes"], budgets.shipped_ratio))
+        checks.append(("perplexity ratio", after["perplexity"] / before["perplexity"], budgets.perplexity_ratio))
+    return [
+        f"over budget: {title} is {value:.3f}, the target {recipe.target.name} allows {allowed:.3f}"
+        for title, value, allowed in checks
+        if allowed is not None and value > allowed
+    ]

@@ -1,0 +1,1 @@
+"""Tests of edgepipe; the folders mirror the package's."""

@@ -1,0 +1,54 @@
+"""Shared fixtures: tiny real models, made in a second, seeded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny_models import TINY_TEXT, save_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a Hugging Face directory: a 2-layer random Llama with a small byte-level tokenizer and a chat template."""
+    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny-llama", "llama")
+
+
+@pytest.fixture(scope="session")
+def build_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function that sends a model directory down the pipeline, without measuring, and returns the bundle."""
+    from edgepipe.compress import compress
+    from edgepipe.recipe import resolve
+    from tests.listener import Silent
+
+    def build(model: Path, *settings: tuple[str, str, object]) -> Path:
+        folder = tmp_path_factory.mktemp("built")
+        recipe_file = folder / "recipe.toml"
+        recipe_file.write_text('stages = ["quantize", "export", "compile"]\n', encoding="utf-8")
+        recipe = resolve(target="cpu", file=recipe_file, settings=[("export", "context", 128), *settings])
+        summary = compress(str(model), recipe, listener=Silent(), out=folder / "bundle", runs=folder / "runs")
+        return Path(summary["bundle"])
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_model_dir: Path, build_tiny: Callable[..., Path]) -> Path:
+    """Make a 4-bit bundle of the tiny model with a context of 128 tokens."""
+    return build_tiny(tiny_model_dir)
+
+
+@pytest.fixture(scope="session")
+def tiny_text() -> str:
+    """Return the text the tiny tokenizer was trained on."""
+    return TINY_TEXT
+
+
+@pytest.fixture
+def manifest_of() -> Callable[[Path], dict[str, Any]]:
+    """Return a function that reads a bundle's manifest."""
+    return lambda bundle: dict(json.loads((bundle / "manifest.json").read_text(encoding="utf-8")))
