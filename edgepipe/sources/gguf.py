@@ -327,6 +327,8 @@ def _config(header: Header, family: Family) -> Json:
     for key, name in (("bos", "bos"), ("eos", "eos"), ("padding", "pad")):
         ids = token_ids(metadata.get(f"tokenizer.ggml.{key}_token_id"))
         fields[f"{name}_token_id"] = min(ids, default=None)
+        if ids and max(ids) >= embedding.shape[0]:
+            raise _damaged(header.path, f"its {key} token {max(ids)} is not one of its {embedding.shape[0]} tokens")
     try:
         config: Json = AutoConfig.for_model(arch, **fields).to_dict()
     except Exception as error:  # a config class validates with exceptions of several libraries

@@ -284,6 +284,15 @@ def test_more_layers_than_tensors(write_gguf: Writer) -> None:
         open_gguf(path)
 
 
+def test_end_of_text_outside_the_vocabulary(write_gguf: Writer) -> None:
+    """A special token that the vocabulary doesn't have is refused."""
+    path = write_gguf(make_decoder("llama", tied=True), "llama")
+    at = path.read_bytes().index(b"tokenizer.ggml.eos_token_id") + len(b"tokenizer.ggml.eos_token_id")
+    poke(path, at + 4, "<I", 400)
+    with pytest.raises(ConfigError, match="its eos token 400 is not one of its 400 tokens"):
+        open_gguf(path)
+
+
 def test_missing_unknown_and_misshapen_tensors(write_gguf: Writer) -> None:
     """Config and tensors must agree one to one."""
     model = make_decoder("llama", tied=True)

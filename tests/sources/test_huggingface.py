@@ -315,6 +315,7 @@ def test_nothing_of_a_directory_is_run(save_llama: SaveLlama) -> None:
     change_json(directory / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]})
     open_directory(directory)  # a known family: its own class is used
     change_json(directory / "config.json", model_type="evil")
+    change_json(directory / "tokenizer_config.json", tokenizer_class="Evil")
     with pytest.raises(ConfigError, match=r"the tokenizer of .* cannot be read"):
         open_directory(directory)
     assert not marker.exists()
