@@ -14,7 +14,8 @@ from gguf import GGMLQuantizationType, GGUFReader
 from edgepipe.artifacts import QuantizedTensor
 from edgepipe.errors import ConfigError, EdgepipeError
 from edgepipe.numerics.gguf_blocks import GRIDS
-from edgepipe.sources.gguf import open_gguf, read_header
+from edgepipe.sources.gguf import open_gguf
+from edgepipe.sources.gguf_header import read_header
 from edgepipe.weights import WeightStore
 
 from .conftest import make_decoder
