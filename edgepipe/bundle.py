@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,11 +23,11 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-_CACHE_BYTES = 4  # float32 keys and values
+_CACHE_BYTES = {"float32": 4, "float16": 2}  # of one element of a key or value
 _PARTS = (("embedding and head", ("embed_tokens", "lm_head")), ("attention", ("self_attn.",)), ("mlp", ("mlp.",)))
 
 
-def write_bundle(model: OnnxModel, path: Path, file: WeightsFile, recipe: Json) -> Json:
+def write_bundle(model: OnnxModel, path: Path, file: WeightsFile, recipe: Json, cache_dtype: str) -> Json:
     """Complete the bundle in `path`, where graphs and weights already are; return its manifest."""
     (path / "tokenizer.json").write_bytes(model.info.tokenizer["tokenizer.json"])
     names = ["decoder.onnx", "weights.bin", "tokenizer.json"]
@@ -35,7 +36,7 @@ def write_bundle(model: OnnxModel, path: Path, file: WeightsFile, recipe: Json) 
         names.append("chat_template.jinja")
     spec = model.spec
     shape = [1, spec["kv_heads"], spec["context"], spec["head_dim"]]
-    cache_bytes = 2 * spec["layers"] * _CACHE_BYTES * spec["kv_heads"] * spec["context"] * spec["head_dim"]
+    cache_bytes = 2 * spec["layers"] * _CACHE_BYTES[cache_dtype] * math.prod(shape)
     parameters = model.weights.parameters
     manifest: Json = {
         "schema": SCHEMA,
@@ -52,7 +53,7 @@ def write_bundle(model: OnnxModel, path: Path, file: WeightsFile, recipe: Json) 
             "parts": weight_parts(model.weights),
         },
         "model": spec,
-        "cache": {"bytes": cache_bytes, "dtype": "float32", "shape": shape, "layers": spec["layers"]},
+        "cache": {"bytes": cache_bytes, "dtype": cache_dtype, "shape": shape, "layers": spec["layers"]},
         "tokenizer": {
             "file": "tokenizer.json",
             "chat_template": "chat_template.jinja" if model.info.chat_template is not None else None,

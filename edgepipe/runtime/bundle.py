@@ -31,6 +31,7 @@ _MOST_HEAD_DIM = 65536
 _MOST_VOCABULARY = 1 << 24
 _MOST_CONTEXT = 1 << 26
 
+_CACHE_DTYPES = ("float32", "float16")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -162,7 +163,10 @@ def _check_model(manifest: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"manifest.json: model describes a cache of at least {least} bytes, but {_MOST_CACHE_BYTES} is the most"
         )
-    _whole(_object(manifest, "cache"), "bytes", 0, _MOST_CACHE_BYTES, "cache.")
+    cache = _object(manifest, "cache")
+    _whole(cache, "bytes", 0, _MOST_CACHE_BYTES, "cache.")
+    if _text(cache, "dtype", "cache.") not in _CACHE_DTYPES:
+        raise ConfigError(f"manifest.json: cache.dtype must be one of {', '.join(_CACHE_DTYPES)}")
 
 
 def _check_tokenizer(manifest: Mapping[str, Any], files: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ file, makes its packed copy of each matrix and gives the mapping back, except fo
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,18 @@ from edgepipe.errors import ContractError, TargetError
 
 
 class Cache:
-    """Hold the key/value buffers of `batch` sequences: per layer two of [batch, kv_heads, context, head_dim] float32.
+    """Hold the key/value buffers of `batch` sequences: per layer two of [batch, kv_heads, context, head_dim].
 
     The buffers are zero pages until tokens are written, so an unused context costs address space, not memory.
     """
 
-    def __init__(self, session: ort.InferenceSession, layers: int, shape: tuple[int, int, int, int]) -> None:
+    def __init__(self, session: ort.InferenceSession, layers: int, shape: tuple[int, int, int, int], dtype: str) -> None:
         self.batch = shape[0]
         self.binding = session.io_binding()
         self._buffers = []
         for layer in range(layers):
             for kind in ("key", "value"):
-                buffer = np.zeros(shape, np.float32)
+                buffer = np.zeros(shape, dtype)
                 value = ort.OrtValue.ortvalue_from_numpy(buffer)
                 self._buffers.append((buffer, value))
                 self.binding.bind_ortvalue_input(f"past_{kind}.{layer}", value)
@@ -38,17 +39,18 @@ class Cache:
 class Decoder:
     """Run the graph `decoder` of a bundle. Safe for concurrent calls on different caches."""
 
-    def __init__(self, session: ort.InferenceSession, model: dict[str, Any]) -> None:
+    def __init__(self, session: ort.InferenceSession, model: dict[str, Any], cache_dtype: str) -> None:
         self._session = session
+        self._cache_dtype = cache_dtype
         self._layers = int(model["layers"])
         self._cache_shape = (int(model["kv_heads"]), int(model["context"]), int(model["head_dim"]))
         self.context = int(model["context"])
         self.vocab_size = int(model["vocab_size"])
-        self.cache_bytes = 2 * 4 * self._layers * int(np.prod(self._cache_shape))
+        self.cache_bytes = 2 * np.dtype(cache_dtype).itemsize * self._layers * math.prod(self._cache_shape)
 
     def new_cache(self, batch: int) -> Cache:
         """Make an empty cache for `batch` sequences."""
-        return Cache(self._session, self._layers, (batch, *self._cache_shape))
+        return Cache(self._session, self._layers, (batch, *self._cache_shape), self._cache_dtype)
 
     def run(
         self, cache: Cache, input_ids: np.ndarray, past: np.ndarray, lengths: np.ndarray, positions: np.ndarray
@@ -91,4 +93,4 @@ def open_decoder(path: Path, manifest: dict[str, Any], threads: int | None) -> D
         )
     except Exception as error:  # onnxruntime raises a dozen unrelated classes
         raise TargetError(f"onnxruntime could not load the bundle: {str(error).splitlines()[0]}") from error
-    return Decoder(session, manifest["model"])
+    return Decoder(session, manifest["model"], manifest["cache"]["dtype"])

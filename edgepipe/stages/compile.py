@@ -15,6 +15,8 @@ import numpy as np
 from edgepipe.artifacts import CompiledModel, Context, OnnxModel
 from edgepipe.errors import ConfigError, ContractError
 
+# Largest error allowed with exact arithmetic: float32 rounding through all layers, or that of 11-bit keys and values.
+_CACHE_TOLERANCES = {"float32": 1e-3, "float16": 2e-2}
 _EXACT = 0  # MatMulNBits accuracy level: float32 arithmetic
 
 
@@ -23,15 +25,18 @@ class Compile:
     """Options of the stage `compile`."""
 
     accuracy_level: int = -1  # of MatMulNBits: 0 float32 … 4 int8 activations; −1 takes the target's
+    cache_dtype: str = "float32"  # of the KV cache: float32, or float16 for half its bytes at some decode speed
     check_tokens: int = 16  # tokens of the numeric check against the portable graph; 0 leaves it out
-    exact_tolerance: float = 1e-3  # largest difference of a logit with exact arithmetic, relative to the largest logit
+    exact_tolerance: float = 0.0  # largest error of a logit, exact arithmetic, relative to the largest; 0: 1e-3, or 2e-2 with a float16 cache
     shipped_tolerance: float = 0.1  # RMS difference of the logits as shipped, relative to their RMS
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
         if not -1 <= self.accuracy_level <= 4:
             raise ConfigError(f"compile.accuracy_level: expected 0 to 4, or -1 for the target's, got {self.accuracy_level}")
-        if self.check_tokens < 0 or self.exact_tolerance <= 0 or self.shipped_tolerance <= 0:
+        if self.cache_dtype not in _CACHE_TOLERANCES:
+            raise ConfigError(f"compile.cache_dtype: expected float32 or float16, got {self.cache_dtype!r}")
+        if self.check_tokens < 0 or self.exact_tolerance < 0 or self.shipped_tolerance <= 0:
             raise ConfigError("compile.check_tokens must not be negative and the tolerances must be positive")
 
     def __call__(self, model: OnnxModel, ctx: Context) -> CompiledModel:
@@ -42,11 +47,11 @@ class Compile:
         level = self.accuracy_level if self.accuracy_level >= 0 else ctx.target.onnxruntime.accuracy_level
         path = ctx.work_dir / "bundle"
         path.mkdir()
-        graph, file = engine.lower(model, accuracy_level=level)
+        graph, file = engine.lower(model, accuracy_level=level, cache_dtype=self.cache_dtype)
         engine.write(graph, file, path, lambda done, total: ctx.progress("writing weights", done, total))
         if self.check_tokens:
             self._check(model, path, ctx)
-        manifest = write_bundle(model, path, file, ctx.recipe)
+        manifest = write_bundle(model, path, file, ctx.recipe, self.cache_dtype)
         return CompiledModel(info=model.info, path=path, manifest=manifest, history=model.history)
 
     def _check(self, model: OnnxModel, path: Path, ctx: Context) -> None:
@@ -58,17 +63,18 @@ class Compile:
         ids = np.random.default_rng(ctx.seed + 1).integers(0, model.spec["vocab_size"], (1, count), dtype=np.int64)
         ctx.progress("the portable graph's logits", 0, 3)
         expected = prompt_logits(model, ids)
-        graph, _ = engine.lower(model, accuracy_level=_EXACT)
+        graph, _ = engine.lower(model, accuracy_level=_EXACT, cache_dtype=self.cache_dtype)
         exact_graph = path / "exact.onnx"  # beside the weights: onnxruntime refuses weights outside a graph's folder
         exact_graph.write_bytes(graph)
         ctx.progress("the lowered graph's logits, exact", 1, 3)
-        exact = _run_in_steps(exact_graph, model, ids) - expected
+        exact = _run_in_steps(exact_graph, model, ids, self.cache_dtype) - expected
         exact_graph.unlink()
         ctx.progress("the lowered graph's logits, as shipped", 2, 3)
-        shipped = _run_in_steps(path / engine.GRAPH_NAME, model, ids) - expected
+        shipped = _run_in_steps(path / engine.GRAPH_NAME, model, ids, self.cache_dtype) - expected
         worst = float(np.abs(exact).max() / np.abs(expected).max())
         loss = float(np.sqrt(np.square(shipped).mean() / np.square(expected).mean()))
-        for kind, error, allowed in (("exact", worst, self.exact_tolerance), ("shipped", loss, self.shipped_tolerance)):
+        exact_allowed = self.exact_tolerance or _CACHE_TOLERANCES[self.cache_dtype]
+        for kind, error, allowed in (("exact", worst, exact_allowed), ("shipped", loss, self.shipped_tolerance)):
             if not error <= allowed:
                 raise ContractError(
                     f"the lowered graph ({kind} arithmetic) differs from the portable one by {error:.1e} of the logits; "
@@ -77,12 +83,12 @@ class Compile:
         ctx.note(f"agrees with the portable graph on {count} tokens: {worst:.0e} exact, {loss:.0e} as shipped")
 
 
-def _run_in_steps(graph: Path, model: OnnxModel, ids: np.ndarray) -> np.ndarray:
+def _run_in_steps(graph: Path, model: OnnxModel, ids: np.ndarray, cache_dtype: str) -> np.ndarray:
     """Run ids [1, n] as a prompt of n − n//4 tokens and then one by one. → logits [1, n, vocab]"""
     from edgepipe.engines import onnxruntime as engine
     from edgepipe.runtime.onnxruntime import open_decoder
 
-    manifest = {"graphs": {"decoder": graph.name}, "weights": {"file": engine.FILE_NAME}, "model": model.spec}
+    manifest = {"graphs": {"decoder": graph.name}, "model": model.spec, "cache": {"dtype": cache_dtype}}
     decoder = open_decoder(graph.parent, manifest, None)
     cache = decoder.new_cache(1)
     count = ids.shape[1]

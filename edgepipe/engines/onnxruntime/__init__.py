@@ -23,13 +23,17 @@ from edgepipe.engines.onnxruntime.planned import FILE_NAME, WeightsFile
 
 _HEAD_DIM_STEP = 16  # GroupQueryAttention refuses others (onnxruntime 1.31)
 GRAPH_NAME = "decoder.onnx"
+CACHE_DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
 _OPSETS = {"": 23, "com.microsoft": 1}
 
 
-def lower(model: OnnxModel, *, accuracy_level: int) -> tuple[bytes, WeightsFile]:
+def lower(
+    model: OnnxModel, *, accuracy_level: int, cache_dtype: str = "float32"
+) -> tuple[bytes, WeightsFile]:
     """Return the lowered decoder graph and the layout of its weights; nothing is written.
 
-    `accuracy_level` is MatMulNBits': 0 computes in float32, 4 multiplies int8 activations.
+    `accuracy_level` is MatMulNBits': 0 computes in float32, 4 multiplies int8 activations. `cache_dtype` is what
+    keys and values are kept in: "float32" or "float16".
     """
     head_dim = model.spec["head_dim"]
     if head_dim % _HEAD_DIM_STEP:
@@ -40,7 +44,7 @@ def lower(model: OnnxModel, *, accuracy_level: int) -> tuple[bytes, WeightsFile]
     source = ir.from_proto(_parse(model.graphs["decoder"]))
     graph = source.graph
     join_projections(graph, model.weights)
-    fuse_attention(graph, model.spec)
+    fuse_attention(graph, model.spec, CACHE_DTYPES[cache_dtype])
     fuse_norms(graph)
     file = WeightsFile()
     place_weights(graph, model.weights, file, accuracy_level)

@@ -4,6 +4,7 @@
 
 The operator rotates, appends to the cache and attends in one call; past and present are the same memory. When q, k and
 v are the three parts of one Split, it takes the packed value and the Split goes. A window mask becomes an attribute.
+With a float16 cache the operator works in float16 between two Casts: half the memory, some time at short contexts.
 Left alone: nothing. A graph with an Attention this pass can't read is an error, since the cache layout depends on it.
 """
 
@@ -17,7 +18,7 @@ from edgepipe.errors import ContractError
 _MICROSOFT = "com.microsoft"
 
 
-def fuse_attention(graph: ir.Graph, spec: Json) -> None:
+def fuse_attention(graph: ir.Graph, spec: Json, cache_dtype: ir.DataType) -> None:
     """Replace every Attention of `graph` in place and give the graph the inputs the operator needs."""
     batch = ir.Shape(["batch"])
     lengths = ir.Value(name="seqlens_k", type=ir.TensorType(ir.DataType.INT32), shape=batch)
@@ -25,17 +26,17 @@ def fuse_attention(graph: ir.Graph, spec: Json) -> None:
     graph.inputs.extend([lengths, total])
     for node in list(graph):
         if node.op_type == "Attention":
-            _fuse(graph, node, lengths, total)
+            _fuse(graph, node, (lengths, total), cache_dtype)
     cache = ir.Shape(["batch", spec["kv_heads"], spec["context"], spec["head_dim"]])
     for value in [*graph.inputs, *graph.outputs]:
         if value.name is not None and value.name.startswith(("past_", "present_")):
-            value.shape = cache
+            value.shape, value.dtype = cache, cache_dtype
     for value in list(graph.inputs):
         if value.name == "position_ids" and not value.uses():
             graph.inputs.remove(value)
 
 
-def _fuse(graph: ir.Graph, node: ir.Node, lengths: ir.Value, total: ir.Value) -> None:
+def _fuse(graph: ir.Graph, node: ir.Node, lengths: tuple[ir.Value, ir.Value], cache_dtype: ir.DataType) -> None:
     q, k, v, _mask, past_key, past_value = node.inputs
     rotated = _producer(q, "RotaryEmbedding"), _producer(k, "RotaryEmbedding")
     tables: list[ir.Value | None] = [None, None]
@@ -47,9 +48,12 @@ def _fuse(graph: ir.Graph, node: ir.Node, lengths: ir.Value, total: ir.Value) ->
     split = _producer(q, "Split")
     packed = split is not None and [q, k, v] == list(split.outputs)
     operands = [split.inputs[0], None, None] if packed and split is not None else [q, k, v]
+    if cache_dtype != ir.DataType.FLOAT:
+        operands = [_cast(graph, node, value, cache_dtype) for value in operands]
+        tables = [_cast(graph, node, value, cache_dtype) for value in tables]
     fused = ir.node(
         "GroupQueryAttention",
-        [*operands, past_key, past_value, lengths, total, *tables],
+        [*operands, past_key, past_value, *lengths, *tables],
         {
             "num_heads": node.attributes["q_num_heads"].as_int(),
             "kv_num_heads": node.attributes["kv_num_heads"].as_int(),
@@ -61,10 +65,24 @@ def _fuse(graph: ir.Graph, node: ir.Node, lengths: ir.Value, total: ir.Value) ->
         num_outputs=3,
     )
     graph.insert_before(node, [fused])
-    for old, new in zip(node.outputs, fused.outputs, strict=True):
+    results: list[ir.Value] = list(fused.outputs)
+    for old, new in zip(node.outputs[1:], results[1:], strict=True):
         new.name, new.type = old.name, old.type
+    if cache_dtype != ir.DataType.FLOAT:
+        widened = _cast(graph, node, results[0], ir.DataType.FLOAT)
+        assert widened is not None
+        results[0] = widened
+    for old, new in zip(node.outputs, results, strict=True):
         old.replace_all_uses_with(new, replace_graph_outputs=True)
     graph.remove([node], safe=True)
+
+
+def _cast(graph: ir.Graph, before: ir.Node, value: ir.Value | None, dtype: ir.DataType) -> ir.Value | None:
+    if value is None:
+        return None
+    node = ir.node("Cast", [value], {"to": int(dtype)})
+    graph.insert_before(before, [node])
+    return node.outputs[0]
 
 
 def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
