@@ -21,7 +21,6 @@ _INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
 _OVER_BUDGET = 3
 
 
-
 class _Commands(click.Group):
     """A group that turns edgepipe's errors into one sentence and an exit code."""
 
@@ -91,7 +90,8 @@ def compress_command(
     summary = compress(model, recipe, listener=Progress(), out=out, fresh=fresh)
     if "figures" in summary:
         _say(f"\n{measured_table(summary['figures'])}\n")
-    _say(f"bundle: {summary['bundle']}    try it: edgepipe run {summary['bundle']} \"What is the capital of France?\"")
+    bundle = summary["bundle"]
+    _say(f'bundle: {bundle}    try it: edgepipe run {bundle} "What is the capital of France?"')
     broken = over_budget(summary, recipe)
     summary.pop("figures", None)
     _print_json(summary | {"over_budget": broken})
@@ -113,10 +113,31 @@ def compress_command(
 @click.option("--seed", type=int, help="Seed of the sampling.")
 @click.option("--threads", type=int, help="Threads of the engine.  [default: one per physical core]")
 @click.option("--raw", is_flag=True, help="Continue PROMPT as it is, without the chat template.")
-def run_command(bundle: Path, prompt: str | None, threads: int | None, raw: bool, **sampling: Any) -> None:
+def run_command(
+    bundle: Path,
+    prompt: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    repetition_penalty: float,
+    stop: tuple[str, ...],
+    seed: int | None,
+    threads: int | None,
+    raw: bool,
+) -> None:
     """Stream the answer of BUNDLE to PROMPT; without PROMPT, chat (or answer what stdin holds, if it is piped)."""
     from edgepipe.runtime import load
 
+    sampling: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+        "stop": stop,
+        "seed": seed,
+    }
     model = load(bundle, threads=threads)
     if prompt is None and sys.stdin.isatty():
         _chat(model, sampling)
@@ -138,7 +159,7 @@ def inspect_command(model: str) -> None:
     facts = inspect_any(model)
     for key, value in facts.items():
         if key != "parts":
-            _say(f"{key.replace('_', ' '):16} {value:,}" if isinstance(value, int) else f"{key.replace('_', ' '):16} {value}")
+            _say(f"{key.replace('_', ' '):16} " + (f"{value:,}" if isinstance(value, int) else str(value)))
     rows = [
         [p["part"], p["storage"], f"{p['parameters']:,}", megabytes(p["bytes"]), f"{p['bits_per_weight']:.2f}"]
         for p in facts["parts"]
@@ -172,7 +193,8 @@ def stages_command(name: str | None) -> None:
         _print_json(stages)
         return
     options = stage_options_help(name)
-    _say(table(["option", "default", "meaning"], [[f"{name}.{o['name']}", o["default"], o["meaning"]] for o in options]))
+    rows = [[f"{name}.{o['name']}", o["default"], o["meaning"]] for o in options]
+    _say(table(["option", "default", "meaning"], rows))
     _print_json(options)
 
 
@@ -234,5 +256,3 @@ def _print_json(value: object) -> None:
 def _fail(message: str, code: int) -> None:
     _say(f"edgepipe: {message}")
     sys.exit(code)
-
-

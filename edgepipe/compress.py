@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 
 
 def compress(
-    model: str, recipe: Recipe, *, listener: Listener, out: Path | None = None, runs: Path = Path("runs"), fresh: bool = False
+    model: str,
+    recipe: Recipe,
+    *,
+    listener: Listener,
+    out: Path | None = None,
+    runs: Path = Path("runs"),
+    fresh: bool = False,
 ) -> Json:
     """Compress MODEL by a recipe and return the summary: bundle path, bytes, bits per weight and what was measured.
 

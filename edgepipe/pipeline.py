@@ -212,15 +212,17 @@ def make_directory(path: Path) -> None:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise ConfigError(f"{path} can't be written: {error.strerror}; name another place or change its rights") from error
+        raise ConfigError(
+            f"{path} can't be written: {error.strerror}; name another place or change its rights"
+        ) from error
 
 
 def _publish_bundle(compiled: CompiledModel, target: Path) -> None:
     """Copy the finished bundle to where the user wants it; an earlier one there stays until the copy is whole."""
     manifest = target / MANIFEST
-    if manifest.is_file() and file_sha256(manifest) == file_sha256(compiled.path / MANIFEST):
-        if all((target / n).is_file() and (target / n).stat().st_size == f["bytes"] for n, f in _files(compiled)):
-            return
+    same = manifest.is_file() and file_sha256(manifest) == file_sha256(compiled.path / MANIFEST)
+    if same and all((target / n).is_file() and (target / n).stat().st_size == f["bytes"] for n, f in _files(compiled)):
+        return
     staged = target.with_name(f".{target.name}.tmp")
     try:
         shutil.rmtree(staged, ignore_errors=True)
@@ -228,7 +230,9 @@ def _publish_bundle(compiled: CompiledModel, target: Path) -> None:
         shutil.copytree(compiled.path, staged)
         publish(staged, target)
     except OSError as error:
-        raise StageError(f"the bundle can't be written to {target}: {error.strerror}; it is kept in {compiled.path}") from error
+        raise StageError(
+            f"the bundle can't be written to {target}: {error.strerror}; it is kept in {compiled.path}"
+        ) from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 

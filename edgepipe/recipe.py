@@ -146,7 +146,9 @@ def check_chain(kinds: Mapping[str, type[Stage]]) -> None:
 def _put(options: dict[str, dict[str, object]], stage: str, option: str, value: object) -> None:
     if stage not in options:
         find_stage(stage)  # an unknown name gets the better sentence
-        raise ConfigError(f"{stage}.{option} is set, but the recipe has no stage {stage!r}: it has {', '.join(options)}")
+        raise ConfigError(
+            f"{stage}.{option} is set, but the recipe has no stage {stage!r}: it has {', '.join(options)}"
+        )
     options[stage][option] = value
 
 

@@ -57,8 +57,9 @@ class GraphBuilder:
             self._weights[full] = ir.Value(name=full, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(shape))
         return self._weights[full]
 
-    def constant(self, array: np.ndarray) -> ir.Value:
+    def constant(self, array: np.ndarray | np.generic) -> ir.Value:
         """Embed a small constant, once however often it is asked for."""
+        array = np.asarray(array)
         key = (array.dtype.name, array.shape, array.tobytes())
         if key not in self._constants:
             name = f"constant_{len(self._constants)}"

@@ -263,7 +263,7 @@ def _attention(
     if window is not None:
         node.metadata_props["sliding_window"] = str(window)
     for kind, value in zip(("key", "value"), present, strict=True):
-        shape = ["batch", s.kv_heads, "total", s.head_dim]
+        shape: list[int | str] = ["batch", s.kv_heads, "total", s.head_dim]
         g.output(f"present_{kind}.{i}", value, ir.DataType.FLOAT, shape)
     return y
 

@@ -109,15 +109,17 @@ def _q6_k(b: np.ndarray) -> Parts:
     return codes, _half(b, 208).astype(np.float32) * scale, None
 
 
-def _grid(name: str, width: int, bits: int, split: Callable[[np.ndarray], Parts], **layout: int) -> GgufGrid:
-    k_quant = layout["block"] == 256
+def _grid(
+    name: str, width: int, bits: int, split: Callable[[np.ndarray], Parts], *, block: int, block_bytes: int, group: int
+) -> GgufGrid:
+    k_quant = block == 256
     return GgufGrid(
         name=name,
         width=width,
         bits=bits,
-        block=layout["block"],
-        block_bytes=layout["bytes"],
-        group=layout["group"],
+        block=block,
+        block_bytes=block_bytes,
+        group=group,
         scale_dtype=np.float32 if k_quant else np.float16,
         minima=name.endswith(("_1", "4_K", "5_K")),
         split=split,
@@ -127,14 +129,14 @@ def _grid(name: str, width: int, bits: int, split: Callable[[np.ndarray], Parts]
 GRIDS: dict[str, GgufGrid] = {
     grid.name: grid
     for grid in (
-        _grid("Q4_0", 4, 4, _q4_0, block=32, bytes=18, group=32),
-        _grid("Q4_1", 4, 4, _q4_1, block=32, bytes=20, group=32),
-        _grid("Q5_0", 5, 8, _q5_0, block=32, bytes=22, group=32),
-        _grid("Q5_1", 5, 8, _q5_1, block=32, bytes=24, group=32),
-        _grid("Q8_0", 8, 8, _q8_0, block=32, bytes=34, group=32),
-        _grid("Q4_K", 4, 4, _q4_k, block=256, bytes=144, group=32),
-        _grid("Q5_K", 5, 8, _q5_k, block=256, bytes=176, group=32),
-        _grid("Q6_K", 6, 8, _q6_k, block=256, bytes=210, group=16),
+        _grid("Q4_0", 4, 4, _q4_0, block=32, block_bytes=18, group=32),
+        _grid("Q4_1", 4, 4, _q4_1, block=32, block_bytes=20, group=32),
+        _grid("Q5_0", 5, 8, _q5_0, block=32, block_bytes=22, group=32),
+        _grid("Q5_1", 5, 8, _q5_1, block=32, block_bytes=24, group=32),
+        _grid("Q8_0", 8, 8, _q8_0, block=32, block_bytes=34, group=32),
+        _grid("Q4_K", 4, 4, _q4_k, block=256, block_bytes=144, group=32),
+        _grid("Q5_K", 5, 8, _q5_k, block=256, block_bytes=176, group=32),
+        _grid("Q6_K", 6, 8, _q6_k, block=256, block_bytes=210, group=16),
     )
 }
 

@@ -15,6 +15,7 @@ from edgepipe.artifacts import QuantizedTensor
 
 _SMALLEST_FP16 = np.float32(2.0**-14)  # below it float16 loses digits: such groups get the smallest normal scale
 _LARGEST_FP16 = np.float32(65504.0)
+_ELEMENTS_AT_ONCE = 1 << 22  # 16 MB of float32: bounds the memory of rounding without slowing it
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -53,36 +54,49 @@ def dequantize(tensor: QuantizedTensor) -> np.ndarray:
 
 
 def round_to_nearest(weight: np.ndarray, *, bits: int, group: int, symmetric: bool) -> QuantizedTensor:
-    """Quantize weight [out, in] to the nearest point of a `bits`-wide grid per group of one row.
+    """Quantize weight [out, in], of any float type, to the nearest point of a `bits`-wide grid per group of one row.
 
     Symmetric grids have no offset; asymmetric ones integer zero points. Raises ValueError when a weight isn't finite.
+    Works on a few million elements at a time, so that a large embedding is never held in float32.
     """
     rows, columns = weight.shape
     groups = -(-columns // group)
-    if not np.isfinite(weight).all():
-        raise ValueError("the weight has values that are not finite")
-    padded = np.zeros((rows, groups * group), np.float32)
-    padded[:, :columns] = weight
-    blocks = padded.reshape(rows, groups, group)
+    codes = np.empty((rows, groups * group * bits // 8), np.uint8)
+    scale = np.empty((rows, groups), np.float16)
+    zeros = None if symmetric else np.empty((rows, groups), np.uint8)
+    step = max(1, _ELEMENTS_AT_ONCE // (groups * group))
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        blocks = np.zeros((part.stop - start, groups * group), np.float32)
+        blocks[:, :columns] = weight[part]
+        if not np.isfinite(blocks).all():
+            raise ValueError("the weight has values that are not finite")
+        chosen, scale[part], offset = _round_blocks(blocks.reshape(-1, groups, group), bits, symmetric)
+        codes[part] = pack(chosen.reshape(len(blocks), -1), bits)
+        if zeros is not None and offset is not None:
+            zeros[part] = offset
+    return QuantizedTensor(
+        shape=(rows, columns), bits=bits, group=group, codes=codes, scale=scale, zero_points=zeros, source_grid="rtn"
+    )
+
+
+def _round_blocks(blocks: np.ndarray, bits: int, symmetric: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Round blocks [rows, groups, group] → codes like them, scale [rows, groups] float16, zero points or None."""
     top = (1 << bits) - 1
-    zero: np.ndarray | None
+    zero = None
     if symmetric:
         middle = 1 << (bits - 1)
         largest, smallest = blocks.max(axis=-1), blocks.min(axis=-1)
         extreme = np.where(largest > -smallest, largest, smallest)
         scale = _to_float16(extreme / np.float32(-middle))
         codes = np.rint(blocks / _safe(scale)[..., None]) + middle
-        zero = None
     else:
         low = np.minimum(blocks.min(axis=-1), 0)
         high = np.maximum(blocks.max(axis=-1), 0)
         scale = _to_float16((high - low) / np.float32(top))
         zero = np.clip(np.rint(-low / _safe(scale)), 0, top).astype(np.uint8)
         codes = np.rint(blocks / _safe(scale)[..., None]) + zero[..., None]
-    packed = pack(np.clip(codes, 0, top).astype(np.uint8).reshape(rows, -1), bits)
-    return QuantizedTensor(
-        shape=(rows, columns), bits=bits, group=group, codes=packed, scale=scale, zero_points=zero, source_grid="rtn"
-    )
+    return np.clip(codes, 0, top).astype(np.uint8), scale, zero
 
 
 def _to_float16(scale: np.ndarray) -> np.ndarray:

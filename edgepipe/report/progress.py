@@ -1,4 +1,4 @@
-"""Tell people on stderr how a run goes: one line per stage, a moving line with an estimate where there is a terminal."""
+"""Tell people on stderr how a run goes: one line per stage, a moving line with an estimate on a terminal."""
 
 from __future__ import annotations
 

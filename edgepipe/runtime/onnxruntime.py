@@ -23,7 +23,9 @@ class Cache:
     The buffers are zero pages until tokens are written, so an unused context costs address space, not memory.
     """
 
-    def __init__(self, session: ort.InferenceSession, layers: int, shape: tuple[int, int, int, int], dtype: str) -> None:
+    def __init__(
+        self, session: ort.InferenceSession, layers: int, shape: tuple[int, int, int, int], dtype: str
+    ) -> None:
         self.batch = shape[0]
         self.binding = session.io_binding()
         self._buffers = []

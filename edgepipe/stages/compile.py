@@ -27,13 +27,15 @@ class Compile:
     accuracy_level: int = -1  # of MatMulNBits: 0 float32 … 4 int8 activations; −1 takes the target's
     cache_dtype: str = "float32"  # of the KV cache: float32, or float16 for half its bytes at some decode speed
     check_tokens: int = 16  # tokens of the numeric check against the portable graph; 0 leaves it out
-    exact_tolerance: float = 0.0  # largest error of a logit, exact arithmetic, relative to the largest; 0: 1e-3, or 2e-2 with a float16 cache
+    exact_tolerance: float = 0.0  # largest error of exact arithmetic, in largest logits; 0: 1e-3, float16 cache 2e-2
     shipped_tolerance: float = 0.1  # RMS difference of the logits as shipped, relative to their RMS
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
         if not -1 <= self.accuracy_level <= 4:
-            raise ConfigError(f"compile.accuracy_level: expected 0 to 4, or -1 for the target's, got {self.accuracy_level}")
+            raise ConfigError(
+                f"compile.accuracy_level: expected 0 to 4, or -1 for the target's, got {self.accuracy_level}"
+            )
         if self.cache_dtype not in _CACHE_TOLERANCES:
             raise ConfigError(f"compile.cache_dtype: expected float32 or float16, got {self.cache_dtype!r}")
         if self.check_tokens < 0 or self.exact_tolerance < 0 or self.shipped_tolerance <= 0:
@@ -77,15 +79,14 @@ class Compile:
         for kind, error, allowed in (("exact", worst, exact_allowed), ("shipped", loss, self.shipped_tolerance)):
             if not error <= allowed:
                 raise ContractError(
-                    f"the lowered graph ({kind} arithmetic) differs from the portable one by {error:.1e} of the logits; "
-                    f"allowed {allowed:.0e}"
+                    f"the lowered graph ({kind} arithmetic) differs from the portable one by {error:.1e} of the "
+                    f"logits; allowed {allowed:.0e}"
                 )
         ctx.note(f"agrees with the portable graph on {count} tokens: {worst:.0e} exact, {loss:.0e} as shipped")
 
 
 def _run_in_steps(graph: Path, model: OnnxModel, ids: np.ndarray, cache_dtype: str) -> np.ndarray:
     """Run ids [1, n] as a prompt of n − n//4 tokens and then one by one. → logits [1, n, vocab]"""
-    from edgepipe.engines import onnxruntime as engine
     from edgepipe.runtime.onnxruntime import open_decoder
 
     manifest = {"graphs": {"decoder": graph.name}, "model": model.spec, "cache": {"dtype": cache_dtype}}

@@ -68,6 +68,7 @@ class Export:
         error = float(np.abs(got - expected).max() / np.abs(expected).max())
         if not error <= self.tolerance:
             raise ContractError(
-                f"the exported graph differs from torch by {error:.1e} of the largest logit; allowed {self.tolerance:.0e}"
+                f"the exported graph differs from torch by {error:.1e} of the largest logit; "
+                f"allowed {self.tolerance:.0e}"
             )
         ctx.note(f"agrees with torch on {count} tokens to {error:.1e} of the largest logit")

@@ -1,4 +1,4 @@
-"""Measure: TTFT, time per output token, memory, bytes and perplexity of the bundle, beside the uncompressed baseline."""
+"""Measure: TTFT, time per output token, memory, bytes and perplexity, beside the uncompressed baseline."""
 
 from __future__ import annotations
 

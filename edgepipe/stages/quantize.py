@@ -68,7 +68,9 @@ class Quantize:
             if self._keeps(weight, grid):
                 imported += 1
             else:
-                changed[name] = _on_grid(weight, grid) if grid.bits < 16 and len(weight.shape) == 2 else _as_float(weight)
+                changed[name] = (
+                    _on_grid(weight, grid) if grid.bits < 16 and len(weight.shape) == 2 else _as_float(weight)
+                )
         if unmatched:
             raise ConfigError(f"quantize.overrides: no tensor matches {', '.join(sorted(unmatched))}")
         if imported:
@@ -115,7 +117,7 @@ def _on_grid(weight: Weight, grid: Grid) -> Weight:
 
     def load() -> QuantizedTensor:
         try:
-            return round_to_nearest(_float32(weight), bits=grid.bits, group=grid.group, symmetric=grid.symmetric)
+            return round_to_nearest(_floats(weight), bits=grid.bits, group=grid.group, symmetric=grid.symmetric)
         except ValueError as error:
             raise StageError(f"{weight.name} cannot be quantized: {error}") from error
 
@@ -129,14 +131,17 @@ def _as_float(weight: Weight) -> Weight:
         return weight
 
     def load() -> np.ndarray:
-        value = _float32(weight)
-        if np.abs(value).max(initial=0) > np.finfo(np.float16).max:
-            raise StageError(f"{weight.name} has values beyond float16's range; a bfloat16 source would be kept as it is")
+        value = _floats(weight)
+        if max(value.max(initial=0), -value.min(initial=0)) > np.finfo(np.float16).max:
+            raise StageError(
+                f"{weight.name} has values beyond float16's range; a bfloat16 source would be kept as it is"
+            )
         return value.astype(np.float16)
 
     return dataclasses.replace(weight, dtype="float16", nbytes=2 * weight.size, load=load, grid=None)
 
 
-def _float32(weight: Weight) -> np.ndarray:
+def _floats(weight: Weight) -> np.ndarray:
+    """Read a weight as floats: as stored, or decoded to float32 when it lies on a grid."""
     value: Value = weight.load()
-    return dequantize(value) if isinstance(value, QuantizedTensor) else np.asarray(value, np.float32)
+    return dequantize(value) if isinstance(value, QuantizedTensor) else value

@@ -11,15 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 
-from edgepipe.artifacts import Json, OnnxModel
-from edgepipe.errors import TargetError
+from edgepipe.artifacts import OnnxModel
 from edgepipe.engines.onnxruntime.fuse_attention import fuse_attention
 from edgepipe.engines.onnxruntime.fuse_norms import fuse_norms
 from edgepipe.engines.onnxruntime.join_projections import join_projections
 from edgepipe.engines.onnxruntime.place_weights import place_weights
 from edgepipe.engines.onnxruntime.planned import FILE_NAME, WeightsFile
+from edgepipe.errors import TargetError
 
 _HEAD_DIM_STEP = 16  # GroupQueryAttention refuses others (onnxruntime 1.31)
 GRAPH_NAME = "decoder.onnx"
@@ -27,9 +28,7 @@ CACHE_DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
 _OPSETS = {"": 23, "com.microsoft": 1}
 
 
-def lower(
-    model: OnnxModel, *, accuracy_level: int, cache_dtype: str = "float32"
-) -> tuple[bytes, WeightsFile]:
+def lower(model: OnnxModel, *, accuracy_level: int, cache_dtype: str = "float32") -> tuple[bytes, WeightsFile]:
     """Return the lowered decoder graph and the layout of its weights; nothing is written.
 
     `accuracy_level` is MatMulNBits': 0 computes in float32, 4 multiplies int8 activations. `cache_dtype` is what
@@ -41,7 +40,7 @@ def lower(
             f"onnxruntime's attention kernel needs a head size that is a multiple of {_HEAD_DIM_STEP}, "
             f"and this model's is {head_dim}"
         )
-    source = ir.from_proto(_parse(model.graphs["decoder"]))
+    source = ir.from_proto(onnx.load_model_from_string(model.graphs["decoder"]))
     graph = source.graph
     join_projections(graph, model.weights)
     fuse_attention(graph, model.spec, CACHE_DTYPES[cache_dtype])
@@ -58,12 +57,6 @@ def write(graph: bytes, file: WeightsFile, directory: Path, progress: Callable[[
     (directory / GRAPH_NAME).write_bytes(graph)
     file.write(directory / FILE_NAME, progress)
     return GRAPH_NAME, FILE_NAME
-
-
-def _parse(graph: bytes) -> Json:
-    import onnx
-
-    return onnx.load_model_from_string(graph)  # type: ignore[return-value]
 
 
 def _drop_unused(graph: ir.Graph) -> None:

@@ -67,7 +67,9 @@ def _join(graph: ir.Graph, group: list[ir.Node]) -> None:
     first = group[0]
     joined = joined_name([v for v in views if v is not None])
     weight = ir.Value(
-        name=joined, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([views[0].shape[0], sum(widths)])  # type: ignore[union-attr,index]
+        name=joined,
+        type=ir.TensorType(ir.DataType.FLOAT),
+        shape=ir.Shape([views[0].shape[0], sum(widths)]),  # type: ignore[union-attr,index]
     )
     graph.inputs.append(weight)
     nodes = [ir.node("MatMul", [x, weight])]

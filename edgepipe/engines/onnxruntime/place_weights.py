@@ -221,7 +221,9 @@ def _gather_minima(
     column = ir.node("Unsqueeze", [picked.outputs[0], last])
     blocks = ir.node("Reshape", [x, split])
     added = ir.node("Add", [blocks.outputs[0], column.outputs[0]])
-    return _emit(low, node, [shift, offset, picked, column, blocks, added, ir.node("Reshape", [added.outputs[0], whole])])
+    return _emit(
+        low, node, [shift, offset, picked, column, blocks, added, ir.node("Reshape", [added.outputs[0], whole])]
+    )
 
 
 def _lower_rest(low: _Lowering, value: ir.Value) -> None:

@@ -1,0 +1,1 @@
+"""Tests that take minutes: what an issue promises, held on real models."""
