@@ -43,6 +43,12 @@ def tiny_bundle(tiny_model_dir: Path, build_tiny: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def exact_bundle(tiny_model_dir: Path, build_tiny: Callable[..., Path]) -> Path:
+    """Make a 4-bit bundle of the tiny model whose arithmetic is float32."""
+    return build_tiny(tiny_model_dir, ("compile", "accuracy_level", 0))
+
+
+@pytest.fixture(scope="session")
 def tiny_text() -> str:
     """Return the text the tiny tokenizer was trained on."""
     return TINY_TEXT

@@ -35,7 +35,9 @@ def torch_logits(model: TorchModel, input_ids: np.ndarray) -> np.ndarray:
 
     config = framework_config(model.info.config)
     with torch.device("meta"):
-        module = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+        module = transformers.AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=torch.float32, attn_implementation="eager"
+        )
     module.eval()
     _rebuild_buffers(module, config)
     for name, leaf in module.named_modules():

@@ -21,9 +21,18 @@ _BLOCK_TIMEOUT_S = 1800
 
 
 def measure_bundles(
-    bundles: Mapping[str, Path], text: str, *, threads: int, blocks: int, progress: Callable[[str, int, int], None]
+    bundles: Mapping[str, Path],
+    text: str,
+    *,
+    threads: int,
+    blocks: int,
+    tokens: int,
+    progress: Callable[[str, int, int], None],
 ) -> dict[str, Json]:
-    """Return figures for every bundle by its name; blocks of the bundles alternate, so drift meets all alike."""
+    """Return figures for every bundle by its name; blocks of the bundles alternate, so drift meets all alike.
+
+    `threads` 0 leaves the number to the engine, `tokens` 0 scores the whole text. Raises StageError when a block fails.
+    """
     samples: dict[str, list[Json]] = {name: [] for name in bundles}
     perplexity: dict[str, Json] = {}
     total = len(bundles) * (blocks + 1)
@@ -36,7 +45,7 @@ def measure_bundles(
                 samples[name].append(_work("speed", path, file, threads, "3"))
         for position, (name, path) in enumerate(bundles.items()):
             progress(f"perplexity of the {name}", blocks * len(bundles) + position, total)
-            perplexity[name] = _work("perplexity", path, file, threads)
+            perplexity[name] = _work("perplexity", path, file, threads, str(tokens))
     return {name: _figures(path, samples[name], perplexity[name]) for name, path in bundles.items()}
 
 

@@ -1,7 +1,7 @@
 """Measure one bundle in a process of its own, so that memory is the runtime's and nothing else's.
 
     python -m edgepipe.measuring.worker speed BUNDLE TEXT THREADS ROUNDS      → one JSON document on stdout
-    python -m edgepipe.measuring.worker perplexity BUNDLE TEXT THREADS
+    python -m edgepipe.measuring.worker perplexity BUNDLE TEXT THREADS TOKENS    TOKENS: at most, 0 = all
 
 TTFT: from the prompt's text to the first token's id (tokenizing, one run over the prompt, argmax), a different prompt
 every time, nothing reused. Time per output token: from id to id, greedy. Memory: the peak of the whole process (VmHWM).
@@ -84,12 +84,12 @@ def measure_speed(bundle: Path, text: str, threads: int | None, rounds: int) -> 
     }
 
 
-def measure_perplexity(bundle: Path, text: str, threads: int | None) -> dict[str, Any]:
+def measure_perplexity(bundle: Path, text: str, threads: int | None, tokens: int) -> dict[str, Any]:
     """Return the perplexity of a text through the bundle's runtime, with the tokens it was counted over."""
     from edgepipe.runtime import load
 
     model = load(bundle, threads=threads, callers=1)
-    ids = model.encode(text)
+    ids = model.encode(text)[: tokens or None]
     window = min(WINDOW_TOKENS, model.context)
     scores = [model.token_logprobs(ids[i : i + window]) for i in range(0, len(ids), window) if i + 1 < len(ids)]
     logprobs = np.concatenate(scores)
@@ -113,7 +113,7 @@ def main(arguments: list[str]) -> None:
     if kind == "speed":
         result = measure_speed(Path(bundle), text, chosen, int(arguments[4]))
     else:
-        result = measure_perplexity(Path(bundle), text, chosen)
+        result = measure_perplexity(Path(bundle), text, chosen, int(arguments[4]))
     print(json.dumps(result))
 
 

@@ -22,7 +22,8 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     """Pack codes [..., n] uint8 into bytes [..., n · bits / 8], element 2i in the low nibble."""
     if bits == 8:
         return codes
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+    packed: np.ndarray = codes[..., 0::2] | (codes[..., 1::2] << 4)
+    return packed
 
 
 def unpack(packed: np.ndarray, bits: int) -> np.ndarray:

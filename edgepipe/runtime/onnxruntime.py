@@ -27,15 +27,46 @@ class Cache:
         self, session: ort.InferenceSession, layers: int, shape: tuple[int, int, int, int], dtype: str
     ) -> None:
         self.batch = shape[0]
-        self.binding = session.io_binding()
-        self._buffers = []
+        self.layers: list[tuple[int, str, ort.OrtValue]] = []
+        self._buffers = []  # the memory behind the values
         for layer in range(layers):
             for kind in ("key", "value"):
-                buffer = np.zeros(shape, dtype)
-                value = ort.OrtValue.ortvalue_from_numpy(buffer)
-                self._buffers.append((buffer, value))
-                self.binding.bind_ortvalue_input(f"past_{kind}.{layer}", value)
-                self.binding.bind_ortvalue_output(f"present_{kind}.{layer}", value)
+                self._buffers.append(np.zeros(shape, dtype))
+                self.layers.append((layer, kind, ort.OrtValue.ortvalue_from_numpy(self._buffers[-1])))
+        self.binding = self.bind(session)
+        self.step: _Step | None = None  # made when the first single token is run
+
+    def bind(self, session: ort.InferenceSession) -> ort.IOBinding:
+        """Return a new binding whose past and present are this cache."""
+        binding = session.io_binding()
+        for layer, kind, value in self.layers:
+            binding.bind_ortvalue_input(f"past_{kind}.{layer}", value)
+            binding.bind_ortvalue_output(f"present_{kind}.{layer}", value)
+        return binding
+
+
+class _Step:
+    """Run one token of every row with all inputs and outputs bound once: binding anew costs 0.4 ms a token."""
+
+    def __init__(self, session: ort.InferenceSession, cache: Cache, vocab_size: int) -> None:
+        batch = cache.batch
+        self.ids = np.zeros((batch, 1), np.int64)
+        self.lengths = np.zeros(batch, np.int32)
+        self.total = np.zeros(1, np.int32)
+        self.logits = np.zeros((batch, 1, vocab_size), np.float32)
+        self.binding = cache.bind(session)
+        positions = np.zeros((batch, 1), np.int64)  # the only new token of each row
+        inputs = {
+            "input_ids": self.ids,
+            "seqlens_k": self.lengths,
+            "total_sequence_length": self.total,
+            "logits_positions": positions,
+        }
+        self._values = [ort.OrtValue.ortvalue_from_numpy(array) for array in (*inputs.values(), self.logits)]
+        for name, value in zip(inputs, self._values, strict=False):
+            self.binding.bind_ortvalue_input(name, value)
+        self.binding.bind_ortvalue_output("logits", self._values[-1])
+        self._positions = positions
 
 
 class Decoder:
@@ -57,20 +88,23 @@ class Decoder:
     def run(
         self, cache: Cache, input_ids: np.ndarray, past: np.ndarray, lengths: np.ndarray, positions: np.ndarray
     ) -> np.ndarray:
-        """Append tokens to the cache and return logits [batch, P, vocab] float32.
+        """Append tokens to the cache and return logits [batch, P, vocab] float32, valid until the cache's next run.
 
         input_ids [batch, sequence] int64, rows right-padded; past [batch]: tokens of each row already in the cache;
         lengths [batch]: valid new tokens of each row; positions [batch, P] int64: the new positions to score.
         More than one row may take more than one token only at past 0; a smaller past rewinds a row.
         """
         batch, sequence = input_ids.shape
-        totals = past + lengths
-        if int(totals.max()) > self.context or int(past.max()) + sequence > self.context:
-            raise ContractError(f"{int(past.max()) + sequence} tokens do not fit the context of {self.context}")
+        longest = int(past.max())
+        if longest + sequence > self.context:
+            raise ContractError(f"{longest + sequence} tokens do not fit the context of {self.context}")
         if batch > 1 and sequence > 1 and past.any():
             raise ContractError("several rows can only take several tokens when all start at past 0")
+        if sequence == 1 and positions.shape[1] == 1:
+            return self._run_step(cache, input_ids, past)
+        totals = past + lengths
         # a prompt's rows are padded to one length, and the operator wants to know that length
-        total = sequence if not past.any() else int(totals.max())
+        total = int(totals.max()) if longest else sequence
         binding = cache.binding
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(input_ids, np.int64))
         binding.bind_cpu_input("seqlens_k", np.ascontiguousarray(totals - 1, np.int32))
@@ -78,8 +112,21 @@ class Decoder:
         binding.bind_cpu_input("logits_positions", np.ascontiguousarray(positions, np.int64))
         binding.bind_output("logits", "cpu")
         self._session.run_with_iobinding(binding)
-        logits: np.ndarray = binding.get_outputs()[-1].numpy()
+        # the one value that's wanted: get_outputs() would wrap every layer's cache as well
+        outputs = binding.get_outputs_as_ortvaluevector()
+        logits: np.ndarray = outputs[len(outputs) - 1].numpy()
         return logits
+
+    def _run_step(self, cache: Cache, input_ids: np.ndarray, past: np.ndarray) -> np.ndarray:
+        """Append one token to every row; return logits [batch, 1, vocab]."""
+        if cache.step is None:
+            cache.step = _Step(self._session, cache, self.vocab_size)
+        step = cache.step
+        step.ids[:] = input_ids
+        step.lengths[:] = past  # past tokens and one new, less one
+        step.total[0] = past.max() + 1
+        self._session.run_with_iobinding(step.binding)
+        return step.logits
 
 
 def open_decoder(path: Path, manifest: dict[str, Any], threads: int | None) -> Decoder:

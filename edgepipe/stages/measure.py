@@ -13,6 +13,7 @@ class Measure:
     """Options of the stage `measure`."""
 
     text: str = "prose-eval"  # name of an evaluation set in calibration/
+    tokens: int = 8192  # perplexity is scored on at most this many tokens, from the text's beginning; 0: all of it
     blocks: int = 2  # fresh processes per bundle, alternating with the baseline's
     threads: int = 0  # 0 takes the target's
 
@@ -20,6 +21,8 @@ class Measure:
         """Refuse values out of range."""
         if self.blocks < 1 or self.threads < 0:
             raise ConfigError("measure.blocks must be at least 1 and measure.threads must not be negative")
+        if self.tokens == 1 or self.tokens < 0:
+            raise ConfigError(f"measure.tokens: expected at least 2, or 0 for the whole text, got {self.tokens}")
 
     def __call__(self, model: CompiledModel, ctx: Context) -> Measured:
         """Return the bundle with its figures; where no baseline was built they say so."""
@@ -33,7 +36,9 @@ class Measure:
             bundles = {"baseline": ctx.baseline.path, **bundles}
         else:
             ctx.note("no float32 baseline: it would be larger than the limit for one")
-        results = measure_bundles(bundles, text, threads=threads, blocks=self.blocks, progress=ctx.progress)
+        results = measure_bundles(
+            bundles, text, threads=threads, blocks=self.blocks, tokens=self.tokens, progress=ctx.progress
+        )
         figures = {
             "bundle": results["bundle"],
             "baseline": results.get("baseline"),

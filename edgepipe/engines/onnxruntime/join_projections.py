@@ -51,9 +51,9 @@ def _kind(node: ir.Node, weights: WeightStore) -> Kind:
 
 def _bias(node: ir.Node) -> ir.Node | None:
     """Return the Add that gives a MatMul its bias, when its result goes nowhere else."""
-    uses = node.outputs[0].uses()
-    if len(uses) == 1:
-        user = uses[0].node
+    users = node.outputs[0].consumers()
+    if len(users) == 1:
+        user: ir.Node = users[0]
         if user.op_type == "Add" and user.inputs[1] is not None and weight_parts(user.inputs[1]):
             return user
     return None
@@ -63,7 +63,7 @@ def _join(graph: ir.Graph, group: list[ir.Node]) -> None:
     ends = [_bias(node) or node for node in group]
     x = group[0].inputs[0]
     views = [n.inputs[1] for n in group]
-    widths = [int(v.shape[-1]) for v in views if v is not None and v.shape is not None]
+    widths = [v.shape.numpy()[-1] for v in views if v is not None and v.shape is not None]
     first = group[0]
     joined = joined_name([v for v in views if v is not None])
     weight = ir.Value(

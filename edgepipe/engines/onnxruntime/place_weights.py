@@ -131,10 +131,10 @@ def _lower_matmul(low: _Lowering, node: ir.Node) -> None:
 
 def _take_bias(low: _Lowering, node: ir.Node) -> ir.Value | None:
     """Move the bias that follows a MatMul into it: the kernel adds it for nothing."""
-    uses = node.outputs[0].uses()
-    if len(uses) != 1 or uses[0].node.op_type != "Add":
+    users = node.outputs[0].consumers()
+    if len(users) != 1 or users[0].op_type != "Add":
         return None
-    add = uses[0].node
+    add = users[0]
     parts = _parts(add, 1)
     if not parts:
         return None
@@ -185,8 +185,9 @@ def _lower_gather(low: _Lowering, node: ir.Node) -> None:
     value = low.weights.load(name)
     real = low.weights[name].name
     if not isinstance(value, QuantizedTensor):
-        gathered = _emit(low, node, [ir.node("Gather", [low.initializer(plan_float(low.weights, [real])), ids])])
-        gathered.dtype = low.graph.initializers[real].dtype
+        table = low.initializer(plan_float(low.weights, [real]))
+        gathered = _emit(low, node, [ir.node("Gather", [table, ids])])
+        gathered.type = table.type
         _replace(low, node, _float32(low, node, gathered))
         return
     codes = plan_part(low.weights, [real], "codes", value)
@@ -228,11 +229,11 @@ def _gather_minima(
 
 def _lower_rest(low: _Lowering, value: ir.Value) -> None:
     """Turn the weights that are left (norms, biases) into initializers, and drop inputs nobody reads any more."""
-    uses = value.uses()
-    if uses:
+    users = value.consumers()
+    if users:
         names = weight_parts(value)
         if (value.name or "").endswith(".T"):
-            raise ContractError(f"weight {names[0]} is used by {uses[0].node.op_type}, which has no lowering")
+            raise ContractError(f"weight {names[0]} is used by {users[0].op_type}, which has no lowering")
         weight = low.initializer(plan_float(low.weights, names))
-        value.replace_all_uses_with(_float32(low, uses[0].node, weight))
+        value.replace_all_uses_with(_float32(low, users[0], weight))
     low.graph.inputs.remove(value)
