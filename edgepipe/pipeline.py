@@ -91,7 +91,7 @@ def run(
     baseline: CompiledModel | None = None
     if wants_baseline:
         floats = dataclasses.replace(model, weights=weights.as_float32())
-        stages = tuple((name, stage) for name, stage in recipe.stages if name in _BASELINE_STAGES)
+        stages = tuple((name, _uncompressed(name, stage)) for name, stage in recipe.stages if name in _BASELINE_STAGES)
         side = dataclasses.replace(river, stages=stages, directory=directory / "baseline", label="baseline ")
         result = _flow(floats, side, None)
         assert isinstance(result, CompiledModel)
@@ -106,6 +106,11 @@ def run(
         write_json(directory / "run.json", {"recipe": recipe.to_json(), "figures": finished.figures})
         return finished
     return compiled
+
+
+def _uncompressed(name: str, stage: Stage) -> Stage:
+    """Return a stage without the options that compress: keys and values stay float32 in the baseline."""
+    return dataclasses.replace(stage, cache_dtype="float32") if name == "compile" else stage
 
 
 def run_name(model: TorchModel, recipe: Recipe) -> str:
