@@ -30,7 +30,7 @@ BUNDLE = "bundle"
 COMPRESS = (
     *("compress", "smollm2-135m", "--recipe", "recipe.toml", "--out", BUNDLE),
     *("--bits", "4", "--set", "quantize.import=false", "--embedding-bits", "4"),
-    *("--set", "compile.cache_dtype=float32"),  # what genai's builder takes on a CPU
+    *("--set", "compile.cache_dtype=float32", "--set", "compile.accuracy_level=4"),  # as genai's builder has them
 )
 _RECIPE = 'stages = ["quantize", "export", "compile"]\n'
 # Each build's options beside the defaults. "tuned" is the best of the builder's documented options on a CPU: logits of

@@ -19,8 +19,8 @@ class OnnxruntimeSettings:
     """Hold what the onnxruntime engine is told about this machine."""
 
     # Least exact arithmetic that MatMulNBits may use for activations: 0 = kernel's choice, 1 = float32, 2 = float16,
-    # 3 = bfloat16, 4 = int8. Source: com.microsoft.MatMulNBits in onnxruntime's ContribOperators.md.
-    accuracy_level: int = 4
+    # 3 = bfloat16, 4 = int8; on CPUs 0 to 3 are all float32. Source: MatMulNBits in onnxruntime's ContribOperators.md.
+    accuracy_level: int = 0
     threads: int = 0  # threads inside one operator; 0 = one per physical core
 
     def __post_init__(self) -> None:

@@ -41,7 +41,7 @@ def test_the_cpu_target_is_this_machine() -> None:
     """The default target runs on onnxruntime with int8 activations and can be measured here."""
     cpu = load_target("cpu")
     assert cpu.engines == ("onnxruntime",) and cpu.measurable == "here"
-    assert cpu.onnxruntime == OnnxruntimeSettings(accuracy_level=4, threads=0)
+    assert cpu.onnxruntime == OnnxruntimeSettings(accuracy_level=0, threads=0)
     assert cpu.budgets == Budgets()
 
 

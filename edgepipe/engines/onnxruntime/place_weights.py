@@ -1,6 +1,7 @@
 """Pass: MatMul and Gather on named weights → kernels that read the stored grid, weights in one file.
 
     MatMul(x, W.T)   symmetric or zero points → MatMulNBits(x, codes, scale, zero_points, bias)
+                     8 bits, float32 arithmetic → the same on x in two int8 parts (two_parts.py)
                      minima                   → the same on symmetric codes, + groupsum(x) · (minima + 2^(b−1)·scale)ᵀ
                      float                    → FusedMatMul(x, Cast(W), transB)
     Gather(W, ids)   quantized                → GatherBlockQuantized, sliced to the width where rows were padded
@@ -21,10 +22,12 @@ import onnx_ir as ir
 from edgepipe.artifacts import QuantizedTensor
 from edgepipe.engines.onnxruntime.names import weight_parts
 from edgepipe.engines.onnxruntime.planned import PlannedTensor, WeightsFile, plan_float, plan_part
+from edgepipe.engines.onnxruntime.two_parts import split_in_two, sum_of_two
 from edgepipe.errors import ContractError
 from edgepipe.weights import WeightStore
 
 _MICROSOFT = "com.microsoft"
+_INT8 = 4  # MatMulNBits' accuracy level: activations are rounded to int8 per group
 
 
 @dataclass(slots=True, kw_only=True)
@@ -36,6 +39,7 @@ class _Lowering:
     file: WeightsFile
     accuracy_level: int
     group_sums: dict[tuple[ir.Value, int], ir.Value] = field(default_factory=dict)
+    two_parts: dict[tuple[ir.Value, int], ir.Value] = field(default_factory=dict)
 
     def initializer(self, planned: PlannedTensor, shape: tuple[int, ...] | None = None) -> ir.Value:
         """Return the graph's initializer for a planned tensor, made on first use."""
@@ -111,19 +115,25 @@ def _lower_matmul(low: _Lowering, node: ir.Node) -> None:
     if sample.zero_points is not None:
         zeros = low.initializer(plan_part(low.weights, names, "zero_points", sample))
     bias = _take_bias(low, node)
+    in_two = sample.bits == 8 and low.accuracy_level != _INT8
+    operand = _two_parts(low, node, x, sample) if in_two else x
     product = ir.node(
         "MatMulNBits",
-        [x, low.initializer(codes, (rows, sample.groups, blob)), scale, zeros, None, bias],
+        [operand, low.initializer(codes, (rows, sample.groups, blob)), scale, zeros, None, None if in_two else bias],
         {
             "K": sample.shape[1],
             "N": rows,
             "bits": sample.bits,
             "block_size": sample.group,
-            "accuracy_level": low.accuracy_level,
+            "accuracy_level": _INT8 if in_two else low.accuracy_level,
         },
         domain=_MICROSOFT,
     )
     y = _emit(low, node, [product])
+    if in_two:
+        y = _emit(low, node, [sum_of_two(y, low.constant)])
+        if bias is not None:  # the kernel would add it to both parts
+            y = _emit(low, node, [ir.node("Add", [y, bias])])
     if sample.minima is not None:
         y = _add_minima(low, node, y, scale, names, sample)
     _replace(low, node, y)
@@ -159,6 +169,14 @@ def _add_minima(
         "FusedMatMul", [_group_sums(low, node, x, sample), offset.outputs[0]], {"transB": 1}, domain=_MICROSOFT
     )
     return _emit(low, node, [product, ir.node("Add", [y, product.outputs[0]])])
+
+
+def _two_parts(low: _Lowering, node: ir.Node, x: ir.Value, sample: QuantizedTensor) -> ir.Value:
+    """Split x [B, S, in] into two int8 parts → [2, B, S, in], once for all weights with groups of one size."""
+    key = (x, sample.group)
+    if key not in low.two_parts:
+        low.two_parts[key] = _emit(low, node, split_in_two(x, sample.shape[1], sample.group, low.constant))
+    return low.two_parts[key]
 
 
 def _group_sums(low: _Lowering, node: ir.Node, x: ir.Value, sample: QuantizedTensor) -> ir.Value:

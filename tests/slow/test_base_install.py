@@ -1,0 +1,85 @@
+"""The base install alone: no torch, the same tokens, bounded memory, loaded in a second."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgepipe.runtime import load
+from tests.slow.conftest import Made
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+QUESTION = "Name three rivers in Europe, and say where each of them ends."
+
+_CHILD = """
+import importlib.util, json, sys, time
+assert importlib.util.find_spec("torch") is None, "torch is importable"
+begun = time.perf_counter()
+from edgepipe.runtime import load
+model = load(sys.argv[1])
+load_s = time.perf_counter() - begun
+answer = model.generate([{"role": "user", "content": sys.argv[2]}], max_new_tokens=48)
+sentence = "The water rose a little every day, and nobody on the hill said anything about it. "
+count = (model.context - 64) // len(model.encode(sentence))
+long = model.generate(sentence * count, max_new_tokens=400, ignore_eos=True)
+lines = open("/proc/self/status").read().splitlines()
+peak = next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+loaded = sorted({"torch", "onnx", "transformers"} & set(sys.modules))
+print(json.dumps({"load_s": load_s, "ids": answer.token_ids, "filled": long.prompt_tokens + len(long.token_ids),
+                  "peak": peak, "loaded": loaded}))
+"""
+
+
+@pytest.fixture(scope="module")
+def base_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Install the package without extras in a fresh environment and return its Python."""
+    folder = tmp_path_factory.mktemp("base")
+    subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
+    python = folder / "venv" / "bin" / "python"
+    install = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+    subprocess.run([*install, "--constraint", ROOT / "constraints.txt", str(ROOT)], cwd=folder, check=True)
+    return python
+
+
+def run_child(python: Path, bundle: Path) -> dict[str, Any]:
+    """Run the child in the base install and return what it found."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    done = subprocess.run(
+        [python, "-c", _CHILD, bundle, QUESTION], cwd=python.parent, env=env, capture_output=True, text=True, check=True
+    )
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(base_python: Path, default_made: Made) -> list[dict[str, Any]]:
+    """Run the child four times; the first one warms the page cache."""
+    return [run_child(base_python, default_made.bundle) for _ in range(4)][1:]
+
+
+def test_the_same_tokens(found: list[dict[str, Any]], default_made: Made) -> None:
+    here = load(default_made.bundle).generate([{"role": "user", "content": QUESTION}], max_new_tokens=48)
+    assert len(here.token_ids) > 10
+    assert all(tuple(one["ids"]) == here.token_ids for one in found)
+    assert all(one["loaded"] == [] for one in found)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_peak_memory_with_a_full_context(found: list[dict[str, Any]], default_made: Made) -> None:
+    """With the 2,048 tokens of the context filled: at most 2.5 × the weights + 100 MB."""
+    weights = (default_made.bundle / "weights.bin").stat().st_size
+    assert all(one["filled"] == 2048 for one in found)
+    assert all(one["peak"] <= 2.5 * weights + 100e6 for one in found), [one["peak"] / 1e6 for one in found]
+
+
+def test_it_loads_within_a_second(found: list[dict[str, Any]]) -> None:
+    """Imports included; the quickest of three, since the machine may be busy with something else."""
+    assert min(one["load_s"] for one in found) < 1, [one["load_s"] for one in found]
