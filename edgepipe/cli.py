@@ -55,7 +55,9 @@ def main() -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="Where the bundle goes.  [default: runs/NAME/bundle]")
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="A recipe in TOML.")
 @click.option("--set", "settings", multiple=True, metavar="STAGE.OPTION=VALUE", help="Set one option of a stage.")
-@click.option("--context", type=int, help="Tokens the KV cache holds.  [default: 2048]")
+@click.option(
+    "--context", type=int, help="Tokens the KV cache holds.  [default: 2048, or fewer if the model takes fewer]"
+)
 @click.option("--seed", type=int, help="Seed of everything random.  [default: 0]")
 @click.option("--fresh", is_flag=True, help="Repeat stages that an earlier run finished.")
 @click.option("--dry-run", is_flag=True, help="Check and print the recipe; do nothing.")

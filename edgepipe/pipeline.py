@@ -10,6 +10,7 @@ goes down the same river without the compression stages, so that both meet the s
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -68,8 +69,12 @@ def run(
 ) -> CompiledModel | Measured:
     """Send a model down the river of `recipe` and put the bundle at `out` (default: runs/NAME/bundle).
 
-    Raises StageError when a stage fails; whatever stood at `out` before is untouched then.
+    Raises ConfigError when a stage can't take the model, before any work begins, and StageError when one fails;
+    whatever stood at `out` before is untouched then.
     """
+    for _, stage in recipe.stages:
+        if hasattr(stage, "check"):
+            stage.check(model)
     directory = runs / run_name(model, recipe)
     target = out if out is not None else directory / "bundle"
     check_output(target)
@@ -207,6 +212,10 @@ def check_output(path: Path) -> None:
         raise ConfigError(f"--out {path} is a file: expected a directory that is new, empty or an earlier bundle")
     if path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).is_file():
         raise ConfigError(f"--out {path} is a directory that isn't a bundle: name a new one, or empty it first")
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        what = "can't be written to" if there.is_dir() else "is a file"
+        raise ConfigError(f"--out {path} can't be made, because {there} {what}: name another place")
 
 
 def make_directory(path: Path) -> None:

@@ -87,8 +87,11 @@ class Shape:
     ropes: tuple[bool, ...]  # whether each layer rotates queries and keys
 
 
-def read_shape(config: Json, context: int) -> Shape:
-    """Read the family's facts from a config; ConfigError when the family or a setting isn't supported."""
+def read_shape(config: Json, context: int | None, usual_context: int = 2048) -> Shape:
+    """Read the family's facts from a config; ConfigError when the family or a setting isn't supported.
+
+    `context` None takes `usual_context`, or the positions the model was made for if those are fewer.
+    """
     model_type = config.get("model_type")
     if model_type not in VARIANTS:
         raise ConfigError(
@@ -97,6 +100,8 @@ def read_shape(config: Json, context: int) -> Shape:
         )
     variant = VARIANTS[model_type]
     c = framework_config(config)
+    if context is None:
+        context = min(usual_context, c.max_position_embeddings)
     if context > c.max_position_embeddings:
         raise ConfigError(
             f"--context {context} is more than the {c.max_position_embeddings} positions this model was made for"

@@ -1,0 +1,257 @@
+"""Whatever is wrong with a request: one clear sentence, the right exit code, no traceback, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from edgepipe.cli import main
+
+UNMEASURED = 'stages = ["quantize", "export", "compile"]\n'
+GOOD = "an earlier bundle"
+
+
+@pytest.fixture
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Return a function that runs edgepipe in an empty directory, with a recipe that doesn't measure."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.toml").write_text(UNMEASURED, encoding="utf-8")
+    return lambda *arguments, **more: CliRunner().invoke(main, [str(a) for a in arguments], **more)
+
+
+@pytest.fixture
+def earlier(tmp_path: Path) -> Path:
+    """Put what looks like an earlier bundle at `out`."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "manifest.json").write_text(GOOD, encoding="utf-8")
+    return out
+
+
+@pytest.fixture
+def model(tiny_model_dir: Path, tmp_path: Path) -> Path:
+    """Return a copy of the tiny model that a test may damage."""
+    return Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+
+
+def assert_refused(result: Result, code: int, *words: str) -> None:
+    """Hold that a command ended with one sentence that holds the words."""
+    assert result.exit_code == code, result.output
+    said = [line for line in result.stderr.splitlines() if line.startswith("edgepipe: ")]
+    assert len(said) == 1, result.stderr
+    assert result.stderr.splitlines()[-1] == said[0]
+    assert "Traceback" not in result.output
+    for word in words:
+        assert word in said[0], said[0]
+
+
+def assert_untouched(out: Path) -> None:
+    """Hold that the earlier bundle is as it was, and that nothing lies beside it."""
+    assert [p.name for p in out.iterdir()] == ["manifest.json"]
+    assert (out / "manifest.json").read_text(encoding="utf-8") == GOOD
+    assert not [p.name for p in out.parent.iterdir() if p.name.startswith(".out")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("compress", "tests/no-such-model.gguf"), ("no-such-model.gguf",)),
+        (("compress", "no-such-model"), ("no-such-model", "smollm2-135m")),
+        (("compress", "smollm2-135n"), ("smollm2-135n", "smollm2-135m")),
+        (("compress", "--target", "gpux"), ("gpux", "cpu")),
+        (("compress", "--bits", "5"), ("4, 8, 16", "5")),
+        (("compress", "--embedding-bits", "3"), ("4, 8, 16", "3")),
+        (("compress", "--set", "quantize.bitz=4"), ("bitz", "did you mean 'bits'")),
+        (("compress", "--set", "quantise.bits=4"), ("quantise", "did you mean 'quantize'")),
+        (("compress", "--set", "quantize.bits"), ("STAGE.OPTION=VALUE",)),
+        (("compress", "--set", "quantize.bits=four"), ("quantize.bits", "whole number")),
+        (("compress", "--set", "measure.tokens=1"), ("measure.tokens", "at least 2")),
+        (("compress", "--context", "7"), ("export.context", "at least 8")),
+        (("compress", "--seed", "-1"), ("seed", "-1")),
+        (("compress", "--recipe", "absent.toml"), ("absent.toml", "can't be read")),
+        (("inspect", "no-such-model"), ("no-such-model",)),
+        (("stages", "quantise"), ("quantise", "quantize")),
+        (("run", "no-such-bundle", "Hello"), ("no-such-bundle", "does not exist")),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_unknown_names_and_values(
+    cli: Callable[..., Result], tmp_path: Path, arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    assert_refused(cli(*arguments), 2, *words)
+    assert [p.name for p in tmp_path.iterdir()] == ["recipe.toml"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ('stages = ["export", "quantize", "compile"]', ("Quantize takes TorchModel", "given OnnxModel")),
+        ('stages = ["compile"]', ("Compile takes OnnxModel", "given TorchModel")),
+        ('stages = ["quantize", "export"]', ("end in OnnxModel",)),
+        ('stages = ["distill", "quantize", "export", "compile"]', ("no stage 'distill'", "known are")),
+        ('stages = ["prune", "export", "compile"]', ("no stage 'prune'",)),
+        ('stages = ["quantize", "quantize", "export", "compile"]', ("named twice",)),
+        ("stages = []", ("list of stage names",)),
+        ('stagez = ["quantize"]', ("stagez", "unknown key")),
+        ("[quantize\nbits = 4", ("not valid TOML",)),
+        ("[quantize]\nbits = true", ("quantize.bits", "whole number")),
+        ('[quantize]\noverrides = ["*=5"]', ("PATTERN=BITS", "*=5")),
+    ],
+)
+def test_recipes(cli: Callable[..., Result], tmp_path: Path, recipe: str, words: tuple[str, ...]) -> None:
+    (tmp_path / "recipe.toml").write_text(recipe, encoding="utf-8")
+    assert_refused(cli("compress", "--recipe", "recipe.toml"), 2, *words)
+    assert [p.name for p in tmp_path.iterdir()] == ["recipe.toml"]
+
+
+def test_a_recipe_that_is_not_text(cli: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_bytes(b"\xff\xfe\x00")
+    assert_refused(cli("compress", "--recipe", "recipe.toml"), 2, "not UTF-8")
+
+
+def test_an_unknown_flag_is_clicks_usage_error(cli: Callable[..., Result]) -> None:
+    result = cli("compress", "--bitz", "4")
+    assert result.exit_code == 2
+    assert "No such option" in result.stderr
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("size", [0, 7, 200, -1])
+def test_truncated_safetensors(cli: Callable[..., Result], model: Path, earlier: Path, size: int) -> None:
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    result = cli("compress", model, "--recipe", "recipe.toml", "--out", earlier)
+    assert_refused(result, 2, "model.safetensors")
+    assert_untouched(earlier)
+
+
+def test_a_truncated_gguf(cli: Callable[..., Result], tmp_path: Path, earlier: Path) -> None:
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF\x03\x00\x00\x00\x05\x00\x00\x00")
+    assert_refused(cli("compress", "broken.gguf", "--recipe", "recipe.toml", "--out", earlier), 2, "broken.gguf")
+    assert_untouched(earlier)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"version": "1.0"}', b"\xff\x00"])
+def test_a_damaged_tokenizer(cli: Callable[..., Result], model: Path, earlier: Path, content: bytes) -> None:
+    (model / "tokenizer.json").write_bytes(content)
+    assert_refused(cli("compress", model, "--recipe", "recipe.toml", "--out", earlier), 2, "tokenizer")
+    assert_untouched(earlier)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("hidden_size", 224, ("config.json promises",)),
+        ("num_hidden_layers", 3, ("config.json promises model.layers.2",)),
+        ("num_hidden_layers", 1, ("model.layers.1", "does not use")),
+        ("vocab_size", 400, ("model.embed_tokens.weight",)),
+        ("num_key_value_heads", 2, ("cannot share",)),
+        ("model_type", "gpt_oss_2", ("gpt_oss_2",)),
+        ("hidden_act", "relu", ("activation 'relu'",)),
+    ],
+)
+def test_a_config_that_contradicts_the_weights(
+    cli: Callable[..., Result], model: Path, earlier: Path, key: str, value: object, words: tuple[str, ...]
+) -> None:
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (model / "config.json").write_text(json.dumps(config | {key: value}), encoding="utf-8")
+    result = cli("compress", model, "--recipe", "recipe.toml", "--out", earlier)
+    assert_refused(result, 2, *words)
+    assert_untouched(earlier)
+    assert not Path("runs").exists()
+
+
+def test_nothing_but_pickled_weights(cli: Callable[..., Result], model: Path, tmp_path: Path) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    assert_refused(cli("compress", model, "--recipe", "recipe.toml"), 2, "pytorch_model.bin", "convert it")
+
+
+def test_an_output_that_is_a_file(cli: Callable[..., Result], model: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine", encoding="utf-8")
+    assert_refused(cli("compress", model, "--recipe", "recipe.toml", "--out", "out"), 2, "is a file")
+    assert (tmp_path / "out").read_text(encoding="utf-8") == "mine"
+
+
+def test_an_output_that_is_somebody_elses_directory(cli: Callable[..., Result], model: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine", encoding="utf-8")
+    assert_refused(cli("compress", model, "--recipe", "recipe.toml", "--out", "out"), 2, "isn't a bundle")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_an_output_that_cannot_be_written(cli: Callable[..., Result], model: Path, tmp_path: Path) -> None:
+    """A directory below a file: true for every user, root included."""
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    result = cli("compress", model, "--recipe", "recipe.toml", "--out", "file/out")
+    assert_refused(result, 2, "file/out", "is a file")
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are POSIX")
+def test_a_full_disk(model: Path, earlier: Path, tmp_path: Path) -> None:
+    """A limit on the size of a file stands for the disk: writing beyond it fails in the middle."""
+
+    def limit() -> None:
+        import signal
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    (tmp_path / "recipe.toml").write_text(UNMEASURED, encoding="utf-8")
+    command = [sys.executable, "-m", "edgepipe", "compress", model, "--recipe", "recipe.toml", "--out", earlier]
+    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, preexec_fn=limit)
+    assert done.returncode == 1, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("edgepipe: stage quantize failed: File too large")
+    assert "Traceback" not in done.stderr
+    assert_untouched(earlier)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert [p.name for p in folder.iterdir()] == []
+
+
+def test_a_prompt_longer_than_the_context(cli: Callable[..., Result], tiny_bundle: Path) -> None:
+    assert_refused(cli("run", tiny_bundle, "river " * 500), 2, "context of 128", "shorten it")
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n"])
+def test_an_empty_prompt(cli: Callable[..., Result], tiny_bundle: Path, prompt: str) -> None:
+    assert_refused(cli("run", tiny_bundle, prompt), 2, "prompt is empty")
+    assert_refused(cli("run", tiny_bundle, input=prompt), 2, "prompt is empty")
+
+
+def test_stdin_that_is_not_utf8(cli: Callable[..., Result], tiny_bundle: Path) -> None:
+    assert_refused(cli("run", tiny_bundle, input=b"caf\xe9 au lait"), 2, "not UTF-8", "byte 3")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--temperature", "-1"), "temperature"),
+        (("--top-p", "0"), "top_p"),
+        (("--max-new-tokens", "0"), "max_new_tokens"),
+        (("--threads", "0"), "threads"),
+    ],
+)
+def test_sampling_out_of_range(
+    cli: Callable[..., Result], tiny_bundle: Path, arguments: tuple[str, ...], words: str
+) -> None:
+    assert_refused(cli("run", tiny_bundle, "Hello", *arguments), 2, words)
+
+
+def test_a_damaged_bundle(cli: Callable[..., Result], tiny_bundle: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(tiny_bundle, tmp_path / "broken"))
+    weights = broken / "weights.bin"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert_refused(cli("run", broken, "Hello"), 1, "weights.bin should have")
+    (broken / "manifest.json").write_text("{", encoding="utf-8")
+    assert_refused(cli("run", broken, "Hello"), 2, "not valid JSON")
