@@ -25,10 +25,11 @@ from edgepipe.store import (
     Artifact,
     cache_key,
     file_sha256,
+    is_sealed,
     load_artifact,
     publish,
-    read_json,
     save_artifact,
+    seal,
     write_json,
 )
 from edgepipe.weights import WeightStore
@@ -137,7 +138,7 @@ def _flow(model: TorchModel, river: _River, baseline: CompiledModel | None) -> A
         river.listener.begin(river.label + name, *river.step())
         directory = river.directory / f"{number:02d}-{name}"
         started = time.perf_counter()
-        reused = not river.fresh and _has_key(directory, key)
+        reused = not river.fresh and is_sealed(directory, key)
         if not reused:
             make_directory(river.directory)
             _run_stage(artifact, (name, stage, key), directory, river, baseline, tuple(done))
@@ -180,7 +181,7 @@ def _run_stage(
         record = StageRecord(stage=name, options=stage_options(stage), key=key, notes=tuple(notes))
         result = dataclasses.replace(result, history=(*artifact.history, record))
         save_artifact(result, staged, river.listener.progress)
-        write_json(staged / "key.json", key)
+        seal(staged, key)
         publish(staged, directory)
     except EdgepipeError as error:
         if isinstance(error, StageError):
@@ -197,13 +198,6 @@ def _describe(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}{f' ({error.filename})' if error.filename else ''}; finished stages are kept"
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no details'}"
-
-
-def _has_key(directory: Path, key: str) -> bool:
-    try:
-        return bool(read_json(directory / "key.json") == key)
-    except (OSError, ValueError):
-        return False
 
 
 def check_output(path: Path) -> None:

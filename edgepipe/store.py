@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -37,6 +37,7 @@ from edgepipe.weights import Value, Weight, WeightStore
 Artifact = TorchModel | OnnxModel | CompiledModel | Measured
 
 _ALIGNMENT = 64
+_SEAL = "key.json"
 _PARTS = ("codes", "scale", "zero_points", "minima")
 # what decides the bytes of a result, beside edgepipe's own code
 _PRODUCERS = ("numpy", "onnx", "onnx-ir", "onnxruntime", "torch", "transformers", "gguf", "safetensors", "tokenizers")
@@ -179,15 +180,22 @@ def publish(staged: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
-    """Copy files into a new directory, sharing their bytes through hard links where the file system can."""
-    for name in names:
-        destination = target / name
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(source / name, destination)
-        except OSError:
-            shutil.copyfile(source / name, destination)
+def seal(directory: Path, key: str) -> None:
+    """Note what a finished stage's directory holds, and the key of the contents it depends on."""
+    write_json(directory / _SEAL, {"key": key, "files": _sizes(directory)})
+
+
+def is_sealed(directory: Path, key: str) -> bool:
+    """Say whether a directory holds the finished stage of this key, with every file and its size as they were."""
+    try:
+        return bool(read_json(directory / _SEAL) == {"key": key, "files": _sizes(directory)})
+    except (OSError, ValueError):
+        return False
+
+
+def _sizes(directory: Path) -> dict[str, int]:
+    files = (path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != _SEAL)
+    return {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
 
 
 def _write_value(file: Any, weight: Weight, value: Value) -> Json:

@@ -1,0 +1,202 @@
+"""The runner: reuse, resume, sameness of bytes, and nothing half-written when a stage fails."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgepipe.artifacts import CompiledModel, Context, Measured, OnnxModel, TorchModel
+from edgepipe.errors import ConfigError, StageError
+from edgepipe.pipeline import run
+from edgepipe.recipe import Recipe, resolve
+from edgepipe.runtime import load
+from edgepipe.sources import open_model
+from edgepipe.stages.compile import Compile
+from edgepipe.stages.export import Export
+from tests.listener import Silent
+from tests.tiny_models import save_tiny_model
+
+STAGES = ["quantize", "export", "compile"]
+
+
+def make_recipe(
+    folder: Path, *settings: tuple[str, str, object], stages: list[str] | None = None, seed: int = 0
+) -> Recipe:
+    """Resolve a recipe of the stages, by default without measuring."""
+    file = folder / "recipe.toml"
+    file.write_text(f"stages = {json.dumps(stages or STAGES)}\n", encoding="utf-8")
+    return resolve(target="cpu", file=file, settings=[("export", "context", 64), *settings], seed=seed)
+
+
+def make(model: Path, folder: Path, recipe: Recipe, *, fresh: bool = False) -> tuple[Silent, CompiledModel | Measured]:
+    """Run a recipe in a folder; return what the listener heard, and the result."""
+    heard = Silent()
+    result = run(open_model(str(model)), recipe, out=folder / "out", runs=folder / "runs", fresh=fresh, listener=heard)
+    return heard, result
+
+
+def hashes(bundle: Path) -> dict[str, str]:
+    """Return the sha256 of every file."""
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(bundle.iterdir())}
+
+
+def test_a_second_run_reuses_every_stage(tiny_model_dir: Path, tmp_path: Path) -> None:
+    first, _ = make(tiny_model_dir, tmp_path, make_recipe(tmp_path))
+    before = hashes(tmp_path / "out")
+    second, _ = make(tiny_model_dir, tmp_path, make_recipe(tmp_path))
+    assert (first.ran, first.reused) == (STAGES, [])
+    assert (second.ran, second.reused) == ([], STAGES)
+    assert first.notes == second.notes
+    assert hashes(tmp_path / "out") == before
+
+
+def test_fresh_repeats_every_stage(tiny_model_dir: Path, tmp_path: Path) -> None:
+    make(tiny_model_dir, tmp_path, make_recipe(tmp_path))
+    heard, _ = make(tiny_model_dir, tmp_path, make_recipe(tmp_path), fresh=True)
+    assert (heard.ran, heard.reused) == (STAGES, [])
+
+
+@pytest.mark.parametrize(
+    ("setting", "again"),
+    [
+        (("quantize", "group", 64), STAGES),
+        (("export", "check_tokens", 4), ["export", "compile"]),
+        (("compile", "check_tokens", 4), ["compile"]),
+    ],
+)
+def test_stages_from_the_changed_option_on_run_again(
+    tiny_model_dir: Path, tmp_path: Path, setting: tuple[str, str, object], again: list[str]
+) -> None:
+    make(tiny_model_dir, tmp_path, make_recipe(tmp_path))
+    heard, _ = make(tiny_model_dir, tmp_path, make_recipe(tmp_path, setting))
+    assert heard.ran == again
+    assert heard.reused == [name for name in STAGES if name not in again]
+
+
+def test_another_seed_misses_the_cache(tiny_model_dir: Path, tmp_path: Path) -> None:
+    make(tiny_model_dir, tmp_path, make_recipe(tmp_path))
+    heard, _ = make(tiny_model_dir, tmp_path, make_recipe(tmp_path, seed=1))
+    assert heard.reused == []
+
+
+def test_another_model_of_the_same_name_misses_the_cache(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """The name is the directory's; what counts is the contents."""
+    model = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+    make(model, tmp_path, make_recipe(tmp_path))
+    before = hashes(tmp_path / "out")
+    shutil.rmtree(model)
+    save_tiny_model(model, "llama", num_key_value_heads=1)
+    heard, _ = make(model, tmp_path, make_recipe(tmp_path))
+    assert heard.reused == []
+    assert hashes(tmp_path / "out")["weights.bin"] != before["weights.bin"]
+
+
+def test_the_same_recipe_gives_the_same_bytes_anywhere(tiny_model_dir: Path, tmp_path: Path) -> None:
+    found = []
+    for place in ("here", "somewhere else"):
+        folder = tmp_path / place
+        folder.mkdir()
+        model = Path(shutil.copytree(tiny_model_dir, folder / "tiny-llama"))
+        make(model, folder, make_recipe(folder))
+        found.append(hashes(folder / "out"))
+    assert set(found[0]) == {"manifest.json", "decoder.onnx", "weights.bin", "tokenizer.json", "chat_template.jinja"}
+    assert found[0] == found[1]
+
+
+def test_a_failing_stage_leaves_nothing_and_the_next_run_goes_on(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tiny_model_dir, tmp_path, make_recipe(tmp_path))
+    before = hashes(tmp_path / "out")
+    other = make_recipe(tmp_path, ("quantize", "bits", 8))
+    written = Compile.__call__
+
+    def fail(self: Compile, model: OnnxModel, ctx: Context) -> CompiledModel:
+        written(self, model, ctx)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Compile, "__call__", fail)
+    with pytest.raises(StageError, match="stage compile failed: No space left on device") as caught:
+        make(tiny_model_dir, tmp_path, other)
+    assert (caught.value.stage, caught.value.done) == ("compile", ("quantize", "export"))
+    assert hashes(tmp_path / "out") == before
+    (folder,) = (tmp_path / "runs").glob("*-8bit")
+    assert sorted(p.name for p in folder.iterdir()) == ["01-quantize", "02-export"]
+    monkeypatch.undo()
+    heard, _ = make(tiny_model_dir, tmp_path, other)
+    assert (heard.reused, heard.ran) == (["quantize", "export"], ["compile"])
+    assert hashes(tmp_path / "out")["weights.bin"] != before["weights.bin"]
+
+
+def test_an_interrupt_leaves_the_finished_stages(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(self: Export, model: TorchModel, ctx: Context) -> OnnxModel:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Export, "__call__", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        make(tiny_model_dir, tmp_path, make_recipe(tmp_path))
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert [p.name for p in folder.iterdir()] == ["01-quantize"]
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    heard, _ = make(tiny_model_dir, tmp_path, make_recipe(tmp_path))
+    assert (heard.reused, heard.ran) == (["quantize"], ["export", "compile"])
+
+
+@pytest.mark.parametrize(
+    ("stage", "file", "cut"),
+    [
+        ("01-quantize", "weights.bin", True),
+        ("01-quantize", "weights.json", False),
+        ("01-quantize", "info.json", True),
+        ("02-export", "decoder.onnx", False),
+        ("03-compile", "bundle/weights.bin", True),
+        ("03-compile", "bundle/manifest.json", False),
+        ("03-compile", "artifact.json", True),
+    ],
+)
+def test_a_damaged_stage_is_made_again(tiny_model_dir: Path, tmp_path: Path, stage: str, file: str, cut: bool) -> None:
+    """What an earlier run left may have been deleted or cut since: it's worked out again, not believed."""
+    make(tiny_model_dir, tmp_path, make_recipe(tmp_path))
+    before = hashes(tmp_path / "out")
+    (folder,) = (tmp_path / "runs").iterdir()
+    damaged = folder / stage / file
+    if cut:
+        damaged.write_bytes(damaged.read_bytes()[:-1])
+    else:
+        damaged.unlink()
+    shutil.rmtree(tmp_path / "out")
+    heard, _ = make(tiny_model_dir, tmp_path, make_recipe(tmp_path))
+    assert stage.partition("-")[2] in heard.ran
+    assert hashes(tmp_path / "out") == before
+
+
+def test_a_stage_that_cannot_take_the_model_is_refused_before_any_work(tiny_model_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--context 4096 is more than the 256 positions"):
+        make(tiny_model_dir, tmp_path, make_recipe(tmp_path, ("export", "context", 4096)))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_baseline_is_the_same_model_uncompressed(tiny_model_dir: Path, tmp_path: Path) -> None:
+    stages = [*STAGES, "measure"]
+    quick: list[tuple[str, str, object]] = [("measure", "blocks", 1), ("measure", "tokens", 64)]
+    heard, result = make(tiny_model_dir, tmp_path, make_recipe(tmp_path, *quick, stages=stages))
+    assert heard.ran == ["baseline export", "baseline compile", *stages]
+    assert isinstance(result, Measured)
+    (folder,) = (tmp_path / "runs").iterdir()
+    baseline = folder / "baseline" / "02-compile" / "bundle"
+    manifest = json.loads((baseline / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["cache"]["dtype"] == "float32"
+    assert 31.9 < manifest["weights"]["bits_per_weight"] < 33
+    source = open_model(str(tiny_model_dir))
+    assert load(baseline).logits([1, 2, 3]).shape == (3, source.info.config["vocab_size"])
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    assert record["figures"] == result.figures
+    assert np.isfinite(record["figures"]["baseline"]["perplexity"])
