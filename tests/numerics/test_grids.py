@@ -1,0 +1,168 @@
+"""Grids: packing loses nothing, rounding is the naive twin's, code for code, and no value ends up on a worse point."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from edgepipe.artifacts import QuantizedTensor
+from edgepipe.numerics import grids
+from edgepipe.numerics.grids import dequantize, pack, quantized_nbytes, round_to_nearest, unpack
+from tests.reference import decode_naively, pack_naively, product_by_group_sums, round_naively, unpack_naively
+
+
+def weights() -> dict[str, np.ndarray]:
+    """Matrices [out, in] with what rounding trips over."""
+    rng = np.random.default_rng(0)
+    normal = rng.standard_normal((7, 100), np.float32)
+    lopsided = -np.abs(rng.standard_normal((3, 64), np.float32)) * 3
+    ties = np.tile(np.array([1, -1, 0.5, -0.5], np.float32), (2, 16))
+    zeros = normal.copy()
+    zeros[2] = 0
+    zeros[3, :32] = 0
+    return {
+        "ragged": normal,
+        "one row": rng.standard_normal((1, 33), np.float32),
+        "one column": rng.standard_normal((5, 1), np.float32),
+        "whole groups": rng.standard_normal((4, 128), np.float32),
+        "zeros": zeros,
+        "all negative": lopsided,
+        "all positive": -lopsided,
+        "ties": ties,
+        "huge": normal * np.float32(3e6),
+        "tiny": normal * np.float32(1e-7),
+        "subnormal scales": normal * np.float32(2e-4),
+        "outlier": np.where(np.arange(100) == 40, np.float32(-900), normal),
+    }
+
+
+WEIGHTS = weights()
+USUAL = ("ragged", "one row", "one column", "whole groups", "zeros", "all negative", "all positive", "ties", "outlier")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("shape", [(1, 2), (3, 64), (2, 126)])
+def test_packing_is_the_twins_and_unpacking_gives_back(bits: int, shape: tuple[int, int]) -> None:
+    codes = np.random.default_rng(1).integers(0, 2**bits, shape, dtype=np.uint8)
+    packed = pack(codes, bits)
+    np.testing.assert_array_equal(packed, pack_naively(codes, bits))
+    np.testing.assert_array_equal(unpack(packed, bits), codes)
+    np.testing.assert_array_equal(unpack_naively(packed, bits), codes)
+
+
+def test_packing_takes_any_leading_axes() -> None:
+    codes = np.random.default_rng(2).integers(0, 16, (2, 3, 8), dtype=np.uint8)
+    np.testing.assert_array_equal(unpack(pack(codes, 4), 4), codes)
+    assert pack(codes, 4).shape == (2, 3, 4)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 16), (8, 32), (8, 128)])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_rounding_is_the_twins(name: str, bits: int, group: int, symmetric: bool) -> None:
+    weight = WEIGHTS[name]
+    expected = round_naively(weight, bits, group, symmetric)
+    got = round_to_nearest(weight, bits=bits, group=group, symmetric=symmetric)
+    assert (got.shape, got.bits, got.group, got.minima) == (weight.shape, bits, group, None)
+    np.testing.assert_array_equal(got.scale, expected.scale)
+    assert got.scale.dtype == np.float16
+    np.testing.assert_array_equal(got.codes, pack_naively(expected.codes, bits))
+    if symmetric:
+        assert got.zero_points is None
+    else:
+        np.testing.assert_array_equal(got.zero_points, expected.zero_points)
+    np.testing.assert_array_equal(dequantize(got), decode_naively(got))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("name", USUAL)
+def test_no_point_of_the_grid_is_nearer(name: str, bits: int, symmetric: bool) -> None:
+    """Inside the grid an element moves by half a step at most; the outermost ones by less than a whole one."""
+    weight = WEIGHTS[name]
+    tensor = round_to_nearest(weight, bits=bits, group=32, symmetric=symmetric)
+    step = np.repeat(np.abs(tensor.scale.astype(np.float64)), 32, axis=1)[:, : weight.shape[1]]
+    error = np.abs(dequantize(tensor) - weight.astype(np.float64))
+    codes = unpack(tensor.codes, bits)[:, : weight.shape[1]]
+    outermost = (codes == 0) | (codes == 2**bits - 1)
+    slack = 1e-6 * np.abs(weight)  # dequantize and the division round to float32
+    assert (error <= np.where(outermost, step * 1.1, step / 2) + slack).all()
+    padding = unpack(tensor.codes, bits)[:, weight.shape[1] :]
+    zero = tensor.zero_points if tensor.zero_points is not None else np.full_like(tensor.scale, 1 << (bits - 1))
+    assert (padding == zero[:, -1:].astype(np.uint8)).all()
+
+
+def test_the_largest_magnitude_lies_on_the_symmetric_grid_with_either_sign() -> None:
+    """Code 0 is the only one eight steps from the middle, so it's the extreme's; then 11 bits of scale decide."""
+    for extreme in (-3.3, 3.3):
+        weight = np.zeros((1, 32), np.float32)
+        weight[0, 5], weight[0, 6] = extreme, -extreme / 3
+        tensor = round_to_nearest(weight, bits=4, group=32, symmetric=True)
+        assert unpack(tensor.codes, 4)[0, 5] == 0
+        assert dequantize(tensor)[0, 5] == pytest.approx(extreme, rel=2**-11)
+
+
+def test_zeros_stay_zeros() -> None:
+    for symmetric in (True, False):
+        tensor = round_to_nearest(WEIGHTS["zeros"], bits=4, group=32, symmetric=symmetric)
+        assert (dequantize(tensor)[WEIGHTS["zeros"] == 0] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64, ml_dtypes.bfloat16])
+def test_any_float_type_is_read(dtype: type) -> None:
+    weight = WEIGHTS["ragged"].astype(dtype)
+    got = round_to_nearest(weight, bits=4, group=32, symmetric=False)
+    expected = round_to_nearest(weight.astype(np.float32), bits=4, group=32, symmetric=False)
+    np.testing.assert_array_equal(got.codes, expected.codes)
+    np.testing.assert_array_equal(got.scale, expected.scale)
+
+
+@pytest.mark.parametrize("at_once", [1, 300, 128 * 7])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_size_of_a_part_changes_nothing(monkeypatch: pytest.MonkeyPatch, at_once: int, symmetric: bool) -> None:
+    """Rows are rounded one, two or seven at a time."""
+    weight = WEIGHTS["ragged"]
+    whole = round_to_nearest(weight, bits=4, group=32, symmetric=symmetric)
+    monkeypatch.setattr(grids, "_ELEMENTS_AT_ONCE", at_once)
+    parts = round_to_nearest(weight, bits=4, group=32, symmetric=symmetric)
+    np.testing.assert_array_equal(parts.codes, whole.codes)
+    np.testing.assert_array_equal(parts.scale, whole.scale)
+    np.testing.assert_array_equal(parts.zero_points, whole.zero_points)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_refused(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    monkeypatch.setattr(grids, "_ELEMENTS_AT_ONCE", 1)
+    weight = WEIGHTS["ragged"].copy()
+    weight[-1, -1] = value
+    with pytest.raises(ValueError, match="not finite"):
+        round_to_nearest(weight, bits=4, group=32, symmetric=True)
+
+
+@pytest.mark.parametrize("shape", [(7, 100), (1, 1), (4, 128)])
+@pytest.mark.parametrize(("bits", "group"), [(4, 16), (4, 32), (8, 64), (8, 128)])
+def test_planned_bytes_are_the_tensors(shape: tuple[int, int], bits: int, group: int) -> None:
+    weight = np.ones(shape, np.float32)
+    for symmetric, offset_bytes in ((True, 0), (False, 1)):
+        tensor = round_to_nearest(weight, bits=bits, group=group, symmetric=symmetric)
+        assert tensor.nbytes == quantized_nbytes(shape, bits=bits, group=group, offset_bytes=offset_bytes)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("scale_dtype", [np.float16, np.float32])
+def test_minima(bits: int, scale_dtype: type) -> None:
+    """Decoding is the twin's, and a product may be split into symmetric codes and group sums."""
+    rng = np.random.default_rng(3)
+    tensor = QuantizedTensor(
+        shape=(6, 90),
+        bits=bits,
+        group=32,
+        codes=pack(rng.integers(0, 2**bits, (6, 96), dtype=np.uint8), bits),
+        scale=rng.uniform(-0.1, 0.1, (6, 3)).astype(scale_dtype),
+        minima=rng.standard_normal((6, 3)).astype(scale_dtype),
+    )
+    np.testing.assert_array_equal(dequantize(tensor), decode_naively(tensor))
+    x = rng.standard_normal((2, 90))
+    whole = x @ dequantize(tensor).T.astype(np.float64)
+    np.testing.assert_allclose(product_by_group_sums(x, tensor), whole, rtol=0, atol=1e-6 * np.abs(whole).max())

@@ -1,0 +1,123 @@
+"""Naive twins: what edgepipe's numerics must compute, written as plain loops over one element at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgepipe.artifacts import QuantizedTensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rounded:
+    """Hold what rounding one matrix gives, one code per byte, rows padded to whole groups."""
+
+    codes: np.ndarray  # [out, groups · group] uint8
+    scale: np.ndarray  # [out, groups] float16
+    zero_points: np.ndarray  # [out, groups] uint8
+
+
+def round_naively(weight: np.ndarray, bits: int, group: int, symmetric: bool) -> Rounded:
+    """Round a matrix [out, in] to nearest, group by group of one row."""
+    rows, columns = weight.shape
+    groups = (columns + group - 1) // group
+    codes = np.zeros((rows, groups * group), np.uint8)
+    scale = np.zeros((rows, groups), np.float16)
+    zero_points = np.zeros((rows, groups), np.uint8)
+    for row in range(rows):
+        for g in range(groups):
+            values = [np.float32(0)] * group
+            for i in range(group):
+                if g * group + i < columns:
+                    values[i] = np.float32(weight[row, g * group + i])
+            one = _symmetric(values, bits) if symmetric else _asymmetric(values, bits)
+            scale[row, g], zero_points[row, g] = one
+            for i in range(group):
+                code = int(np.rint(values[i] / np.float32(scale[row, g]))) + int(zero_points[row, g])
+                codes[row, g * group + i] = min(max(code, 0), 2**bits - 1)
+    return Rounded(codes=codes, scale=scale, zero_points=zero_points)
+
+
+def _symmetric(values: list[np.float32], bits: int) -> tuple[np.float16, int]:
+    """The element of the largest magnitude, with its sign, lies on code 0; a tie goes to the negative one."""
+    extreme = np.float32(0)
+    for value in values:
+        if abs(value) > abs(extreme) or (abs(value) == abs(extreme) and value < 0):
+            extreme = value
+    return _half(extreme / np.float32(-(2 ** (bits - 1)))), 2 ** (bits - 1)
+
+
+def _asymmetric(values: list[np.float32], bits: int) -> tuple[np.float16, int]:
+    """The codes reach from the smallest to the largest element, zero among them."""
+    low, high = min(np.float32(0), *values), max(np.float32(0), *values)
+    scale = _half((high - low) / np.float32(2**bits - 1))
+    return scale, min(max(int(np.rint(-low / np.float32(scale))), 0), 2**bits - 1)
+
+
+def _half(scale: np.float32) -> np.float16:
+    """Round a scale to a float16 that has all its digits: its magnitude is 2^-14 at least and 65504 at most."""
+    if scale == 0:
+        return np.float16(1)
+    magnitude = min(max(abs(float(scale)), 2.0**-14), 65504.0)
+    return np.float16(magnitude if scale > 0 else -magnitude)
+
+
+def pack_naively(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Pack codes [rows, n] into bytes: element 2i is the low nibble of byte i, element 2i + 1 the high one."""
+    rows, n = codes.shape
+    packed = np.zeros((rows, n * bits // 8), np.uint8)
+    for row in range(rows):
+        for i in range(n):
+            packed[row, i * bits // 8] |= int(codes[row, i]) << (i * bits % 8)
+    return packed
+
+
+def unpack_naively(packed: np.ndarray, bits: int) -> np.ndarray:
+    """Read code after code of `bits` bits from bytes [rows, m]."""
+    rows, m = packed.shape
+    codes = np.zeros((rows, m * 8 // bits), np.uint8)
+    for row in range(rows):
+        for i in range(codes.shape[1]):
+            codes[row, i] = (int(packed[row, i * bits // 8]) >> (i * bits % 8)) & (2**bits - 1)
+    return codes
+
+
+def decode_naively(tensor: QuantizedTensor) -> np.ndarray:
+    """Decode element by element as QuantizedTensor's docstring says, in float32. → [out, in]"""
+    rows, columns = tensor.shape
+    codes = unpack_naively(tensor.codes, tensor.bits)
+    value = np.zeros((rows, columns), np.float32)
+    for row in range(rows):
+        for i in range(columns):
+            g = i // tensor.group
+            code, scale = np.float32(codes[row, i]), np.float32(tensor.scale[row, g])
+            if tensor.minima is not None:
+                value[row, i] = scale * code + np.float32(tensor.minima[row, g])
+            elif tensor.zero_points is not None:
+                value[row, i] = scale * (code - np.float32(tensor.zero_points[row, g]))
+            else:
+                value[row, i] = scale * (code - np.float32(2 ** (tensor.bits - 1)))
+    return value
+
+
+def product_by_group_sums(x: np.ndarray, tensor: QuantizedTensor) -> np.ndarray:
+    """Multiply x [n, in] by a weight with minima as the lowering does: symmetric codes, and group sums of x.
+
+    Σ x·(s·q + m) = Σ x·s·(q − 2^(b−1)) + Σ_groups (Σ x in the group) · (m + 2^(b−1)·s)            → [n, out] float64
+    """
+    assert tensor.minima is not None
+    rows, columns = tensor.shape
+    middle = 2 ** (tensor.bits - 1)
+    codes = unpack_naively(tensor.codes, tensor.bits)
+    y = np.zeros((len(x), rows))
+    for n in range(len(x)):
+        for row in range(rows):
+            for g in range(tensor.groups):
+                scale, minimum = float(tensor.scale[row, g]), float(tensor.minima[row, g])
+                group_sum = 0.0
+                for i in range(g * tensor.group, min((g + 1) * tensor.group, columns)):
+                    y[n, row] += float(x[n, i]) * scale * (int(codes[row, i]) - middle)
+                    group_sum += float(x[n, i])
+                y[n, row] += group_sum * (minimum + middle * scale)
+    return y
