@@ -19,7 +19,7 @@ from typing import Protocol
 
 from edgepipe.artifacts import CompiledModel, Context, Json, Measured, StageRecord, TorchModel
 from edgepipe.bundle import MANIFEST
-from edgepipe.errors import ConfigError, EdgepipeError, StageError
+from edgepipe.errors import ConfigError, ContractError, EdgepipeError, StageError
 from edgepipe.recipe import Recipe, Stage, stage_options
 from edgepipe.store import (
     Artifact,
@@ -28,6 +28,7 @@ from edgepipe.store import (
     is_sealed,
     load_artifact,
     publish,
+    read_json,
     save_artifact,
     seal,
     write_json,
@@ -79,6 +80,7 @@ def run(
     directory = runs / run_name(model, recipe)
     target = out if out is not None else directory / "bundle"
     check_output(target)
+    _check_apart(target, directory)
     make_directory(directory)
     wants_baseline = any(name == "measure" for name, _ in recipe.stages)
     weights = model.weights
@@ -109,7 +111,10 @@ def run(
     compiled = dataclasses.replace(compiled, path=target)
     if isinstance(finished, Measured):
         finished = dataclasses.replace(finished, model=compiled)
-        write_json(directory / "run.json", {"recipe": recipe.to_json(), "figures": finished.figures})
+        try:
+            write_json(directory / "run.json", {"recipe": recipe.to_json(), "figures": finished.figures})
+        except OSError as error:
+            raise StageError(f"the bundle is at {target}, but not its run.json: {_describe(error)}") from error
         return finished
     return compiled
 
@@ -138,17 +143,28 @@ def _flow(model: TorchModel, river: _River, baseline: CompiledModel | None) -> A
         river.listener.begin(river.label + name, *river.step())
         directory = river.directory / f"{number:02d}-{name}"
         started = time.perf_counter()
-        reused = not river.fresh and is_sealed(directory, key)
-        if not reused:
+        kept = None if river.fresh else _read_back(directory, key, source, compiled)
+        if kept is None:
             make_directory(river.directory)
             _run_stage(artifact, (name, stage, key), directory, river, baseline, tuple(done))
-        artifact = load_artifact(directory, source, compiled)
+        artifact = kept or load_artifact(directory, source, compiled)
         if isinstance(artifact, CompiledModel):
             compiled = artifact
         done.append(name)
         notes = artifact.history[-1].notes
-        river.listener.end(river.label + name, time.perf_counter() - started, reused=reused, notes=notes)
+        seconds = time.perf_counter() - started
+        river.listener.end(river.label + name, seconds, reused=kept is not None, notes=notes)
     return artifact
+
+
+def _read_back(directory: Path, key: str, source: TorchModel, compiled: CompiledModel | None) -> Artifact | None:
+    """Return what an earlier run kept under this key; None when there is nothing, or it was damaged since."""
+    if not is_sealed(directory, key):
+        return None
+    try:
+        return load_artifact(directory, source, compiled)
+    except (OSError, ValueError, LookupError, TypeError, ContractError):
+        return None
 
 
 def _run_stage(
@@ -187,7 +203,7 @@ def _run_stage(
         if isinstance(error, StageError):
             error.stage, error.done = name, done
         raise
-    except (OSError, MemoryError, RuntimeError, ValueError, ArithmeticError, LookupError, TypeError) as error:
+    except Exception as error:  # engines and file formats have errors of their own, below no common class
         raise StageError(f"stage {name} failed: {_describe(error)}", stage=name, done=done) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -196,7 +212,7 @@ def _run_stage(
 
 def _describe(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}{f' ({error.filename})' if error.filename else ''}; finished stages are kept"
+        return f"{error.strerror}{f' ({error.filename})' if error.filename else ''}"
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no details'}"
 
 
@@ -204,12 +220,41 @@ def check_output(path: Path) -> None:
     """Refuse an output that would overwrite something that isn't a bundle; nothing is written."""
     if path.exists() and not path.is_dir():
         raise ConfigError(f"--out {path} is a file: expected a directory that is new, empty or an earlier bundle")
-    if path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).is_file():
-        raise ConfigError(f"--out {path} is a directory that isn't a bundle: name a new one, or empty it first")
-    there = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() and (strangers := _strangers(path)):
+        raise ConfigError(
+            f"--out {path} is a directory that isn't a bundle: it holds {strangers[0]}; name a new one or empty it"
+        )
+    there = next(parent for parent in _real(path).parents if parent.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         what = "can't be written to" if there.is_dir() else "is a file"
         raise ConfigError(f"--out {path} can't be made, because {there} {what}: name another place")
+
+
+def _strangers(path: Path) -> list[str]:
+    """Return the names in a directory that no bundle put there: what stands at the output is replaced as a whole.
+
+    Many things are called manifest.json (a web app's, an extension's), so one counts only when edgepipe wrote it.
+    """
+    names = sorted(entry.name for entry in path.iterdir())
+    try:
+        manifest = read_json(path / MANIFEST)
+        ours = {MANIFEST, *manifest["files"]} if manifest["edgepipe"] and manifest["schema"] else set()
+    except (OSError, ValueError, LookupError, TypeError):
+        ours = set()
+    return [name for name in names if name not in ours]
+
+
+def _check_apart(target: Path, directory: Path) -> None:
+    """Refuse an output that would replace the run's own stages."""
+    place, home = _real(target), _real(directory)
+    inside = place.relative_to(home).parts[:1] if place.is_relative_to(home) else ("bundle",)
+    if home.is_relative_to(place) or inside != ("bundle",):
+        raise ConfigError(f"--out {target} would lie over the finished stages in {directory}: name another place")
+
+
+def _real(path: Path) -> Path:
+    """Return the absolute path behind links and dots: what is renamed must be the directory itself."""
+    return Path(os.path.realpath(path))
 
 
 def make_directory(path: Path) -> None:
@@ -231,12 +276,14 @@ def _publish_bundle(compiled: CompiledModel, target: Path) -> None:
     same = manifest.is_file() and file_sha256(manifest) == file_sha256(compiled.path / MANIFEST)
     if same and all((target / n).is_file() and (target / n).stat().st_size == f["bytes"] for n, f in _files(compiled)):
         return
-    staged = target.with_name(f".{target.name}.tmp")
+    place = _real(target)
+    staged = place.with_name(f".{place.name}.tmp")
     try:
         shutil.rmtree(staged, ignore_errors=True)
-        staged.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(compiled.path, staged)
-        publish(staged, target)
+        staged.mkdir(parents=True)
+        for file in compiled.path.iterdir():
+            shutil.copyfile(file, staged / file.name)
+        publish(staged, place)
     except OSError as error:
         raise StageError(
             f"the bundle can't be written to {target}: {error.strerror}; it is kept in {compiled.path}"

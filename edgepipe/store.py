@@ -156,8 +156,13 @@ def file_sha256(path: Path) -> str:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON the same way every time: sorted keys, two spaces, a last newline."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write JSON the same way every time: sorted keys, two spaces, a last newline; whole, or not at all."""
+    staged = path.with_name(f".{path.name}.tmp")
+    try:
+        staged.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> Any:
@@ -169,12 +174,13 @@ def publish(staged: Path, target: Path) -> None:
     """Put a finished directory in its place: whole, or not at all; an earlier one goes only when the new one stands."""
     target.parent.mkdir(parents=True, exist_ok=True)
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    if target.exists():
-        target.rename(old)
     try:
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)  # of a run that was killed and had our process id
+            target.rename(old)
         staged.rename(target)
-    except OSError:
-        if old.exists():
+    except BaseException:  # Ctrl-C between the two as well
+        if old.exists() and not target.exists():
             old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)

@@ -160,15 +160,26 @@ def test_an_interrupt_leaves_the_finished_stages(
         ("03-compile", "bundle/weights.bin", True),
         ("03-compile", "bundle/manifest.json", False),
         ("03-compile", "artifact.json", True),
+        ("01-quantize", "weights.json", None),
+        ("02-export", "artifact.json", None),
+        ("02-export", "tokenizer", None),
+        ("03-compile", "bundle/manifest.json", None),
+        ("03-compile", "key.json", None),
     ],
 )
-def test_a_damaged_stage_is_made_again(tiny_model_dir: Path, tmp_path: Path, stage: str, file: str, cut: bool) -> None:
-    """What an earlier run left may have been deleted or cut since: it's worked out again, not believed."""
+def test_a_damaged_stage_is_made_again(
+    tiny_model_dir: Path, tmp_path: Path, stage: str, file: str, cut: bool | None
+) -> None:
+    """What an earlier run left may have been cut, deleted or (None) overwritten since: it's made again."""
     make(tiny_model_dir, tmp_path, make_recipe(tmp_path))
     before = hashes(tmp_path / "out")
     (folder,) = (tmp_path / "runs").iterdir()
     damaged = folder / stage / file
-    if cut:
+    if cut is None and damaged.is_dir():
+        shutil.rmtree(damaged)
+    elif cut is None:
+        damaged.write_bytes(b"\0" * damaged.stat().st_size)
+    elif cut:
         damaged.write_bytes(damaged.read_bytes()[:-1])
     else:
         damaged.unlink()
@@ -200,3 +211,95 @@ def test_the_baseline_is_the_same_model_uncompressed(tiny_model_dir: Path, tmp_p
     record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     assert record["figures"] == result.figures
     assert np.isfinite(record["figures"]["baseline"]["perplexity"])
+
+
+class EngineError(Exception):
+    """An error as onnxruntime's are: below Exception and nothing else."""
+
+
+def test_an_error_of_an_engine_is_a_stage_error(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Export, model: TorchModel, ctx: Context) -> OnnxModel:
+        raise EngineError("no kernel for this node\nwith more lines")
+
+    monkeypatch.setattr(Export, "__call__", fail)
+    with pytest.raises(StageError, match=r"^stage export failed: EngineError: no kernel for this node$") as caught:
+        make(tiny_model_dir, tmp_path, make_recipe(tmp_path))
+    assert isinstance(caught.value.__cause__, EngineError)
+
+
+def test_a_disk_that_is_full_when_the_bundle_is_published(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tiny_model_dir, tmp_path, make_recipe(tmp_path))
+    before = hashes(tmp_path / "out")
+
+    def fail(source: Path, target: Path) -> None:
+        Path(target).write_bytes(b"half")
+        raise OSError(28, "No space left on device", str(target))
+
+    monkeypatch.setattr(shutil, "copyfile", fail)
+    with pytest.raises(StageError, match=r"can't be written to .*out: No space left on device; it is kept in"):
+        make(tiny_model_dir, tmp_path, make_recipe(tmp_path, ("quantize", "bits", 8)))
+    assert hashes(tmp_path / "out") == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "recipe.toml", "runs"]
+
+
+def test_a_disk_that_is_full_when_the_run_is_recorded(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = Path.write_text
+
+    def fail(self: Path, data: str, encoding: str | None = None) -> int:
+        if "run.json" in self.name:
+            written(self, data[:10], encoding=encoding)
+            raise OSError(28, "No space left on device")
+        return written(self, data, encoding=encoding)
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    quick: list[tuple[str, str, object]] = [("measure", "blocks", 1), ("measure", "tokens", 64)]
+    recipe = make_recipe(tmp_path, *quick, stages=[*STAGES, "measure"])
+    with pytest.raises(StageError, match=r"not its run\.json: No space left on device"):
+        make(tiny_model_dir, tmp_path, recipe)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert not [p.name for p in folder.iterdir() if "run.json" in p.name]
+    monkeypatch.undo()
+    heard, _ = make(tiny_model_dir, tmp_path, recipe)
+    assert heard.ran == []
+    assert (folder / "run.json").is_file()
+
+
+def test_an_output_behind_a_link_is_replaced_where_it_lies(tiny_model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk" / "real").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "real")
+    for bits in (4, 8):
+        _, result = make(tiny_model_dir, tmp_path, make_recipe(tmp_path, ("quantize", "bits", bits)))
+        assert isinstance(result, CompiledModel) and result.path == tmp_path / "out"
+        assert (tmp_path / "out").is_symlink()
+        assert hashes(tmp_path / "out") == hashes(tmp_path / "disk" / "real")
+        (history,) = [r for r in result.manifest["history"] if r["stage"] == "quantize"]
+        assert history["options"]["bits"] == bits
+        assert json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8")) == result.manifest
+    assert sorted(p.name for p in (tmp_path / "disk").iterdir()) == ["real"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "out", "recipe.toml", "runs"]
+
+
+def test_a_damaged_output_is_written_again(tiny_model_dir: Path, tmp_path: Path) -> None:
+    make(tiny_model_dir, tmp_path, make_recipe(tmp_path))
+    before = hashes(tmp_path / "out")
+    weights = tmp_path / "out" / "weights.bin"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    make(tiny_model_dir, tmp_path, make_recipe(tmp_path))
+    assert hashes(tmp_path / "out") == before
+
+
+def test_no_baseline_for_a_model_too_large_for_one(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgepipe.pipeline.BASELINE_LIMIT_BYTES", 1000)
+    quick: list[tuple[str, str, object]] = [("measure", "blocks", 1), ("measure", "tokens", 64)]
+    heard, result = make(tiny_model_dir, tmp_path, make_recipe(tmp_path, *quick, stages=[*STAGES, "measure"]))
+    assert heard.ran == [*STAGES, "measure"]
+    assert isinstance(result, Measured) and result.figures["baseline"] is None
+    assert "no float32 baseline: it would be larger than the limit for one" in heard.notes
