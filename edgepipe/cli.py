@@ -5,6 +5,7 @@ People read stderr (progress, tables); programs read the last line of stdout, on
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -39,6 +40,9 @@ class _Commands(click.Group):
         except BrokenPipeError:  # the reader of our stdout is gone: nothing left to tell anybody
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
+        except OSError as error:  # whatever the library has no better sentence for
+            where = f": {error.filename}" if error.filename else ""
+            _fail(f"{error.strerror or error}{where}", 2 if error.errno == errno.ENAMETOOLONG else 1)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -256,5 +260,7 @@ def _print_json(value: object) -> None:
 
 
 def _fail(message: str, code: int) -> None:
+    if sys.stderr.isatty():
+        click.echo("\r\x1b[2K", nl=False, err=True)  # the line that showed the progress
     _say(f"edgepipe: {message}")
     sys.exit(code)

@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from edgepipe.cli import main
 
 UNMEASURED = 'stages = ["quantize", "export", "compile"]\n'
-GOOD = "an earlier bundle"
+GOOD = '{"schema": 1, "edgepipe": "0.1.0", "name": "an earlier bundle", "files": {}}\n'
 
 
 @pytest.fixture
@@ -188,6 +188,40 @@ def test_an_output_that_is_somebody_elses_directory(cli: Callable[..., Result], 
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("manifest", ['{"name": "my web app", "start_url": "/"}', "[]", "{", '"edgepipe"'])
+def test_an_output_whose_manifest_is_another_programs(
+    cli: Callable[..., Result], model: Path, tmp_path: Path, manifest: str
+) -> None:
+    """Web apps and extensions have a manifest.json too: replacing such a directory would lose somebody's work."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "manifest.json").write_text(manifest, encoding="utf-8")
+    assert_refused(cli("compress", model, "--recipe", "recipe.toml", "--out", "out"), 2, "isn't a bundle")
+    assert (tmp_path / "out" / "manifest.json").read_text(encoding="utf-8") == manifest
+
+
+def test_an_output_that_is_a_bundle_and_more(cli: Callable[..., Result], model: Path, earlier: Path) -> None:
+    """Files that somebody put beside a bundle are not thrown away with it."""
+    (earlier / "notes.txt").write_text("mine", encoding="utf-8")
+    assert_refused(cli("compress", model, "--recipe", "recipe.toml", "--out", earlier), 2, "it holds notes.txt")
+    assert (earlier / "notes.txt").read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize("out", [".", "..", "runs", "runs/model-cpu-4bit", "runs/model-cpu-4bit/01-quantize"])
+def test_an_output_that_lies_over_the_stages(
+    cli: Callable[..., Result], tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    """Publishing replaces a directory as a whole; the run's own stages must not be in it."""
+    recipe = tmp_path / "recipe.toml"
+    model = shutil.copytree(tiny_model_dir, tmp_path / "models" / "model")
+    (tmp_path / "parent" / "work").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "parent" / "work")
+    if out == "..":  # a bundle by its manifest, or it would be refused for the directory in it
+        monkeypatch.setattr("edgepipe.pipeline._strangers", lambda path: [])
+    result = cli("compress", model, "--recipe", recipe, "--out", out)
+    assert_refused(result, 2, f"--out {out} would lie over the finished stages")
+    assert list(Path().iterdir()) == []
+
+
 def test_an_output_that_cannot_be_written(cli: Callable[..., Result], model: Path, tmp_path: Path) -> None:
     """A directory below a file: true for every user, root included."""
     (tmp_path / "file").write_text("mine", encoding="utf-8")
@@ -217,6 +251,21 @@ def test_a_full_disk(model: Path, earlier: Path, tmp_path: Path) -> None:
     assert_untouched(earlier)
     (folder,) = (tmp_path / "runs").iterdir()
     assert [p.name for p in folder.iterdir()] == []
+
+
+@pytest.mark.parametrize("command", ["compress", "inspect", "run"])
+def test_a_name_longer_than_any_file_may_have(cli: Callable[..., Result], command: str) -> None:
+    """A prompt where the bundle belongs, for example."""
+    assert_refused(cli(command, "Tell me about rivers. " * 20), 2, "File name too long")
+
+
+def test_an_unknown_text_or_tensor_is_refused_before_any_work(
+    cli: Callable[..., Result], model: Path, tmp_path: Path
+) -> None:
+    assert_refused(cli("compress", model, "--set", "measure.text=prose-evil"), 2, "did you mean 'prose-eval'")
+    result = cli("compress", model, "--set", 'quantize.overrides=["*.mlp.*=8", "*.mpl.*=8"]')
+    assert_refused(result, 2, "no tensor matches *.mpl.*")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_prompt_longer_than_the_context(cli: Callable[..., Result], tiny_bundle: Path) -> None:

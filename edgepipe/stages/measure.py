@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edgepipe.artifacts import CompiledModel, Context, Measured
+from edgepipe.calibration import describe_set
 from edgepipe.errors import ConfigError
 
 
@@ -23,6 +24,8 @@ class Measure:
             raise ConfigError("measure.blocks must be at least 1 and measure.threads must not be negative")
         if self.tokens == 1 or self.tokens < 0:
             raise ConfigError(f"measure.tokens: expected at least 2, or 0 for the whole text, got {self.tokens}")
+        if describe_set(self.text).purpose != "evaluation":
+            raise ConfigError(f"measure.text: {self.text} is for calibration, a score on it would flatter the bundle")
 
     def __call__(self, model: CompiledModel, ctx: Context) -> Measured:
         """Return the bundle with its figures; where no baseline was built they say so."""

@@ -55,15 +55,20 @@ class Quantize:
         for text in self.overrides:
             parse_override(text, self)
 
+    def check(self, model: TorchModel) -> None:
+        """Refuse overrides that match no tensor."""
+        patterns = {parse_override(text, self)[0] for text in self.overrides}
+        unmatched = sorted(p for p in patterns if not any(fnmatch.fnmatchcase(name, p) for name in model.weights))
+        if unmatched:
+            raise ConfigError(f"quantize.overrides: no tensor matches {', '.join(unmatched)}")
+
     def __call__(self, model: TorchModel, ctx: Context) -> TorchModel:
         """Return the model with every matrix on the grid the plan gives it; values are computed when they are read."""
+        self.check(model)
         changed: dict[str, Weight] = {}
         imported = 0
-        unmatched = {text.partition("=")[0] for text in self.overrides}
         for name in model.weights:
             weight = model.weights[name]
-            matched = {pattern for pattern in unmatched if fnmatch.fnmatchcase(name, pattern)}
-            unmatched -= matched
             grid = self.plan(weight)
             if self._keeps(weight, grid):
                 imported += 1
@@ -71,8 +76,6 @@ class Quantize:
                 changed[name] = (
                     _on_grid(weight, grid) if grid.bits < 16 and len(weight.shape) == 2 else _as_float(weight)
                 )
-        if unmatched:
-            raise ConfigError(f"quantize.overrides: no tensor matches {', '.join(sorted(unmatched))}")
         if imported:
             ctx.note(f"{imported} tensors kept the grid they came on, exactly")
         return dataclasses.replace(model, weights=model.weights.replace(changed))
