@@ -115,17 +115,21 @@ def resolve(
     chosen_seed = seed if seed is not None else table.get("seed", 0)
     if not isinstance(chosen_seed, int) or isinstance(chosen_seed, bool) or chosen_seed < 0:
         raise ConfigError(f"seed must be a whole number of at least 0, not {chosen_seed!r}")
+    chosen_target = target if target is not None else table.get("target", "cpu")
+    if not isinstance(chosen_target, str) or not chosen_target:
+        raise ConfigError(f"{where}: target must be a name or a path, not {chosen_target!r}")
     kinds = {name: find_stage(name) for name in names}
     options: dict[str, dict[str, object]] = {name: {} for name in names}
     for stage, values in table.items():
-        if isinstance(values, dict):
+        if isinstance(values, dict):  # the other keys are read above
+            _check_named(options, stage)
             for option, value in values.items():
                 _put(options, stage, option, value)
     for stage, option, value in settings:
         _put(options, stage, option, value)
     check_chain(kinds)
     return Recipe(
-        target=load_target(target or table.get("target") or "cpu"),
+        target=load_target(chosen_target),
         stages=tuple((name, _make_stage(kind, name, options[name])) for name, kind in kinds.items()),
         seed=chosen_seed,
     )
@@ -144,12 +148,17 @@ def check_chain(kinds: Mapping[str, type[Stage]]) -> None:
 
 
 def _put(options: dict[str, dict[str, object]], stage: str, option: str, value: object) -> None:
+    _check_named(options, stage)
+    options[stage][option] = value
+
+
+def _check_named(options: Mapping[str, object], stage: str) -> None:
+    """Refuse options of a stage that the recipe doesn't run, even when there are none of them."""
     if stage not in options:
         find_stage(stage)  # an unknown name gets the better sentence
         raise ConfigError(
-            f"{stage}.{option} is set, but the recipe has no stage {stage!r}: it has {', '.join(options)}"
+            f"options of {stage} are set, but the recipe has no stage {stage!r}: it has {', '.join(options)}"
         )
-    options[stage][option] = value
 
 
 def _make_stage(kind: type[Stage], name: str, values: dict[str, object]) -> Stage:
