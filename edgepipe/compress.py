@@ -73,5 +73,5 @@ def over_budget(summary: Json, recipe: Recipe) -> list[str]:
     return [
         f"over budget: {title} is {value:.3f}, the target {recipe.target.name} allows {allowed:.3f}"
         for title, value, allowed in checks
-        if allowed is not None and value > allowed
+        if allowed is not None and not value <= allowed  # a perplexity that is no number is over budget too
     ]

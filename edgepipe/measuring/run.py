@@ -67,8 +67,13 @@ def describe_machine(threads: int) -> Json:
 
 
 def _work(kind: str, bundle: Path, file: Path, threads: int, *more: str) -> Json:
-    command = [sys.executable, "-m", "edgepipe.measuring.worker", kind, str(bundle), str(file), str(threads), *more]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_BLOCK_TIMEOUT_S, check=False)
+    # -P: a json.py in the directory the user happens to work in must not be taken for Python's
+    python = [sys.executable, "-P", "-m", "edgepipe.measuring.worker"]
+    command = [*python, kind, str(bundle), str(file), str(threads), *more]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_BLOCK_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise StageError(f"measuring {bundle.name} took longer than {_BLOCK_TIMEOUT_S} s: it was stopped") from error
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise StageError(f"measuring {bundle.name} ended with exit code {done.returncode}: {last}")
