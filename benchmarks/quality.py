@@ -165,7 +165,7 @@ def page_section(result: dict[str, Any]) -> str:
             markdown_table(HEADER, cells),
             f"{result['model']}; the first {result['windows']} × {result['window_tokens']} tokens of "
             f"`{result['data']['name']}` (sha256 `{result['data']['sha256'][:12]}…`), {rows[0]['tokens']} of them "
-            f"scored, through the bundles' own runtime (int8 activations, as shipped). onnxruntime "
+            f"scored, through the bundles' own runtime with float32 arithmetic, as shipped. onnxruntime "
             f"{result['versions']['onnxruntime']}, commit `{result['commit'][:12]}`, {result['date']}.",
         ]
     )
