@@ -20,29 +20,23 @@ class Progress:
         self._moving = self._stream.isatty()
         self._title = ""
         self._begun = self._drawn = 0.0
-        self._what = ""
-        self._what_begun = 0.0
 
     def begin(self, stage: str, number: int, total: int) -> None:
         """Start a stage's line."""
         self._title = f"[{number}/{total}] {stage}"
         self._begun = self._drawn = time.monotonic()
-        self._what = ""
         if self._moving:
             self._draw(f"{self._title} …")
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Redraw the stage's line with how far it is and about how long it will take."""
         now = time.monotonic()
-        kind = what.rpartition(" of ")[0] or what.partition(".")[0]
-        if kind != self._what:
-            self._what, self._what_begun = kind, now
         if now - self._drawn < (_REDRAW_S if self._moving else _SILENT_STEP_S):
             return
         self._drawn = now
         spent = now - self._begun
         left = ""
-        if 0 < done < total and now - self._begun > _ESTIMATE_AFTER_S:
+        if 0 < done < total and spent > _ESTIMATE_AFTER_S:
             left = f", about {spent / done * (total - done):.0f} s left"
         text = f"{self._title}: {what}, {done} of {total}{left}"
         if self._moving:
