@@ -61,6 +61,22 @@ _ACTIVATIONS: dict[str, tuple[str, dict[str, str]]] = {
 }
 
 
+_LARGEST = 2**31 - 1
+# Sizes in config.json and the largest each may be. Names are made for every layer: one wrong digit would fill memory.
+_SIZES: dict[str, int] = {
+    "vocab_size": _LARGEST,
+    "hidden_size": _LARGEST,
+    "intermediate_size": _LARGEST,
+    "num_hidden_layers": 10_000,
+    "num_attention_heads": _LARGEST,
+    "num_key_value_heads": _LARGEST,
+    "head_dim": _LARGEST,
+    "max_position_embeddings": _LARGEST,
+}
+
+_ROPES = ("default", "linear", "llama3", "yarn")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
     """Hold the facts of one model that its graph is built from."""
@@ -93,12 +109,13 @@ def read_shape(config: Json, context: int | None, usual_context: int = 2048) -> 
     `context` None takes `usual_context`, or the positions the model was made for if those are fewer.
     """
     model_type = config.get("model_type")
-    if model_type not in VARIANTS:
+    if not isinstance(model_type, str) or model_type not in VARIANTS:
         raise ConfigError(
             f"expected a model of the Llama family ({', '.join(VARIANTS)}), got model_type {model_type!r}; "
             "other families are not supported yet"
         )
     variant = VARIANTS[model_type]
+    _check_sizes(config)
     c = framework_config(config)
     if context is None:
         context = min(usual_context, c.max_position_embeddings)
@@ -106,12 +123,9 @@ def read_shape(config: Json, context: int | None, usual_context: int = 2048) -> 
         raise ConfigError(
             f"--context {context} is more than the {c.max_position_embeddings} positions this model was made for"
         )
-    if c.hidden_act not in _ACTIVATIONS:
-        raise ConfigError(f"activation {c.hidden_act!r} is not supported; known: {', '.join(_ACTIVATIONS)}")
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     kv_heads = c.num_key_value_heads or c.num_attention_heads
-    if c.num_attention_heads % kv_heads:
-        raise ConfigError(f"{c.num_attention_heads} attention heads cannot share {kv_heads} key/value heads evenly")
+    _check_supported(c, variant, head_dim, kv_heads)
     bias = bool(getattr(c, "attention_bias", False))
     multiplied = variant.multipliers
     return Shape(
@@ -129,13 +143,43 @@ def read_shape(config: Json, context: int | None, usual_context: int = 2048) -> 
         qkv_bias=bias if variant.qkv_bias is None else variant.qkv_bias,
         o_bias=bias if variant.o_bias is None else variant.o_bias,
         mlp_bias=bool(getattr(c, "mlp_bias", False)),
-        attention_scale=c.attention_multiplier if multiplied else head_dim**-0.5,
+        attention_scale=float(c.attention_multiplier) if multiplied else head_dim**-0.5,
         embedding_scale=c.embedding_multiplier if multiplied else c.hidden_size**0.5 if variant.scaled_embedding else 1,
         residual_scale=c.residual_multiplier if multiplied else 1,
         logits_divisor=c.logits_scaling if multiplied else 1,
         windows=tuple(_windows(c, variant, context)),
         ropes=tuple(not variant.skips_rope or bool(c.no_rope_layers[i]) for i in range(c.num_hidden_layers)),
     )
+
+
+def _check_sizes(config: Json) -> None:
+    """Refuse sizes that no model has, before anything is divided by them or made in their number."""
+    for name, most in _SIZES.items():
+        value = config.get(name)
+        if value is not None and (type(value) is not int or not 1 <= value <= most):
+            raise ConfigError(f"config.json says {name} is {value!r}; expected a whole number from 1 to {most:,}")
+
+
+def _check_supported(c: Any, variant: Variant, head_dim: int, kv_heads: int) -> None:
+    """Refuse settings that the graph has no form for, or that contradict each other."""
+    kind = c.rope_parameters["rope_type"]
+    if kind not in _ROPES:
+        raise ConfigError(
+            f"rope scaling {kind!r} is not supported; known: {', '.join(_ROPES)} (scaling that changes with the length "
+            "of the prompt has no fixed table)"
+        )
+    if c.hidden_act not in _ACTIVATIONS:
+        raise ConfigError(f"activation {c.hidden_act!r} is not supported; known: {', '.join(_ACTIVATIONS)}")
+    if head_dim < 1:
+        raise ConfigError(f"{c.num_attention_heads} attention heads are more than the hidden size of {c.hidden_size}")
+    if c.num_attention_heads % kv_heads:
+        raise ConfigError(f"{c.num_attention_heads} attention heads cannot share {kv_heads} key/value heads evenly")
+    if variant.multipliers and c.logits_scaling == 0:
+        raise ConfigError("config.json says logits_scaling is 0, and the logits are divided by it")
+    if variant.skips_rope and len(c.no_rope_layers) < c.num_hidden_layers:
+        raise ConfigError(
+            f"config.json has {c.num_hidden_layers} layers, but its no_rope_layers speaks of {len(c.no_rope_layers)}"
+        )
 
 
 def expected_weights(shape: Shape, *, tied: bool) -> dict[str, tuple[int, ...]]:
@@ -304,11 +348,6 @@ def rotary_frequencies(config: Json, shape: Shape) -> tuple[np.ndarray, float]:
         base = c.rope_parameters["rope_theta"]
         steps = torch.arange(0, shape.head_dim, 2, dtype=torch.float) / shape.head_dim
         return (1.0 / (base**steps)).numpy(), 1.0
-    if kind not in ("linear", "llama3", "yarn"):
-        raise ConfigError(
-            f"rope scaling {kind!r} is not supported; known: default, linear, llama3, yarn (scaling that changes with "
-            "the length of the prompt has no fixed table)"
-        )
     inverse, factor = ROPE_INIT_FUNCTIONS[kind](c, torch.device("cpu"))
     return inverse.float().numpy(), float(factor)
 
