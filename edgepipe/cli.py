@@ -36,7 +36,8 @@ class _Commands(click.Group):
         except EdgepipeError as error:
             _fail(str(error), error.exit_code)
         except KeyboardInterrupt:
-            _fail("stopped; finished stages are kept, the same command goes on from there", _INTERRUPTED)
+            kept = "; finished stages are kept, the same command goes on from there"
+            _fail(f"stopped{kept if ctx.invoked_subcommand == 'compress' else ''}", _INTERRUPTED)
         except BrokenPipeError:  # the reader of our stdout is gone: nothing left to tell anybody
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
@@ -151,6 +152,7 @@ def run_command(
     text = prompt if prompt is not None else _read_stdin()
     if not text.strip():
         raise ConfigError("the prompt is empty: give some text as PROMPT or on stdin")
+    _check_utf8(text)
     asked: Any = text if raw or not _has_template(model) else [{"role": "user", "content": text}]
     _stream(model.generate(asked, stream=True, **sampling))
 
@@ -223,7 +225,11 @@ def _chat(model: Any, sampling: dict[str, Any]) -> None:
         try:
             text = click.prompt("you", prompt_suffix="> ", err=True)
         except click.Abort:
+            _say("")
             return
+        except UnicodeDecodeError as error:
+            raise ConfigError("what was typed is not UTF-8: check the terminal's encoding") from error
+        _check_utf8(text)
         messages.append({"role": "user", "content": text})
         answer = _stream(model.generate(messages, stream=True, **sampling))
         messages.append({"role": "assistant", "content": answer})
@@ -245,6 +251,14 @@ def _read_stdin() -> str:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"the text on stdin is not UTF-8 (byte {error.start}): convert it first") from error
+
+
+def _check_utf8(text: str) -> None:
+    """Refuse bytes that Python let pass as half characters: they have no tokens."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"the prompt is not UTF-8 (character {error.start}): convert it first") from error
 
 
 def _has_template(model: Any) -> bool:

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
@@ -138,6 +140,54 @@ def test_a_truncated_gguf(cli: Callable[..., Result], tmp_path: Path, earlier: P
     (tmp_path / "broken.gguf").write_bytes(b"GGUF\x03\x00\x00\x00\x05\x00\x00\x00")
     assert_refused(cli("compress", "broken.gguf", "--recipe", "recipe.toml", "--out", earlier), 2, "broken.gguf")
     assert_untouched(earlier)
+
+
+@pytest.mark.parametrize("place", [10, 0.3, 0.6, 0.95, -1])
+def test_a_gguf_cut_anywhere(cli: Callable[..., Result], tmp_path: Path, earlier: Path, place: float) -> None:
+    """In the header, the tensors' table, the middle of the data, and one byte short."""
+    content = write_gguf(tmp_path / "whole.gguf")
+    size = int(len(content) * place) if isinstance(place, float) else place
+    (tmp_path / "cut.gguf").write_bytes(content[:size])
+    result = cli("compress", "cut.gguf", "--recipe", "recipe.toml", "--out", earlier)
+    assert_refused(result, 2, "cut.gguf")
+    assert_untouched(earlier)
+
+
+@pytest.mark.parametrize("place", [4, 8, 16, 24, 60])
+def test_a_gguf_with_a_broken_header(cli: Callable[..., Result], tmp_path: Path, earlier: Path, place: int) -> None:
+    content = bytearray(write_gguf(tmp_path / "whole.gguf"))
+    content[place : place + 8] = b"\xff" * 8
+    (tmp_path / "bent.gguf").write_bytes(content)
+    result = cli("compress", "bent.gguf", "--recipe", "recipe.toml", "--out", earlier)
+    assert_refused(result, 2, "bent.gguf")
+    assert_untouched(earlier)
+
+
+def write_gguf(path: Path) -> bytes:
+    """Write a GGUF file of one tensor and a tokenizer's first keys; return its bytes."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_embedding_length(64)
+    writer.add_token_list(["<s>", "a", "b"])
+    writer.add_tensor("token_embd.weight", np.ones((3, 64), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path.read_bytes()
+
+
+def test_damaged_weights(cli: Callable[..., Result], model: Path, earlier: Path) -> None:
+    """A number that is none, in the middle of a matrix: found when it is quantized, and nothing is left of the run."""
+    file = model / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-4096:-4092] = b"\xff\xff\xff\x7f"
+    file.write_bytes(content)
+    result = cli("compress", model, "--recipe", "recipe.toml", "--out", earlier)
+    assert_refused(result, 1, "stage quantize: ", "not finite")
+    assert_untouched(earlier)
+    (folder,) = Path("runs").iterdir()
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"version": "1.0"}', b"\xff\x00"])
@@ -280,6 +330,13 @@ def test_an_empty_prompt(cli: Callable[..., Result], tiny_bundle: Path, prompt: 
 
 def test_stdin_that_is_not_utf8(cli: Callable[..., Result], tiny_bundle: Path) -> None:
     assert_refused(cli("run", tiny_bundle, input=b"caf\xe9 au lait"), 2, "not UTF-8", "byte 3")
+
+
+@pytest.mark.parametrize("more", [(), ("--raw",)])
+def test_a_prompt_that_is_not_utf8(cli: Callable[..., Result], tiny_bundle: Path, more: tuple[str, ...]) -> None:
+    """The shell passes bytes on; Python hands them over as half characters."""
+    prompt = b"caf\xe9 au lait".decode("utf-8", "surrogateescape")
+    assert_refused(cli("run", tiny_bundle, prompt, *more), 2, "not UTF-8", "character 3")
 
 
 @pytest.mark.parametrize(
