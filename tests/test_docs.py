@@ -224,7 +224,7 @@ def test_options_that_are_named_exist(page: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_flags_that_are_named_exist(page: str) -> None:
     """A --flag in a page belongs to a command of edgepipe, to a benchmark, or to pip."""
-    known = {"--constraint", "--rm"}
+    known = {"--help", "--version", "--constraint"}
     for command in main.commands.values():
         known |= {flag for parameter in command.params for flag in parameter.opts}
     for script in (ROOT / "benchmarks").glob("*.py"):
