@@ -27,7 +27,9 @@ def evaluate(graph: bytes, weights: WeightStore, feeds: Mapping[str, np.ndarray]
     left = Counter(name for node in model.graph.node for name in node.input)
     for node in model.graph.node:
         inputs = {name: _value(name, values, weights) for name in node.input if name}
-        for name, result in zip(node.output, _run_node(node, inputs), strict=True):
+        results = _run_node(node, inputs)
+        del inputs  # or this node's weight would still be there while the next one is read
+        for name, result in zip(node.output, results, strict=True):
             if name:
                 values[name] = result
         for name in node.input:
