@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -101,10 +102,9 @@ def random_ids(model: TorchModel | OnnxModel, batch: int = 1, tokens: int = 12) 
 
 def stored(name: str, value: Value) -> Weight:
     """Return the record of a weight that is in memory."""
-    quantized = isinstance(value, QuantizedTensor)
-    dtype = f"q{value.bits}" if isinstance(value, QuantizedTensor) else value.dtype.name
-    grid = value.source_grid if isinstance(value, QuantizedTensor) else None
-    assert quantized == (grid is not None)
+    dtype, grid = value.dtype.name if isinstance(value, np.ndarray) else f"q{value.bits}", None
+    if isinstance(value, QuantizedTensor):
+        grid = value.source_grid
     return Weight(name=name, shape=value.shape, dtype=dtype, nbytes=value.nbytes, grid=grid, load=lambda: value)
 
 
@@ -190,3 +190,35 @@ def difference(got: np.ndarray, expected: np.ndarray) -> float:
     """Return the largest difference in largest expected values; NaN where anything isn't finite."""
     assert got.shape == expected.shape
     return float(np.abs(got - expected).max() / np.abs(expected).max())
+
+
+class Held:
+    """Count the arrays that a store gave out and somebody still holds."""
+
+    def __init__(self) -> None:
+        self.now = 0
+        self.most = 0
+        self.in_all = 0
+
+    def count(self, value: np.ndarray) -> None:
+        """Count an array until it is freed."""
+        self.now += 1
+        self.in_all += 1
+        self.most = max(self.most, self.now)
+        weakref.finalize(value, self._forget)
+
+    def _forget(self) -> None:
+        self.now -= 1
+
+
+def watched(weights: WeightStore) -> tuple[WeightStore, Held]:
+    """Return a store of float weights that gives out a fresh copy each time, and the count of those alive."""
+    held = Held()
+
+    def load(name: str) -> np.ndarray:
+        value = np.array(weights.load(name))
+        held.count(value)
+        return value
+
+    copies = {name: dataclasses.replace(weight, load=partial(load, name)) for name, weight in weights.items()}
+    return WeightStore(copies, weights.aliases), held
