@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from edgepipe.cli import main
-from edgepipe.runtime import load
+from edgepipe.compress import over_budget
+from edgepipe.recipe import resolve
+from edgepipe.runtime import Model, load
+from edgepipe.target import Budgets
 
 QUICK = ("--context", "96", "--set", "measure.blocks=1", "--set", "measure.tokens=64")
 
@@ -102,6 +107,122 @@ def test_over_budget_is_exit_code_three(cli: Callable[..., Result], tiny_model_d
     summary = json.loads(result.stdout.strip().splitlines()[-1])
     assert len(summary["over_budget"]) == 1
     assert (tmp_path / "out" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("bundle", "baseline", "broken"),
+    [
+        ({"ttft_ms": 99.0, "bundle_bytes": 30, "perplexity": 10.4}, {"bundle_bytes": 100, "perplexity": 10.0}, []),
+        ({"ttft_ms": 100.0, "bundle_bytes": 30, "perplexity": 10.5}, {"bundle_bytes": 100, "perplexity": 10.0}, []),
+        (
+            {"ttft_ms": 100.1, "bundle_bytes": 31, "perplexity": 10.6},
+            {"bundle_bytes": 100, "perplexity": 10.0},
+            ["TTFT in ms is 100.100", "shipped ratio is 0.310", "perplexity ratio is 1.060"],
+        ),
+        (
+            {"ttft_ms": 1.0, "bundle_bytes": 3, "perplexity": math.nan},
+            {"bundle_bytes": 100, "perplexity": 10.0},
+            ["perplexity ratio is nan"],
+        ),
+        ({"ttft_ms": 101.0, "bundle_bytes": 31, "perplexity": 99.0}, None, ["TTFT in ms is 101.000"]),
+    ],
+)
+def test_budgets_that_are_broken(
+    tmp_path: Path, bundle: dict[str, float], baseline: dict[str, float] | None, broken: list[str]
+) -> None:
+    """At the limit is within it; a perplexity that is no number is not."""
+    budgets = Budgets(shipped_ratio=0.3, perplexity_ratio=1.05, ttft_ms=100)
+    recipe = resolve(target=None)
+    recipe = dataclasses.replace(recipe, target=dataclasses.replace(recipe.target, budgets=budgets))
+    found = over_budget({"figures": {"bundle": bundle, "baseline": baseline}}, recipe)
+    assert len(found) == len(broken)
+    for sentence, words in zip(found, broken, strict=True):
+        assert sentence.startswith(f"over budget: {words}, the target cpu allows ")
+    assert over_budget({}, recipe) == []
+    assert over_budget({"figures": {"bundle": bundle, "baseline": baseline}}, resolve(target=None)) == []
+
+
+def test_a_failing_stage_says_what_is_kept(
+    cli: Callable[..., Result], tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 1, and one sentence that names the stage and the finished ones."""
+    (Path("recipe.toml")).write_text('stages = ["quantize", "export", "compile"]\n', encoding="utf-8")
+    tight = ("--set", "compile.exact_tolerance=1e-12", "--set", "compile.cache_dtype=float32")
+    result = cli("compress", tiny_model_dir, "--recipe", "recipe.toml", "--out", "out", *tight)
+    assert result.exit_code == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("edgepipe: stage compile: the lowered graph (exact) differs from the portable one by ")
+    assert last.endswith("allowed 1e-12 (finished and kept: quantize, export)")
+    assert result.stdout == ""
+    assert not Path("out").exists()
+
+
+def test_without_measuring_there_is_no_table(cli: Callable[..., Result], tiny_model_dir: Path) -> None:
+    Path("recipe.toml").write_text('stages = ["export", "compile"]\n', encoding="utf-8")
+    result = cli("compress", tiny_model_dir, "--recipe", "recipe.toml")
+    summary = last_json(result)
+    assert summary["bundle"] == "runs/tiny-llama-cpu/bundle"
+    assert "perplexity" not in summary and "perplexity" not in result.stderr
+    assert 31.9 < summary["bits_per_weight"] < 33
+    assert load(summary["bundle"]).context == 256  # the model's own: it takes fewer than 2048
+
+
+def test_run_with_a_stop_and_a_seed(cli: Callable[..., Result], tiny_bundle: Path) -> None:
+    """Options reach generate: the same seed answers the same, and a stop string is cut."""
+    asked = ("run", tiny_bundle, "The river", "--raw", "--max-new-tokens", 30, "--temperature", 1.5, "--top-k", 50)
+    first, second, other = (cli(*asked, "--seed", seed).stdout for seed in (1, 1, 2))
+    assert first == second != other
+    stop = first.strip()[5:7]
+    cut = cli(*asked, "--seed", 1, "--stop", stop).stdout
+    assert cut == first[: first.index(stop)] + "\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="terminals are POSIX")
+def test_a_chat_ends_with_ctrl_d_and_answers_with_what_was_said(tiny_bundle: Path) -> None:
+    """Without a prompt and with a terminal: two turns, the second one sees the first."""
+    import pty
+
+    model = load(tiny_bundle)
+    messages: list[dict[str, Any]] = []
+    answers = []
+    for text in ("Hello", "And then?"):
+        messages.append({"role": "user", "content": text})
+        answers.append(model.generate(messages, max_new_tokens=6).text)
+        messages.append({"role": "assistant", "content": answers[-1]})
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "edgepipe", "run", str(tiny_bundle), "--max-new-tokens", "6"]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env) as child:
+        os.close(theirs)
+        os.write(ours, b"Hello\nAnd then?\n\x04")  # the terminal keeps what is typed ahead
+        stdout, stderr = child.communicate(timeout=60)
+        os.close(ours)
+    assert child.returncode == 0, stderr
+    assert stdout.decode("utf-8") == "".join(f"{answer}\n" for answer in answers)
+    assert stderr.decode("utf-8").startswith("tiny-llama: write a message, or end with Ctrl-D.\nyou> ")
+
+
+def test_ctrl_c_while_a_bundle_answers(
+    cli: Callable[..., Result], tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pieces(self: Model, *arguments: Any, **more: Any) -> Iterator[str]:
+        yield "so far"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Model, "generate", pieces)
+    result = cli("run", tiny_bundle, "Hello")
+    assert result.exit_code == 130
+    assert result.stdout == "so far"
+    assert result.stderr == "edgepipe: stopped\n"
+
+
+def test_inspect_prints_a_table(cli: Callable[..., Result], tiny_bundle: Path) -> None:
+    result = cli("inspect", tiny_bundle)
+    facts = last_json(result)
+    assert f"{facts['parameters']:,}" in result.stderr
+    assert "embedding and head  q8 rtn" in result.stderr
+    for part in facts["parts"]:
+        assert f"{part['bits_per_weight']:.2f}" in result.stderr
 
 
 def test_run_streams_what_generate_gives(cli: Callable[..., Result], tiny_bundle: Path) -> None:
