@@ -22,7 +22,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks import memory, quality, readme
-from benchmarks.stored import read_result, section
+from benchmarks.stored import RESULTS, read_result, section
 from edgepipe import errors
 from edgepipe.cli import main
 from edgepipe.recipe import list_stages
@@ -377,3 +377,17 @@ def test_the_dialect_s_page_names_every_operator() -> None:
 def test_tables_are_those_of_the_stored_runs(benchmark: Any) -> None:
     """No figure of a generated table is typed by hand."""
     assert section(benchmark.PAGE, benchmark.NAME) == benchmark.page_section(read_result(benchmark.NAME)).strip()
+
+
+def test_the_readme_calls_a_tie_a_tie() -> None:
+    """What the README says beside onnxruntime-genai is what the stored runs found, at every number of threads."""
+    said = read("README.md").partition("**Beside onnxruntime-genai.**")[2].partition("\n\n")[0]
+    runs = [json.loads(file.read_text(encoding="utf-8")) for file in RESULTS.glob("genai-*.json")]
+    assert runs and all(run["machine"]["cpu"] in said for run in runs)
+    for run in runs:
+        for engines in run["summary"]["threads"].values():
+            ours = engines.pop("edgepipe")
+            assert {e["decode_ratio"]["verdict"] for e in engines.values()} == {"tie"}
+            verdicts = {name: e["ttft_ratio"]["verdict"] for name, e in engines.items()}
+            assert verdicts == {"genai tuned": "tie", "genai default": "better"}
+            assert all(ours["memory_peak_bytes"] < e["memory_peak_bytes"] for e in engines.values())
