@@ -15,9 +15,10 @@ import onnx_ir as ir
 
 from edgepipe.artifacts import QuantizedTensor
 from edgepipe.engines.onnxruntime.names import joined_name, weight_parts
+from edgepipe.engines.onnxruntime.planned import middle_code
 from edgepipe.weights import WeightStore
 
-Kind = tuple[str, int, int, bool, bool]
+Kind = tuple[str, int, int, int, bool]
 
 
 def join_projections(graph: ir.Graph, weights: WeightStore) -> None:
@@ -33,15 +34,15 @@ def join_projections(graph: ir.Graph, weights: WeightStore) -> None:
             _join(graph, group)
 
 
-def grid_kind(weights: WeightStore, name: str) -> tuple[str, int, int, bool]:
-    """Return what must agree for two weights to share a kernel call: (dtype, bits, group, which offset)."""
+def grid_kind(weights: WeightStore, name: str) -> tuple[str, int, int, int]:
+    """Return what must agree for two weights to share a kernel call: (dtype and offset, bits, group, middle code)."""
     record = weights[name]
     if record.grid is None:
-        return record.dtype, 0, 0, False
+        return record.dtype, 0, 0, 0
     value = weights.load(name)
     assert isinstance(value, QuantizedTensor)
     offset = "z" if value.zero_points is not None else "m" if value.minima is not None else ""
-    return value.scale.dtype.name + offset, value.bits, value.group, value.minima is not None
+    return value.scale.dtype.name + offset, value.bits, value.group, middle_code(value)
 
 
 def _kind(node: ir.Node, weights: WeightStore) -> Kind:

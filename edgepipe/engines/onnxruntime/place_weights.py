@@ -2,14 +2,15 @@
 
     MatMul(x, W.T)   symmetric or zero points → MatMulNBits(x, codes, scale, zero_points, bias)
                      8 bits, float32 arithmetic → the same on x in two int8 parts (two_parts.py)
-                     minima                   → the same on symmetric codes, + groupsum(x) · (minima + 2^(b−1)·scale)ᵀ
+                     minima                   → the same on symmetric codes, + groupsum(x) · (minima + middle·scale)ᵀ
                      float                    → FusedMatMul(x, Cast(W), transB)
     Gather(W, ids)   quantized                → GatherBlockQuantized, sliced to the width where rows were padded
                      float                    → Cast(Gather(W, ids))
 
-The identity for minima is exact: scale·q + m = scale·(q − 2^(b−1)) + (m + 2^(b−1)·scale). onnxruntime's own float zero
-points are exact too, but unpack the whole weight at every call (70 times slower at one row). Scales are stored as the
-grid has them (float16) and widened by a Cast that the engine folds when it loads.
+The identity for minima is exact: s·q + m = s·(q − middle) + (m + middle·s), where `middle` is 2^(b−1), or 16 for 5-bit
+codes kept in 8 bits (`planned.middle_code` says why). onnxruntime's own float zero points are exact too, but
+unpack the whole weight at every call (70 times slower at one row). Scales are stored as the grid has them (float16) and
+widened by a Cast that the engine folds when it loads.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import onnx_ir as ir
 
 from edgepipe.artifacts import QuantizedTensor
 from edgepipe.engines.onnxruntime.names import weight_parts
-from edgepipe.engines.onnxruntime.planned import PlannedTensor, WeightsFile, plan_float, plan_part
+from edgepipe.engines.onnxruntime.planned import PlannedTensor, WeightsFile, middle_code, plan_float, plan_part
 from edgepipe.engines.onnxruntime.two_parts import split_in_two, sum_of_two
 from edgepipe.errors import ContractError
 from edgepipe.weights import WeightStore
@@ -157,10 +158,10 @@ def _take_bias(low: _Lowering, node: ir.Node) -> ir.Value | None:
 def _add_minima(
     low: _Lowering, node: ir.Node, y: ir.Value, scale: ir.Value, names: tuple[str, ...], sample: QuantizedTensor
 ) -> ir.Value:
-    """Add groupsum(x) · (minima + 2^(b−1)·scale)ᵀ to the symmetric product `y`."""
+    """Add groupsum(x) · (minima + middle·scale)ᵀ to the symmetric product `y`."""
     x = node.inputs[0]
     assert x is not None
-    middle = low.constant(np.array(1 << (sample.bits - 1), np.float32), f"middle_{sample.bits}")
+    middle = low.constant(np.array(middle_code(sample), np.float32), f"middle_{middle_code(sample)}")
     minima = _float32(low, node, low.initializer(plan_part(low.weights, names, "minima", sample)))
     shift = ir.node("Mul", [scale, middle])
     offset = ir.node("Add", [minima, shift.outputs[0]])
@@ -227,9 +228,9 @@ def _lower_gather(low: _Lowering, node: ir.Node) -> None:
 def _gather_minima(
     low: _Lowering, node: ir.Node, x: ir.Value, scale: ir.Value, name: str, value: QuantizedTensor
 ) -> ir.Value:
-    """Add each group's minima + 2^(b−1)·scale to gathered rows x [B, S, groups · group]."""
+    """Add each group's minima + middle·scale to gathered rows x [B, S, groups · group]."""
     ids = node.inputs[1]
-    middle = low.constant(np.array(1 << (value.bits - 1), np.float32), f"middle_{value.bits}")
+    middle = low.constant(np.array(middle_code(value), np.float32), f"middle_{middle_code(value)}")
     minima = _float32(low, node, low.initializer(plan_part(low.weights, [name], "minima", value)))
     split = low.constant(np.array([0, 0, value.groups, value.group], np.int64), f"groups_{value.groups}x{value.group}")
     whole = low.constant(np.array([0, 0, value.groups * value.group], np.int64), f"row_{value.groups * value.group}")

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from edgepipe.artifacts import QuantizedTensor
 from edgepipe.errors import ContractError
+from edgepipe.numerics.gguf_blocks import GRIDS
 from edgepipe.numerics.grids import pack
 from edgepipe.weights import WeightStore
 
@@ -63,14 +64,28 @@ def plan_float(weights: WeightStore, names: Sequence[str]) -> PlannedTensor:
     return PlannedTensor(name="+".join(names), shape=(rows, *records[0].shape[1:]), dtype=dtype, load=load)
 
 
+def middle_code(value: QuantizedTensor) -> int:
+    """Return the code in the middle of a tensor's range: 2^(bits−1), or that of a narrower source kept with minima.
+
+    MatMulNBits subtracts 2^(bits−1). The 5-bit codes of Q5_1 and Q5_K, 0 to 31, would all become about −112, and what
+    the rounding of activations costs would be multiplied by that instead of by 8 on average.
+    """
+    source = GRIDS.get(value.source_grid)
+    width = source.width if source is not None and value.minima is not None else value.bits
+    return 1 << (width - 1)
+
+
 def plan_part(weights: WeightStore, names: Sequence[str], part: str, sample: QuantizedTensor) -> PlannedTensor:
     """Plan one part ("codes", "scale", "zero_points", "minima") of quantized weights joined along their rows.
 
-    `sample` is one of the tensors: all of them have its bits, group and kind of offset.
+    `sample` is one of the tensors: all of them have its bits, group, kind of offset and middle code.
     """
 
     def take(value: QuantizedTensor) -> np.ndarray:
         array = np.asarray(getattr(value, part))
+        if part == "codes":  # moved to the middle of their container
+            shift = (1 << (value.bits - 1)) - middle_code(value)
+            return array + np.uint8(shift) if shift else array
         if part == "zero_points":  # the kernel wants them packed like codes, each row padded to whole bytes
             odd = array.shape[1] % 2 if value.bits == 4 else 0
             array = pack(np.pad(array, ((0, 0), (0, odd))), value.bits)
