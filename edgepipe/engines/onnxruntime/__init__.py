@@ -60,11 +60,14 @@ def write(graph: bytes, file: WeightsFile, directory: Path, progress: Callable[[
 
 
 def _drop_unused(graph: ir.Graph) -> None:
-    """Remove nodes and initializers that nothing reads, last to first."""
+    """Remove nodes, last to first, then inputs and initializers that nothing reads (fused, attention counts positions)."""
     outputs = set(graph.outputs)
     for node in reversed(list(graph)):
         if not any(o.uses() or o in outputs for o in node.outputs):
             graph.remove([node], safe=True)
+    for value in list(graph.inputs):
+        if not value.uses():
+            graph.inputs.remove(value)
     for name, value in list(graph.initializers.items()):
         if not value.uses():
             del graph.initializers[name]

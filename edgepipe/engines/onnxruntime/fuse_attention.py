@@ -31,9 +31,6 @@ def fuse_attention(graph: ir.Graph, spec: Json, cache_dtype: ir.DataType) -> Non
     for value in [*graph.inputs, *graph.outputs]:
         if value.name is not None and value.name.startswith(("past_", "present_")):
             value.shape, value.dtype = cache, cache_dtype
-    for value in list(graph.inputs):
-        if value.name == "position_ids" and not value.uses():
-            graph.inputs.remove(value)
 
 
 def _fuse(graph: ir.Graph, node: ir.Node, lengths: tuple[ir.Value, ir.Value], cache_dtype: ir.DataType) -> None:

@@ -4,7 +4,7 @@
     y = RMSNormalization(x, w)                   →  y = SimplifiedLayerNormalization(x, w)
     y = Mul(x, Sigmoid(x))                       →  y = QuickGelu(x, alpha = 1)
 
-An Add that also takes a bias (its second input is a weight), or whose operands aren't both hidden states, stays.
+An Add that takes a bias or a constant stays: the operator wants two hidden states of one shape.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _fuse_norm(graph: ir.Graph, node: ir.Node) -> None:
     assert x is not None
     epsilon = node.attributes["epsilon"].as_float()
     add = x.producer()
-    if add is not None and add.op_type == "Add" and not any(i is not None and weight_parts(i) for i in add.inputs):
+    if add is not None and add.op_type == "Add" and all(_is_hidden_state(i) for i in add.inputs):
         fused = ir.node(
             "SkipSimplifiedLayerNormalization",
             [*add.inputs, weight],
@@ -49,6 +49,11 @@ def _fuse_norm(graph: ir.Graph, node: ir.Node) -> None:
     for old, new in replaced:
         old.outputs[0].replace_all_uses_with(new)
         graph.remove([old], safe=True)
+
+
+def _is_hidden_state(value: ir.Value | None) -> bool:
+    """Tell what a node or the caller computes from a weight and from a constant."""
+    return value is not None and value.const_value is None and not weight_parts(value)
 
 
 def _fuse_silu(graph: ir.Graph, node: ir.Node) -> None:
