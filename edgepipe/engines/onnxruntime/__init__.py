@@ -60,7 +60,7 @@ def write(graph: bytes, file: WeightsFile, directory: Path, progress: Callable[[
 
 
 def _drop_unused(graph: ir.Graph) -> None:
-    """Remove nodes, last to first, then inputs and initializers that nothing reads (fused, attention counts positions)."""
+    """Remove nodes, last to first, then inputs and initializers that nothing reads."""
     outputs = set(graph.outputs)
     for node in reversed(list(graph)):
         if not any(o.uses() or o in outputs for o in node.outputs):
