@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from edgepipe.artifacts import Context, OnnxModel, QuantizedTensor, TorchModel
@@ -140,7 +141,7 @@ Change = Callable[[np.ndarray], Value]
 CHANGES: dict[str, Change] = {
     "float32": lambda value: value,
     "float16": lambda value: value.astype(np.float16),
-    "bfloat16": lambda value: value.astype("bfloat16"),
+    "bfloat16": lambda value: value.astype(ml_dtypes.bfloat16),
     "4 bits": partial(rounded, bits=4),
     "4 bits zero points": partial(rounded, bits=4, symmetric=False),
     "4 bits groups of 16": partial(rounded, bits=4, group=16),
