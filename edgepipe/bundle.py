@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import edgepipe
 from edgepipe.artifacts import Json, OnnxModel
 from edgepipe.store import file_sha256, versions, write_json
-from edgepipe.weights import WeightStore
+from edgepipe.weights import Weight, WeightStore
 
 if TYPE_CHECKING:
     from edgepipe.engines.onnxruntime.planned import WeightsFile
@@ -50,7 +50,7 @@ def write_bundle(model: OnnxModel, path: Path, file: WeightsFile, recipe: Json, 
             "bytes": file.nbytes,
             "parameters": parameters,
             "bits_per_weight": round(8 * file.nbytes / parameters, 4),
-            "parts": weight_parts(model.weights),
+            "parts": weight_parts(model.weights, file),
         },
         "model": spec,
         "cache": {"bytes": cache_bytes, "dtype": cache_dtype, "shape": shape, "layers": spec["layers"]},
@@ -70,19 +70,28 @@ def write_bundle(model: OnnxModel, path: Path, file: WeightsFile, recipe: Json, 
     return manifest
 
 
-def weight_parts(weights: WeightStore) -> list[Json]:
-    """Sum parameters and bytes by part of the model and by storage, for tables."""
+def weight_parts(weights: WeightStore, file: WeightsFile | None = None) -> list[Json]:
+    """Sum parameters and bytes by part of the model and by storage, for tables.
+
+    Bytes are those of the weights file where there is one, else those of the store: a file packs 4-bit zero points.
+    """
     sums: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
     for weight in weights.values():
-        part = next((title for title, marks in _PARTS if any(m in weight.name for m in marks)), "norms and rest")
-        storage = f"{weight.dtype} {weight.grid}" if weight.grid else weight.dtype
-        row = sums[part, storage]
+        row = sums[_part(weight)]
         row[0] += weight.size
-        row[1] += weight.nbytes
+        row[1] += weight.nbytes if file is None else 0
+    for planned in () if file is None else file.tensors:  # tensors joined in one are of one part and one storage
+        sums[_part(weights[planned.name.partition("+")[0].partition(":")[0]])][1] += planned.nbytes
     return [
         {"part": part, "storage": storage, "parameters": size, "bytes": nbytes, "bits_per_weight": 8 * nbytes / size}
         for (part, storage), (size, nbytes) in sorted(sums.items())
     ]
+
+
+def _part(weight: Weight) -> tuple[str, str]:
+    """Return the part of the model a weight belongs to, and how it is stored."""
+    part = next((title for title, marks in _PARTS if any(m in weight.name for m in marks)), "norms and rest")
+    return part, f"{weight.dtype} {weight.grid}" if weight.grid else weight.dtype
 
 
 def _special_tokens(model: OnnxModel) -> dict[str, str | None]:

@@ -96,3 +96,15 @@ def test_a_damaged_bundle_is_not_described(tiny_bundle: Path, tmp_path: Path) ->
 def test_what_is_nowhere() -> None:
     with pytest.raises(ConfigError, match="'no/such/model' was found nowhere"):
         inspect_any("no/such/model")
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_parts_of_a_bundle_sum_to_its_file(
+    tiny_model_dir: Path, build_tiny: Callable[..., Path], symmetric: bool
+) -> None:
+    """Zero points count as the file packs them; what is missing to the whole are gaps before aligned tensors."""
+    bundle = build_tiny(tiny_model_dir, ("quantize", "symmetric", symmetric))
+    facts = inspect_bundle(bundle)
+    total = sum(part["bytes"] for part in facts["parts"])
+    assert total <= facts["weight_bytes"] <= total + 64 * 60
+    assert sum(part["parameters"] for part in facts["parts"]) == facts["parameters"]
