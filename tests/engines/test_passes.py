@@ -37,6 +37,7 @@ from tests.decoders import (
     opened,
     rounded,
     stored,
+    with_minima,
 )
 
 WIDTH = 40  # no multiple of a group
@@ -167,11 +168,11 @@ def test_a_sibling_on_another_grid_stays_alone(tmp_path: Path, other: Change) ->
     assert_same(model, graph, weights, tmp_path)
 
 
-def test_5_and_8_bit_codes_with_minima_are_not_joined(tmp_path: Path) -> None:
+def test_5_and_8_bit_codes_with_minima_are_not_joined() -> None:
     """Their codes lie around different middles."""
     blocks = matrix(3, ROWS, 64)
     five = gguf_blocks(blocks, "Q5_1")
-    other = CHANGES["8 bits minima"](blocks)
+    other = with_minima(blocks, bits=8)
     g = GraphBuilder("two")
     x = g.input("x", ir.DataType.FLOAT, ["batch", "sequence", 64])
     for name in ("a", "b"):
