@@ -80,7 +80,7 @@ def compress_command(
     dry_run: bool,
 ) -> None:
     """Compress MODEL (a directory, a hub id, a .gguf file or a packaged name) into a bundle, and measure it."""
-    from edgepipe.compress import compress, over_budget
+    from edgepipe.compress import compress
     from edgepipe.recipe import parse_setting, resolve
 
     flags = [("quantize", "bits", bits), ("quantize", "embedding_bits", embedding_bits), ("export", "context", context)]
@@ -99,9 +99,11 @@ def compress_command(
         _say(f"\n{measured_table(summary['figures'])}\n")
     bundle = summary["bundle"]
     _say(f'bundle: {bundle}    try it: edgepipe run {bundle} "What is the capital of France?"')
-    broken = over_budget(summary, recipe)
+    if "report" in summary:
+        _say(f"report: {summary['report']}")
+    broken = summary.setdefault("over_budget", [])
     summary.pop("figures", None)
-    _print_json(summary | {"over_budget": broken})
+    _print_json(summary)
     for sentence in broken:
         _say(sentence)
     if broken:

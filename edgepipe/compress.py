@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgepipe.artifacts import Json, Measured
-from edgepipe.errors import ConfigError
+from edgepipe.errors import ConfigError, StageError
 
 if TYPE_CHECKING:
     from edgepipe.pipeline import Listener
@@ -27,7 +27,7 @@ def compress(
     `runs` keeps finished stages, so that a run that was stopped, or one with the same beginning, needn't repeat them;
     `fresh` repeats them all. Raises ConfigError before any work begins, StageError or TargetError when a stage fails.
     """
-    from edgepipe.pipeline import check_output, run
+    from edgepipe.pipeline import check_output, run, run_name
     from edgepipe.sources import open_model
 
     if out is not None:
@@ -50,7 +50,29 @@ def compress(
     }
     if isinstance(result, Measured):
         summary |= {"figures": result.figures} | _headline(result.figures)
+        summary["over_budget"] = over_budget(summary, recipe)
+        report = runs / run_name(source, recipe) / "report.html"
+        _write_report(report, result, recipe, summary["over_budget"])
+        summary["report"] = str(report)
     return summary
+
+
+def _write_report(path: Path, result: Measured, recipe: Recipe, over: list[str]) -> None:
+    """Write the run's page; StageError when the disk doesn't take it: the bundle is there all the same."""
+    from edgepipe.report.page import Page, render
+    from edgepipe.store import write_text
+
+    page = Page(
+        figures=result.figures,
+        manifest=result.model.manifest,
+        recipe=recipe.to_json(),
+        history=result.history,
+        over_budget=tuple(over),
+    )
+    try:
+        write_text(path, render(page))
+    except OSError as error:
+        raise StageError(f"the bundle is at {result.model.path}, but not its report: {error.strerror}") from error
 
 
 def _headline(figures: Json) -> Json:

@@ -157,9 +157,14 @@ def file_sha256(path: Path) -> str:
 
 def write_json(path: Path, value: object) -> None:
     """Write JSON the same way every time: sorted keys, two spaces, a last newline; whole, or not at all."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file, whole or not at all."""
     staged = path.with_name(f".{path.name}.tmp")
     try:
-        staged.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        staged.write_text(text, encoding="utf-8")
         staged.replace(path)
     finally:
         staged.unlink(missing_ok=True)

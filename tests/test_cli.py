@@ -64,6 +64,7 @@ def test_compress_prints_a_table_and_one_json_line(cli: Callable[..., Result], t
         assert 30e6 < figures["memory_peak_bytes"] < 4e9
         assert 1 < figures["perplexity"] < 1e9
     assert summary["over_budget"] == []
+    assert "times smaller" in Path(summary["report"]).read_text(encoding="utf-8")
     again = cli("compress", tiny_model_dir, "--bits", "4", "--out", "out", *QUICK)
     assert again.stderr.count("reused from an earlier run") == 6
     assert last_json(again) == summary

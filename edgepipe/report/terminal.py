@@ -28,8 +28,13 @@ def megabytes(nbytes: float) -> str:
 
 def measured_table(figures: Json) -> str:
     """Lay out baseline and bundle side by side, one figure a row, and what changed."""
+    return table(["", "float32", "bundle", "ratio"], measured_rows(figures))
+
+
+def measured_rows(figures: Json) -> list[list[str]]:
+    """Return what was measured as rows: title, baseline, bundle, ratio."""
     before, after = figures["baseline"], figures["bundle"]
-    rows = [
+    return [
         _row("bundle, MB", before, after, "bundle_bytes", 1e-6, 1),
         _row("bits per weight", before, after, "bits_per_weight", 1, 2),
         _row(f"TTFT at {after['prompt_tokens']} tokens, ms", before, after, "ttft_ms", 1, 0),
@@ -40,7 +45,6 @@ def measured_table(figures: Json) -> str:
         _row("KV cache when full, MB", before, after, "cache_bytes", 1e-6, 1),
         _row(f"perplexity ({after['perplexity_tokens']} tokens)", before, after, "perplexity", 1, 3),
     ]
-    return table(["", "float32", "bundle", "ratio"], rows)
 
 
 def _row(title: str, before: Json | None, after: Json, key: str, factor: float, digits: int) -> list[str]:
