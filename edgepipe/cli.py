@@ -178,6 +178,26 @@ def inspect_command(model: str) -> None:
     _print_json(facts)
 
 
+@main.command("measure")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--against", type=click.Path(path_type=Path), help="Another bundle, measured in turn with this one.")
+@click.option("--text", default="prose-eval", show_default=True, help="Evaluation text of the perplexity.")
+@click.option("--tokens", default=8192, show_default=True, help="Tokens scored at most; 0: the whole text.")
+@click.option("--blocks", default=2, show_default=True, help="Fresh processes per bundle.")
+@click.option("--threads", default=0, help="Threads of the engine.  [default: one per physical core]")
+def measure_command(bundle: Path, against: Path | None, text: str, tokens: int, blocks: int, threads: int) -> None:
+    """Measure BUNDLE on this machine: TTFT, time per output token, memory, perplexity. The base install is enough."""
+    from edgepipe.measure import measure
+    from edgepipe.report.progress import Progress
+    from edgepipe.report.terminal import measured_table
+    from edgepipe.stages.measure import Measure
+
+    options = Measure(text=text, tokens=tokens, blocks=blocks, threads=threads)
+    figures = measure(bundle, options, listener=Progress(), against=against)
+    _say(f"\n{measured_table(figures, 'against' if against is not None else '')}\n")
+    _print_json(figures)
+
+
 @main.command("targets")
 def targets_command() -> None:
     """List the machines a model can be made for."""

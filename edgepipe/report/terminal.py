@@ -26,9 +26,15 @@ def megabytes(nbytes: float) -> str:
     return f"{nbytes / 1e6:,.1f}"
 
 
-def measured_table(figures: Json) -> str:
-    """Lay out baseline and bundle side by side, one figure a row, and what changed."""
-    return table(["", "float32", "bundle", "ratio"], measured_rows(figures))
+def measured_table(figures: Json, baseline: str = "float32") -> str:
+    """Lay out baseline and bundle side by side, one figure a row, and what changed.
+
+    `baseline` names the first; an empty name leaves it out.
+    """
+    rows = measured_rows(figures)
+    if not baseline:
+        return table(["", "bundle"], [[title, after] for title, _, after, _ in rows])
+    return table(["", baseline, "bundle", "ratio"], rows)
 
 
 def measured_rows(figures: Json) -> list[list[str]]:

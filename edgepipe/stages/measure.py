@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from edgepipe.artifacts import CompiledModel, Context, Measured
+from edgepipe.artifacts import CompiledModel, Context, Json, Measured
 from edgepipe.calibration import describe_set
 from edgepipe.errors import ConfigError
 
@@ -29,23 +31,29 @@ class Measure:
 
     def __call__(self, model: CompiledModel, ctx: Context) -> Measured:
         """Return the bundle with its figures; where no baseline was built they say so."""
-        from edgepipe.calibration import open_text
-        from edgepipe.measuring.run import describe_machine, measure_bundles
-
-        text = open_text(self.text, purpose="evaluation")
-        threads = self.threads or ctx.target.onnxruntime.threads
         bundles = {"bundle": model.path}
         if ctx.baseline is not None:
             bundles = {"baseline": ctx.baseline.path, **bundles}
         else:
             ctx.note("no float32 baseline: it would be larger than the limit for one")
+        figures = self.figures(bundles, default_threads=ctx.target.onnxruntime.threads, progress=ctx.progress)
+        return Measured(model=model, figures=figures, history=model.history)
+
+    def figures(
+        self, bundles: Mapping[str, Path], *, default_threads: int, progress: Callable[[str, int, int], None]
+    ) -> Json:
+        """Measure the directory called "bundle", and the one called "baseline" beside it where there is one."""
+        from edgepipe.calibration import open_text
+        from edgepipe.measuring.run import describe_machine, measure_bundles
+
+        text = open_text(self.text, purpose="evaluation")
+        threads = self.threads or default_threads
         results = measure_bundles(
-            bundles, text, threads=threads, blocks=self.blocks, tokens=self.tokens, progress=ctx.progress
+            bundles, text, threads=threads, blocks=self.blocks, tokens=self.tokens, progress=progress
         )
-        figures = {
+        return {
             "bundle": results["bundle"],
             "baseline": results.get("baseline"),
             "text": self.text,
             "machine": describe_machine(threads),
         }
-        return Measured(model=model, figures=figures, history=model.history)

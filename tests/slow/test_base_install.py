@@ -80,6 +80,15 @@ def test_peak_memory_with_a_full_context(found: list[dict[str, Any]], default_ma
     assert all(one["peak"] <= 2.5 * weights + 100e6 for one in found), [one["peak"] / 1e6 for one in found]
 
 
+def test_a_bundle_can_be_measured_there(base_python: Path, default_made: Made) -> None:
+    """On the device itself, where nothing that compresses is installed."""
+    command = [base_python.parent / "edgepipe", "measure", default_made.bundle, "--blocks", "1", "--tokens", "512"]
+    done = subprocess.run(command, cwd=base_python.parent, capture_output=True, text=True, check=True)
+    figures = json.loads(done.stdout.strip().splitlines()[-1])
+    assert figures["bundle"]["perplexity_tokens"] == 511
+    assert "tokens/s" in done.stderr
+
+
 def test_it_loads_within_a_second(found: list[dict[str, Any]]) -> None:
     """Imports included; the quickest of three, since the machine may be busy with something else."""
     assert min(one["load_s"] for one in found) < 1, [one["load_s"] for one in found]
