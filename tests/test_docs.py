@@ -157,21 +157,21 @@ def test_make_targets_that_are_named_exist(page: str) -> None:
 
 def test_there_are_commands_to_check() -> None:
     verbs = {words[0] for _, words in commands()}
-    assert verbs == {"compress", "run", "inspect", "targets", "stages", "models"}
+    assert verbs == {"compress", "run", "inspect", "verify", "targets", "stages", "models"}
 
 
 @pytest.mark.parametrize(("place", "words"), commands(), ids=ids(commands()))
 def test_commands_work(
     place: str, words: list[str], tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every command runs: compress as --dry-run; run and inspect on the tiny bundle in place of what is named."""
+    """Every command runs: compress as --dry-run; run, inspect, verify on the tiny bundle instead of what is named."""
     monkeypatch.chdir(tmp_path)
     for number, recipe in enumerate(recipes()):
         Path("recipe.toml" if number == 0 else f"recipe{number}.toml").write_text(recipe.text, encoding="utf-8")
     words = [*words]
     if words[0] == "compress":
         words.append("--dry-run")
-    elif words[0] in ("run", "inspect"):
+    elif words[0] in ("run", "inspect", "verify"):
         words[1] = str(tiny_bundle)
     if words[0] == "run":
         words += ["--max-new-tokens", "4"]
