@@ -37,10 +37,12 @@ def load(path: str | Path, *, threads: int | None = None, callers: int = 4) -> M
     task, engine = bundle.manifest["task"], bundle.manifest["engine"]
     if task != "text-generation":
         raise TargetError(
-            f"this edgepipe runs text-generation bundles, but {bundle.path} is for {task}: update edgepipe"
+            f"this edgepipe runs text-generation bundles, but {bundle.path} is for {task!r}: update edgepipe"
         )
     if engine != "onnxruntime":
-        raise TargetError(f"this edgepipe runs onnxruntime bundles, but {bundle.path} is for {engine}: build it again")
+        raise TargetError(
+            f"this edgepipe runs onnxruntime bundles, but {bundle.path} is for {engine!r}: build it again"
+        )
     # Imported only now: reading and checking bundles needs no engine.
     from edgepipe.runtime.onnxruntime import open_decoder
 
