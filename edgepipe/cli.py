@@ -198,6 +198,22 @@ def measure_command(bundle: Path, against: Path | None, text: str, tokens: int, 
     _print_json(figures)
 
 
+@main.command("verify")
+@click.argument("bundle", type=click.Path(path_type=Path))
+def verify_command(bundle: Path) -> None:
+    """Check BUNDLE against its manifest and the contract: hashes, files, sizes, licence, tokenizer, graph."""
+    from edgepipe.verify import verify_bundle
+
+    found = verify_bundle(bundle)
+    for check in found["checks"]:
+        outcome = {True: "ok", False: "failed", None: "not checked, since an earlier check failed"}[check["ok"]]
+        _say(f"{check['name']:16} {outcome}")
+    _print_json(found)
+    for check in found["checks"]:
+        if check["ok"] is False:
+            _fail(f"{check['name']}: {check['problem']}", 1)
+
+
 @main.command("targets")
 def targets_command() -> None:
     """List the machines a model can be made for."""

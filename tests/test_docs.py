@@ -157,21 +157,21 @@ def test_make_targets_that_are_named_exist(page: str) -> None:
 
 def test_there_are_commands_to_check() -> None:
     verbs = {words[0] for _, words in commands()}
-    assert verbs == {"compress", "run", "inspect", "measure", "targets", "stages", "models"}
+    assert verbs == {"compress", "run", "inspect", "measure", "verify", "targets", "stages", "models"}
 
 
 @pytest.mark.parametrize(("place", "words"), commands(), ids=ids(commands()))
 def test_commands_work(
     place: str, words: list[str], tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every command runs: compress as --dry-run; run, inspect and measure on the tiny bundle, whatever is named."""
+    """Every command runs: compress as --dry-run, the others on the tiny bundle, whatever is named."""
     monkeypatch.chdir(tmp_path)
     for number, recipe in enumerate(recipes()):
         Path("recipe.toml" if number == 0 else f"recipe{number}.toml").write_text(recipe.text, encoding="utf-8")
     words = [*words]
     if words[0] == "compress":
         words.append("--dry-run")
-    elif words[0] in ("run", "inspect", "measure"):
+    elif words[0] in ("run", "inspect", "measure", "verify"):
         words = [str(tiny_bundle) if word in (words[1], "other") else word for word in words]
     if words[0] == "run":
         words += ["--max-new-tokens", "4"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgepipe.errors import ConfigError, ContractError, TargetError
+from edgepipe.errors import ConfigError, TargetError
 from edgepipe.runtime.bundle import Bundle, read_bundle, verify_hashes
 from edgepipe.runtime.text_generation import Generation, Message, Model
 
@@ -24,8 +24,8 @@ def load(path: str | Path, *, threads: int | None = None, callers: int = 4) -> M
     :param threads: processor threads of the engine, shared by all callers; None = the engine's choice.
     :param callers: calls that may run at a time, ≥ 1.
     :raises ConfigError: when `path` is no bundle, or a value is out of range.
-    :raises ContractError: when a file of the bundle is missing or has the wrong size. Hashes are not read here:
-        see `verify_hashes`.
+    :raises ContractError: when a file of the bundle is missing or has the wrong size, or the graph isn't the one
+        the manifest describes. Hashes are not read here: see `verify_hashes`.
     :raises TargetError: when the bundle is for an engine or task this edgepipe does not run.
     """
     for name, value in (("threads", threads), ("callers", callers)):
@@ -37,18 +37,14 @@ def load(path: str | Path, *, threads: int | None = None, callers: int = 4) -> M
     task, engine = bundle.manifest["task"], bundle.manifest["engine"]
     if task != "text-generation":
         raise TargetError(
-            f"this edgepipe runs text-generation bundles, but {bundle.path} is for {task}: update edgepipe"
+            f"this edgepipe runs text-generation bundles, but {bundle.path} is for {task!r}: update edgepipe"
         )
     if engine != "onnxruntime":
-        raise TargetError(f"this edgepipe runs onnxruntime bundles, but {bundle.path} is for {engine}: build it again")
+        raise TargetError(
+            f"this edgepipe runs onnxruntime bundles, but {bundle.path} is for {engine!r}: build it again"
+        )
     # Imported only now: reading and checking bundles needs no engine.
     from edgepipe.runtime.onnxruntime import open_decoder
 
     decoder = open_decoder(bundle.path, bundle.manifest, threads)
-    stated = (bundle.manifest["model"]["context"], bundle.manifest["model"]["vocab_size"])
-    if (decoder.context, decoder.vocab_size) != stated:
-        raise ContractError(
-            f"the manifest states context and vocabulary {stated}, but the graph has "
-            f"{(decoder.context, decoder.vocab_size)}: build the bundle again"
-        )
     return Model(bundle, decoder, callers=callers)

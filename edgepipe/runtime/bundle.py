@@ -25,6 +25,8 @@ _MOST_TOKENIZER_BYTES = 512 << 20
 _MOST_TEMPLATE_BYTES = 1 << 20
 _MOST_FILE_BYTES = 1 << 42
 _MOST_CACHE_BYTES = 1 << 40
+_MOST_NAME = 255  # characters of a file's name, its folders included
+_MOST_PART = 63  # characters of one part of it: file systems take 255 bytes, and a character has up to 4
 _MOST_LAYERS = 4096
 _MOST_HEADS = 4096
 _MOST_HEAD_DIM = 65536
@@ -32,6 +34,7 @@ _MOST_VOCABULARY = 1 << 24
 _MOST_CONTEXT = 1 << 26
 
 _CACHE_DTYPES = ("float32", "float16")
+_NOT_PLAIN = re.compile(r"[\\:\x00-\x1f\x7f\ud800-\udfff]")  # in a file's name
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -74,6 +77,10 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     """Return the checked manifest of the bundle in directory `path`; raise ConfigError when it is none."""
     path = Path(path)
     file = path / MANIFEST
+    if file.is_symlink():
+        raise ConfigError(f"a bundle may hold no links, but {file} is one: do not use it")
+    if path.is_dir() and file.exists() and not file.is_file():  # opening a pipe would wait for its writer
+        raise ConfigError(f"expected a bundle directory, but {file} is no regular file: give the one a build wrote")
     try:
         with file.open("rb") as opened:
             content = opened.read(_MOST_MANIFEST_BYTES + 1)
@@ -186,9 +193,11 @@ def _check_tokenizer(manifest: Mapping[str, Any], files: Mapping[str, Any]) -> N
 def _check_plain_name(name: str) -> None:
     """Raise ConfigError unless name is relative, stays below the bundle and means the same on every system."""
     parts = name.split("/")
-    if any(part in ("", ".", "..") for part in parts) or re.search(r"[\\:\x00-\x1f]", name):
+    odd = any(part in ("", ".", "..") or len(part) > _MOST_PART for part in parts)
+    if odd or len(name) > _MOST_NAME or _NOT_PLAIN.search(name):
         raise ConfigError(
-            f"manifest.json: a file must be named by a plain path inside the bundle, but one is {name!r}: do not use it"
+            "manifest.json: a file must be named by a plain path inside the bundle, "
+            f"but one is {name[:_MOST_NAME]!r}: do not use it"
         )
 
 
@@ -204,12 +213,15 @@ def _inside(path: Path, name: str) -> Path:
     """Return the regular file `name` of bundle `path`; raise when it is missing or reached through a link."""
     _check_plain_name(name)
     file = path
-    for part in name.split("/"):
-        file = file / part
-        if file.is_symlink():
-            raise ConfigError(f"a bundle may hold no links, but {name} is or passes through one: do not use it")
-    if not file.is_file():
-        raise ContractError(f"the bundle should hold {name} but does not: copy or build it again")
+    try:
+        for part in name.split("/"):
+            file = file / part
+            if file.is_symlink():
+                raise ConfigError(f"a bundle may hold no links, but {name} is or passes through one: do not use it")
+        if not file.is_file():
+            raise ContractError(f"the bundle should hold {name} but does not: copy or build it again")
+    except OSError as error:  # a folder that may not be read, a disk that fails
+        raise ContractError(f"{name} of the bundle can't be read: {error.strerror or error}") from None
     return file
 
 
@@ -217,6 +229,8 @@ def _read_text(file: Path) -> str:
     """Return the UTF-8 text of file; raise ConfigError when it is something else."""
     try:
         return file.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise ContractError(f"{file.name} of the bundle can't be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file.name} must be UTF-8 text, but is not: {error}") from None
 

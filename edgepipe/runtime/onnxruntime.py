@@ -16,6 +16,8 @@ import onnxruntime as ort
 
 from edgepipe.errors import ContractError, TargetError
 
+_TENSORS = {"float32": "tensor(float)", "float16": "tensor(float16)"}  # onnxruntime's words
+
 
 class Cache:
     """Hold the key/value buffers of `batch` sequences: per layer two of [batch, kv_heads, context, head_dim].
@@ -130,7 +132,10 @@ class Decoder:
 
 
 def open_decoder(path: Path, manifest: dict[str, Any], threads: int | None) -> Decoder:
-    """Open a bundle's decoder; `threads` None takes onnxruntime's choice (one per physical core)."""
+    """Open a bundle's decoder; `threads` None takes onnxruntime's choice (one per physical core).
+
+    Raises TargetError when onnxruntime can't load it, ContractError when it isn't the decoder the manifest describes.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
@@ -142,4 +147,40 @@ def open_decoder(path: Path, manifest: dict[str, Any], threads: int | None) -> D
         )
     except Exception as error:  # onnxruntime raises a dozen unrelated classes
         raise TargetError(f"onnxruntime could not load the bundle: {str(error).splitlines()[0]}") from error
+    check_ends(session, manifest["model"], manifest["cache"]["dtype"])
     return Decoder(session, manifest["model"], manifest["cache"]["dtype"])
+
+
+def check_ends(session: ort.InferenceSession, model: dict[str, Any], cache_dtype: str) -> None:
+    """Raise ContractError unless the graph's inputs and outputs are those of the contract (docs/bundle.md)."""
+    cache = (_TENSORS[cache_dtype], (None, model["kv_heads"], model["context"], model["head_dim"]))
+    layers = [f"{kind}.{layer}" for layer in range(model["layers"]) for kind in ("key", "value")]
+    inputs = {
+        "input_ids": ("tensor(int64)", (None, None)),
+        "seqlens_k": ("tensor(int32)", (None,)),
+        "total_sequence_length": ("tensor(int32)", (1,)),
+        "logits_positions": ("tensor(int64)", (None, None)),
+        **{f"past_{layer}": cache for layer in layers},
+    }
+    outputs = {
+        "logits": ("tensor(float)", (None, None, model["vocab_size"])),
+        **{f"present_{layer}": cache for layer in layers},
+    }
+    for kind, found, expected in (("input", session.get_inputs(), inputs), ("output", session.get_outputs(), outputs)):
+        names = [end.name for end in found]
+        if differing := sorted(set(names) ^ set(expected)):
+            there = "one too many" if differing[0] in names else "missing"
+            raise ContractError(f"the graph's {kind} {differing[0]!r} is {there}: build the bundle again")
+        for end in found:
+            # a free dimension has a name, or none; how it is called decides nothing
+            shape = tuple(size if isinstance(size, int) else None for size in end.shape)
+            if (end.type, shape) != expected[end.name]:
+                raise ContractError(
+                    f"the graph's {kind} {end.name!r} should be {_spoken(*expected[end.name])}, "
+                    f"but is {_spoken(end.type, shape)}: build the bundle again"
+                )
+
+
+def _spoken(tensor: str, shape: tuple[int | None, ...]) -> str:
+    """Return a type and shape for a message; a free dimension is an asterisk."""
+    return f"{tensor} [{', '.join('*' if size is None else str(size) for size in shape)}]"

@@ -35,6 +35,11 @@ class Tokenizer:
         """Return the number of ids, added tokens included."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
+    @property
+    def largest_id(self) -> int:
+        """Return the largest id, added tokens included; −1 when there is none."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the ids of text; special tokens (BOS …) are added as the tokenizer's post-processor says."""
         try:

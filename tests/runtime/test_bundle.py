@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -251,7 +252,10 @@ def test_oversized_files_are_refused_unread(tmp_path: Path, name: str, bytes_: i
 
 @pytest.mark.parametrize(
     "name",
-    ["/etc/hostname", "../weights.bin", "a/../../weights.bin", "./weights.bin", "", "a//b", "C:x", "a\\b", "a\0b"],
+    [
+        *("/etc/hostname", "../weights.bin", "a/../../weights.bin", "./weights.bin", "", "a//b", "C:x", "a\\b", "a\0b"),
+        *("\ud800", "x" * 64, "/".join("x" * 200)),  # no UTF-8; longer than file systems take
+    ],
 )
 def test_names_that_leave_the_bundle_are_refused(tmp_path: Path, name: str) -> None:
     """Take plain relative names only, wherever they stand."""
@@ -300,6 +304,27 @@ def test_links_are_refused(tmp_path: Path, link: Callable[[Path, Path], None]) -
         read_bundle(path)
     with pytest.raises(ConfigError, match="link"):
         verify_hashes(path, manifest)
+
+
+def test_a_manifest_behind_a_link_is_refused(tmp_path: Path) -> None:
+    """Follow no link to the manifest either."""
+    path = tmp_path / "bundle"
+    path.mkdir()
+    (_write(path, _manifest()) / "manifest.json").rename(tmp_path / "elsewhere.json")
+    (path / "manifest.json").symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(ConfigError, match="no links"):
+        read_manifest(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are POSIX")
+@pytest.mark.parametrize("name", ["manifest.json", "weights.bin"])
+def test_a_pipe_is_refused_unopened(tmp_path: Path, name: str) -> None:
+    """Wait for no writer: a pipe is no regular file."""
+    path = _write(tmp_path, _manifest())
+    (path / name).unlink()
+    os.mkfifo(path / name)
+    with pytest.raises((ConfigError, ContractError), match=name):
+        read_bundle(path)
 
 
 def test_directory_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
