@@ -7,10 +7,12 @@ folder, or still come from the source, only refers to them, so weights are on di
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from functools import cache
@@ -173,17 +175,41 @@ def read_json(path: Path) -> Any:
 def publish(staged: Path, target: Path) -> None:
     """Put a finished directory in its place: whole, or not at all; an earlier one goes only when the new one stands."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    old, gone = (target.with_name(f".{target.name}.{word}-{os.getpid()}") for word in ("old", "gone"))
     try:
         if target.exists():
-            shutil.rmtree(old, ignore_errors=True)  # of a run that was killed and had our process id
+            for path in (old, gone):
+                shutil.rmtree(path, ignore_errors=True)  # of a run that was killed and had our process id
             target.rename(old)
         staged.rename(target)
     except BaseException:  # Ctrl-C between the two as well
         if old.exists() and not target.exists():
             old.rename(target)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        old.rename(gone)  # a name that `tidy` restores is always that of a whole directory
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def tidy(folder: Path, names: str) -> None:
+    """Clear away what killed runs left in `folder` around the `names` (a regular expression).
+
+    A directory that `publish` had moved aside comes back when its successor never got its place.
+    """
+    if not folder.is_dir():
+        return
+    left = re.compile(rf"\.({names})\.(?:tmp|work|gone-\d+|(old-\d+))")
+    for path in sorted(folder.iterdir()):
+        match = left.fullmatch(path.name)
+        if match is None:
+            continue
+        with contextlib.suppress(OSError):
+            if match[2] and not (folder / match[1]).exists():
+                path.rename(folder / match[1])
+            elif path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def seal(directory: Path, key: str) -> None:

@@ -270,6 +270,62 @@ def test_a_disk_that_is_full_when_the_run_is_recorded(
     assert (folder / "run.json").is_file()
 
 
+@pytest.mark.parametrize(
+    ("bits", "words"),
+    [
+        (4, r"another run is at work in .*runs/tiny-llama-cpu-4bit: wait until it has ended, then repeat the command"),
+        (8, r"another run is at work in --out .*out: wait until it has ended, then repeat the command"),
+    ],
+)
+def test_a_second_run_at_the_same_time_is_refused(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int, words: str
+) -> None:
+    """On the run's directory, or with another recipe on the same output: the first one doesn't notice."""
+    (tmp_path / "alone").mkdir()
+    make(tiny_model_dir, tmp_path / "alone", make_recipe(tmp_path))
+    second = make_recipe(tmp_path, ("quantize", "bits", bits))
+    refused: list[str] = []
+    written = Export.__call__
+
+    def meanwhile(self: Export, model: TorchModel, ctx: Context) -> OnnxModel:
+        with pytest.raises(ConfigError, match=f"^{words}$") as caught:
+            make(tiny_model_dir, tmp_path, second)
+        refused.append(str(caught.value))
+        return written(self, model, ctx)
+
+    monkeypatch.setattr(Export, "__call__", meanwhile)
+    heard, _ = make(tiny_model_dir, tmp_path, make_recipe(tmp_path))
+    assert (heard.ran, len(refused)) == (STAGES, 1)
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "alone" / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["alone", "out", "recipe.toml", "runs"]
+    assert sorted(p.name for p in (tmp_path / "runs" / "tiny-llama-cpu-4bit").iterdir()) == [
+        *("01-quantize", "02-export", "03-compile")
+    ]
+    monkeypatch.undo()
+    heard, _ = make(tiny_model_dir, tmp_path, second)
+    assert heard.reused == (STAGES if bits == 4 else [])
+
+
+def test_an_earlier_bundle_that_a_killed_run_moved_aside_comes_back(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the two renames, and the next run fails: the earlier bundle is there again."""
+    make(tiny_model_dir, tmp_path, make_recipe(tmp_path))
+    before = hashes(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / ".out.old-7")
+    (tmp_path / ".out.tmp").mkdir()
+    (tmp_path / ".out.lock").touch()
+
+    def fail(self: Export, model: TorchModel, ctx: Context) -> OnnxModel:
+        raise EngineError("no")
+
+    monkeypatch.setattr(Export, "__call__", fail)
+    with pytest.raises(StageError):
+        make(tiny_model_dir, tmp_path, make_recipe(tmp_path, ("quantize", "bits", 8)))
+    assert hashes(tmp_path / "out") == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "recipe.toml", "runs"]
+
+
 def test_an_output_behind_a_link_is_replaced_where_it_lies(tiny_model_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "disk" / "real").mkdir(parents=True)
     (tmp_path / "out").symlink_to(tmp_path / "disk" / "real")

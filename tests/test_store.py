@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -349,6 +350,44 @@ def test_publishing_passes_over_what_a_killed_run_left(tmp_path: Path, monkeypat
     fill(tmp_path / ".out.old-7", "older")
     fill(tmp_path / "out", "old")
     store.publish(fill(tmp_path / "staged", "new"), tmp_path / "out")
+    assert names(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "file").read_text(encoding="utf-8") == "new"
+
+
+STAGES = r"\d\d-\w+|run\.json"
+
+
+def test_what_killed_runs_left_is_cleared_away(tmp_path: Path) -> None:
+    for name in (".01-quantize.tmp", ".02-export.work", ".01-quantize.gone-12", ".03-compile.old-7", "03-compile"):
+        fill(tmp_path / name, name)
+    (tmp_path / ".run.json.tmp").touch()
+    for name in (".out.tmp", ".out.old-3", ".01-quantize.mine", "01-quantize", "notes.tmp", ".tmp"):
+        fill(tmp_path / name, "kept")
+    store.tidy(tmp_path, STAGES)
+    assert names(tmp_path) == [
+        *(".01-quantize.mine", ".out.old-3", ".out.tmp", ".tmp", "01-quantize", "03-compile", "notes.tmp")
+    ]
+    store.tidy(tmp_path / "absent", STAGES)
+
+
+def test_a_directory_that_was_moved_aside_comes_back(tmp_path: Path) -> None:
+    """Killed between the two renames: the earlier one is whole, the new one never got its name."""
+    fill(tmp_path / ".out.old-7", "old")
+    fill(tmp_path / ".out.tmp", "new")
+    store.tidy(tmp_path, "out")
+    assert names(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "file").read_text(encoding="utf-8") == "old"
+
+
+def test_a_directory_that_was_half_deleted_never_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path / "out", "old")
+    deleted: list[str] = []
+    monkeypatch.setattr("shutil.rmtree", lambda path, **more: deleted.append(path.name))
+    store.publish(fill(tmp_path / "staged", "new"), tmp_path / "out")
+    monkeypatch.undo()
+    assert deleted[-1] == f".out.gone-{os.getpid()}"
+    assert f".out.gone-{os.getpid()}" in names(tmp_path)
+    store.tidy(tmp_path, "out")
     assert names(tmp_path) == ["out"]
     assert (tmp_path / "out" / "file").read_text(encoding="utf-8") == "new"
 
