@@ -162,6 +162,8 @@ def write_json(path: Path, value: object) -> None:
     staged = path.with_name(f".{path.name}.tmp")
     try:
         staged.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        with staged.open("r+b") as file:
+            os.fsync(file.fileno())
         staged.replace(path)
     finally:
         staged.unlink(missing_ok=True)
@@ -173,8 +175,12 @@ def read_json(path: Path) -> Any:
 
 
 def publish(staged: Path, target: Path) -> None:
-    """Put a finished directory in its place: whole, or not at all; an earlier one goes only when the new one stands."""
+    """Put a finished directory in its place: whole, or not at all; an earlier one goes only when the new one stands.
+
+    What the directory holds is on the disk before it gets its name: after a power cut it is whole too.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
+    _flush_tree(staged)
     old, gone = (target.with_name(f".{target.name}.{word}-{os.getpid()}") for word in ("old", "gone"))
     try:
         if target.exists():
@@ -186,6 +192,7 @@ def publish(staged: Path, target: Path) -> None:
         if old.exists() and not target.exists():
             old.rename(target)
         raise
+    _flush_directory(target.parent)
     with contextlib.suppress(OSError):
         old.rename(gone)  # a name that `tidy` restores is always that of a whole directory
     shutil.rmtree(gone, ignore_errors=True)
@@ -210,6 +217,27 @@ def tidy(folder: Path, names: str) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink()
+
+
+def _flush_tree(directory: Path) -> None:
+    """Wait until files and names below a directory are on the disk; what is there already costs nothing."""
+    for path in directory.rglob("*"):
+        if path.is_dir():
+            _flush_directory(path)
+        else:
+            with path.open("r+b") as file:
+                os.fsync(file.fileno())
+    _flush_directory(directory)
+
+
+def _flush_directory(directory: Path) -> None:
+    """Wait until the names in a directory are on the disk, where a system can do that."""
+    with contextlib.suppress(OSError):  # Windows opens no directories, some file systems flush none
+        file = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
 
 
 def seal(directory: Path, key: str) -> None:

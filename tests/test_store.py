@@ -392,6 +392,47 @@ def test_a_directory_that_was_half_deleted_never_comes_back(tmp_path: Path, monk
     assert (tmp_path / "out" / "file").read_text(encoding="utf-8") == "new"
 
 
+def test_a_directory_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file, every folder, and the folder that holds the name: a power cut leaves it whole or not at all."""
+    staged = fill(tmp_path / "staged", "new")
+    fill(staged / "bundle", "content")
+    store.seal(staged, "key")
+    events: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+    known = {path.stat().st_ino: path.relative_to(tmp_path).as_posix() for path in (tmp_path, *tmp_path.rglob("*"))}
+
+    def note_fsync(file: int) -> None:
+        events.append(known[os.fstat(file).st_ino])
+        fsync(file)
+
+    def note_rename(self: Path, target: Path) -> Path:
+        events.append(f"{self.name} is now {target.name}")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(Path, "rename", note_rename)
+    store.publish(staged, tmp_path / "01")
+    flushed = ["staged", "staged/bundle", "staged/bundle/file", "staged/file", "staged/key.json"]
+    assert sorted(events[:5]) == flushed
+    assert events[5:7] == ["staged is now 01", "."]
+
+
+def test_a_disk_that_fails_to_flush_publishes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many file systems say only then that there's no space."""
+    out, staged = fill(tmp_path / "out", "old"), fill(tmp_path / "staged", "new")
+
+    def fail(file: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        store.publish(staged, out)
+    with pytest.raises(OSError, match="No space left"):
+        store.write_json(out / "a.json", {})
+    assert names(tmp_path) == ["out", "staged"]
+    assert names(out) == ["file"]
+
+
 def add(folder: Path) -> None:
     """Put a file more into a folder."""
     (folder / "more").touch()
