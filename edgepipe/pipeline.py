@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from typing import Protocol
 from edgepipe.artifacts import CompiledModel, Context, Json, Measured, StageRecord, TorchModel
 from edgepipe.bundle import MANIFEST
 from edgepipe.errors import ConfigError, ContractError, EdgepipeError, StageError
+from edgepipe.lock import alone
 from edgepipe.recipe import Recipe, Stage, stage_options
 from edgepipe.store import (
     Artifact,
@@ -31,10 +33,12 @@ from edgepipe.store import (
     read_json,
     save_artifact,
     seal,
+    tidy,
     write_json,
 )
 from edgepipe.weights import WeightStore
 
+_OWN_NAMES = r"\d\d-\w+|run\.json|report\.html"  # what a run puts into its directory, beside the bundle
 _BASELINE_STAGES = ("export", "compile")  # what is left of the river when nothing is compressed
 # Above this a float32 baseline is not built: it would need more memory than the compression itself, on any machine.
 BASELINE_LIMIT_BYTES = 2 << 30
@@ -71,8 +75,8 @@ def run(
 ) -> CompiledModel | Measured:
     """Send a model down the river of `recipe` and put the bundle at `out` (default: runs/NAME/bundle).
 
-    Raises ConfigError when a stage can't take the model, before any work begins, and StageError when one fails;
-    whatever stood at `out` before is untouched then.
+    Raises ConfigError before any work begins when a stage can't take the model or another run is at work in the run's
+    directory or at `out`, and StageError when a stage fails; whatever stood at `out` before is untouched then.
     """
     for _, stage in recipe.stages:
         if hasattr(stage, "check"):
@@ -82,6 +86,19 @@ def run(
     check_output(target)
     _check_apart(target, directory)
     make_directory(directory)
+    place = _real(target)
+    beside = place.with_name(f".{place.name}.lock")
+    with alone(directory / ".lock", str(directory)), alone(beside, f"--out {target}"):
+        for folder in (directory, directory / "baseline"):
+            tidy(folder, _OWN_NAMES)
+        tidy(place.parent, re.escape(place.name))
+        return _run(model, recipe, directory, target, fresh, listener)
+
+
+def _run(
+    model: TorchModel, recipe: Recipe, directory: Path, target: Path, fresh: bool, listener: Listener
+) -> CompiledModel | Measured:
+    """Run baseline and stages in `directory`, which is ours alone, and put the bundle at `target`."""
     wants_baseline = any(name == "measure" for name, _ in recipe.stages)
     weights = model.weights
     wants_baseline = wants_baseline and 4 * weights.parameters <= BASELINE_LIMIT_BYTES
@@ -263,7 +280,7 @@ def make_directory(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / ".write-test"
         probe.write_bytes(b"")
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another run may look at the same moment
     except OSError as error:
         raise ConfigError(
             f"{path} can't be written: {error.strerror}; name another place or change its rights"

@@ -7,10 +7,12 @@ folder, or still come from the source, only refers to them, so weights are on di
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from functools import cache
@@ -165,6 +167,8 @@ def write_text(path: Path, text: str) -> None:
     staged = path.with_name(f".{path.name}.tmp")
     try:
         staged.write_text(text, encoding="utf-8")
+        with staged.open("r+b") as file:
+            os.fsync(file.fileno())
         staged.replace(path)
     finally:
         staged.unlink(missing_ok=True)
@@ -176,19 +180,69 @@ def read_json(path: Path) -> Any:
 
 
 def publish(staged: Path, target: Path) -> None:
-    """Put a finished directory in its place: whole, or not at all; an earlier one goes only when the new one stands."""
+    """Put a finished directory in its place: whole, or not at all; an earlier one goes only when the new one stands.
+
+    What the directory holds is on the disk before it gets its name: after a power cut it is whole too.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    _flush_tree(staged)
+    old, gone = (target.with_name(f".{target.name}.{word}-{os.getpid()}") for word in ("old", "gone"))
     try:
         if target.exists():
-            shutil.rmtree(old, ignore_errors=True)  # of a run that was killed and had our process id
+            for path in (old, gone):
+                shutil.rmtree(path, ignore_errors=True)  # of a run that was killed and had our process id
             target.rename(old)
         staged.rename(target)
     except BaseException:  # Ctrl-C between the two as well
         if old.exists() and not target.exists():
             old.rename(target)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    _flush_directory(target.parent)
+    with contextlib.suppress(OSError):
+        old.rename(gone)  # a name that `tidy` restores is always that of a whole directory
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def tidy(folder: Path, names: str) -> None:
+    """Clear away what killed runs left in `folder` around the `names` (a regular expression).
+
+    A directory that `publish` had moved aside comes back when its successor never got its place.
+    """
+    if not folder.is_dir():
+        return
+    left = re.compile(rf"\.({names})\.(?:tmp|work|gone-\d+|(old-\d+))")
+    for path in sorted(folder.iterdir()):
+        match = left.fullmatch(path.name)
+        if match is None:
+            continue
+        with contextlib.suppress(OSError):
+            if match[2] and not (folder / match[1]).exists():
+                path.rename(folder / match[1])
+            elif path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def _flush_tree(directory: Path) -> None:
+    """Wait until files and names below a directory are on the disk; what is there already costs nothing."""
+    for path in directory.rglob("*"):
+        if path.is_dir():
+            _flush_directory(path)
+        else:
+            with path.open("r+b") as file:
+                os.fsync(file.fileno())
+    _flush_directory(directory)
+
+
+def _flush_directory(directory: Path) -> None:
+    """Wait until the names in a directory are on the disk, where a system can do that."""
+    with contextlib.suppress(OSError):  # Windows opens no directories, some file systems flush none
+        file = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
 
 
 def seal(directory: Path, key: str) -> None:

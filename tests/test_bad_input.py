@@ -17,6 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from edgepipe.cli import main
+from tests.test_lock import hold
 
 UNMEASURED = 'stages = ["quantize", "export", "compile"]\n'
 GOOD = '{"schema": 1, "edgepipe": "0.1.0", "name": "an earlier bundle", "files": {}}\n'
@@ -282,6 +283,23 @@ def test_an_output_that_cannot_be_written(cli: Callable[..., Result], model: Pat
     result = cli("compress", model, "--recipe", "recipe.toml", "--out", "file/out")
     assert_refused(result, 2, "file/out", "is a file")
     assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize("lock", ["runs/model-cpu-4bit/.lock", ".out.lock"])
+def test_two_runs_at_once(cli: Callable[..., Result], model: Path, earlier: Path, lock: str) -> None:
+    """The second is refused with a sentence; the lock of one that was killed is no obstacle."""
+    named = "runs/model-cpu-4bit" if lock.startswith("runs") else f"--out {earlier}"
+    child = hold(Path(lock))
+    try:
+        result = cli("compress", model, "--recipe", "recipe.toml", "--out", earlier)
+        assert_refused(result, 2, f"another run is at work in {named}: wait until it has ended")
+        assert [p.name for p in earlier.iterdir()] == ["manifest.json"]
+    finally:
+        child.kill()
+        child.communicate()
+    assert Path(lock).exists()
+    assert cli("compress", model, "--recipe", "recipe.toml", "--out", earlier).exit_code == 0
+    assert not Path(lock).exists()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are POSIX")

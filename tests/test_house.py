@@ -19,7 +19,7 @@ MODULES = sorted(path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.
 
 # A module imports from its own floor and from those below it. First part of the dotted name after `edgepipe.`.
 FLOORS = (
-    {"", "errors", "artifacts", "package_data"},
+    {"", "errors", "artifacts", "package_data", "lock"},
     {"numerics"},
     {"weights", "target", "calibration"},
     {"store", "sources", "graph", "students", "training", "engines", "runtime"},
