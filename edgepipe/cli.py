@@ -20,6 +20,7 @@ from edgepipe.errors import ConfigError, EdgepipeError, StageError
 
 _INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
 _OVER_BUDGET = 3
+_ROOM_TOKENS = 64  # what a chat leaves for an answer before it forgets its oldest turns
 
 
 class _Commands(click.Group):
@@ -269,8 +270,29 @@ def _chat(model: Any, sampling: dict[str, Any]) -> None:
             raise ConfigError("what was typed is not UTF-8: check the terminal's encoding") from error
         _check_utf8(text)
         messages.append({"role": "user", "content": text})
-        answer = _stream(model.generate(messages, stream=True, **sampling))
+        _forget_the_beginning(model, messages)
+        try:
+            answer = _stream(model.generate(messages, stream=True, **sampling))
+        except ConfigError as error:  # the chat goes on without that message
+            _say(f"edgepipe: {error}")
+            messages.pop()
+            continue
         messages.append({"role": "assistant", "content": answer})
+
+
+def _forget_the_beginning(model: Any, messages: list[dict[str, str]]) -> None:
+    """Drop the oldest turns of a chat until what is left leaves room for an answer."""
+    dropped = 0
+    while len(messages) > 2 and _prompt_tokens(model, messages) + _ROOM_TOKENS > model.context:
+        del messages[:2]
+        dropped += 1
+    if dropped:
+        _say(f"(the context is full: the oldest {dropped} of your messages and the answers to them are forgotten)")
+
+
+def _prompt_tokens(model: Any, messages: list[dict[str, str]]) -> int:
+    text = model.apply_chat_template(messages) if _has_template(model) else messages[-1]["content"]
+    return len(model.encode(text))
 
 
 def _stream(pieces: Iterator[str]) -> str:

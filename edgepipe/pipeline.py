@@ -291,7 +291,7 @@ def _publish_bundle(compiled: CompiledModel, target: Path) -> None:
     """Copy the finished bundle to where the user wants it; an earlier one there stays until the copy is whole."""
     manifest = target / MANIFEST
     same = manifest.is_file() and file_sha256(manifest) == file_sha256(compiled.path / MANIFEST)
-    if same and all((target / n).is_file() and (target / n).stat().st_size == f["bytes"] for n, f in _files(compiled)):
+    if same and all((target / n).is_file() and file_sha256(target / n) == f["sha256"] for n, f in _files(compiled)):
         return
     place = _real(target)
     staged = place.with_name(f".{place.name}.tmp")

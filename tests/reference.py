@@ -59,7 +59,7 @@ def _half(scale: np.float32) -> np.float16:
     """Round a scale to a float16 that has all its digits: its magnitude is 2^-14 at least and 65504 at most."""
     if scale == 0:
         return np.float16(1)
-    magnitude = min(max(abs(float(scale)), 2.0**-14), 65504.0)
+    magnitude = min(max(abs(float(scale)), 2.0**-20), 65504.0)
     return np.float16(magnitude if scale > 0 else -magnitude)
 
 

@@ -12,12 +12,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from click.testing import CliRunner, Result
 
-from edgepipe.cli import main
+from edgepipe.cli import _forget_the_beginning, main
 from edgepipe.compress import over_budget
 from edgepipe.recipe import resolve
 from edgepipe.runtime import Model, load
@@ -295,3 +295,26 @@ def test_a_reader_that_goes_away_is_no_traceback() -> None:
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(command, shell=True, env=env, capture_output=True, text=True)
     assert "Traceback" not in done.stderr
+
+
+class _Counting:
+    """A model whose prompt has ten tokens a message."""
+
+    context = 128
+    manifest: ClassVar[dict[str, Any]] = {"tokenizer": {"chat_template": "chat.jinja"}}
+
+    def apply_chat_template(self, messages: list[dict[str, str]]) -> str:
+        return "x" * 10 * len(messages)
+
+    def encode(self, text: str) -> list[int]:
+        return list(range(len(text)))
+
+
+def test_a_chat_forgets_its_beginning_when_the_context_is_full(capsys: pytest.CaptureFixture[str]) -> None:
+    """Turns go in pairs, the newest message stays, and it is said once."""
+    messages = [{"role": role, "content": str(i)} for i in range(5) for role in ("user", "assistant")][:-1]
+    _forget_the_beginning(_Counting(), messages)
+    assert [m["content"] for m in messages] == ["2", "2", "3", "3", "4"]
+    assert "oldest 2 of your messages" in capsys.readouterr().err
+    _forget_the_beginning(_Counting(), messages)
+    assert capsys.readouterr().err == ""

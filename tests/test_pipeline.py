@@ -192,6 +192,17 @@ def test_a_damaged_stage_is_made_again(
     assert hashes(tmp_path / "out") == before
 
 
+def test_a_damaged_bundle_is_put_right(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """A byte that was flipped in the published copy is no reason to leave it so."""
+    make(tiny_model_dir, tmp_path, make_recipe(tmp_path))
+    before = hashes(tmp_path / "out")
+    content = bytearray((tmp_path / "out" / "weights.bin").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "out" / "weights.bin").write_bytes(content)
+    make(tiny_model_dir, tmp_path, make_recipe(tmp_path))
+    assert hashes(tmp_path / "out") == before
+
+
 def test_a_stage_that_cannot_take_the_model_is_refused_before_any_work(tiny_model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--context 4096 is more than the 256 positions"):
         make(tiny_model_dir, tmp_path, make_recipe(tmp_path, ("export", "context", 4096)))

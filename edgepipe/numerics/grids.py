@@ -13,7 +13,9 @@ import numpy as np
 
 from edgepipe.artifacts import QuantizedTensor
 
-_SMALLEST_FP16 = np.float32(2.0**-14)  # below it float16 loses digits: such groups get the smallest normal scale
+# Below 2^-14 float16 loses digits of a scale, which costs little since codes are chosen for the rounded one. At 2^-20
+# four bits are left, and weights below it are as good as zero.
+_SMALLEST_FP16 = np.float32(2.0**-20)
 _LARGEST_FP16 = np.float32(65504.0)
 _ELEMENTS_AT_ONCE = 1 << 22  # 16 MB of float32: bounds the memory of rounding without slowing it
 
@@ -101,7 +103,7 @@ def _round_blocks(blocks: np.ndarray, bits: int, symmetric: bool) -> tuple[np.nd
 
 
 def _to_float16(scale: np.ndarray) -> np.ndarray:
-    """Round scales to float16, keeping their sign and away from subnormals and infinity."""
+    """Round scales to float16, keeping their sign and away from zero and infinity."""
     magnitude = np.clip(np.abs(scale), _SMALLEST_FP16, _LARGEST_FP16)
     return np.where(scale == 0, np.float32(1), np.copysign(magnitude, scale)).astype(np.float16)
 

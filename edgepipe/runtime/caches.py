@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from edgepipe.errors import ConfigError
+
 
 @dataclass(slots=True, kw_only=True)
 class Slot:
@@ -34,7 +36,7 @@ class CachePool:
     def __init__(self, make_cache: Callable[[], Any], most: int) -> None:
         self._make_cache = make_cache
         self._most = most
-        self._borrowers = 0
+        self._borrowers: list[int] = []  # the thread of each
         self._idle: list[Slot] = []  # least recently used first
         self._changed = threading.Condition()  # over a re-entrant lock: a collected stream may give back at any moment
 
@@ -55,15 +57,24 @@ class CachePool:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Wait until fewer than the most callers are at work, and be one of them meanwhile."""
+        """Wait until fewer than the most callers are at work, and be one of them meanwhile.
+
+        Raises ConfigError when all of them are open streams of this very thread: it would wait for itself.
+        """
+        me = threading.get_ident()
         with self._changed:
-            self._changed.wait_for(lambda: self._borrowers < self._most)
-            self._borrowers += 1
+            if len(self._borrowers) >= self._most and set(self._borrowers) == {me}:
+                raise ConfigError(
+                    f"this thread holds all {self._most} calls that may run at a time, as streams that haven't ended: "
+                    "read one to its end, close it, or load the bundle with more callers"
+                )
+            self._changed.wait_for(lambda: len(self._borrowers) < self._most)
+            self._borrowers.append(me)
         try:
             yield
         finally:
             with self._changed:
-                self._borrowers -= 1
+                self._borrowers.remove(me)
                 self._changed.notify()
 
     @property

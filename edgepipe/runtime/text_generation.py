@@ -287,7 +287,7 @@ class Model:
 
     def _scored_ids(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         """Return the ids of text or ids to score; raise ConfigError when there are none or too many."""
-        ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        ids: Sequence[int] = self._tokenizer.encode(prompt) if isinstance(prompt, str) else _checked_ids(prompt)
         self._check_ids(ids, self.context, "score it in parts")
         return tuple(ids)
 
@@ -423,9 +423,18 @@ class _Row:
         )
 
 
-def _checked_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
+def _checked_ids(ids: object) -> list[int]:
+    """Return token ids as a list; raise ConfigError when they are no whole numbers."""
+    array = np.asarray(ids) if isinstance(ids, list | tuple | np.ndarray) else None
+    if array is None or array.ndim != 1 or not (np.issubdtype(array.dtype, np.integer) or array.size == 0):
+        raise ConfigError(f"expected a text or a list of token ids, got {type(ids).__name__}: {str(ids)[:40]!r}")
+    found: list[int] = array.tolist()
+    return found
+
+
+def _checked_stop(stop: object) -> tuple[str, ...]:
     """Return the stop strings as a tuple; raise ConfigError when one is empty or no text."""
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    stops = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, list | tuple) else (None,)
     if not all(isinstance(one, str) and one for one in stops):
         raise ConfigError(f"stop must be texts of at least one character, but is {stop!r}")
     return stops

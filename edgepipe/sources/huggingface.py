@@ -85,7 +85,7 @@ def open_directory(directory: Path, *, name: str | None = None, source: str | No
         )
     shards = _shards(directory)
     weights = _named_for_class(_read_headers(shards), config, task)
-    aliases = _tie(weights, config, task)
+    aliases = _tie(directory, weights, config, task)
     tokenizer = read_directory_tokenizer(directory)
     generation_path = directory / "generation_config.json"
     generation = read_json(generation_path) if generation_path.is_file() else {}
@@ -250,8 +250,11 @@ def _renamed(weight: Weight, name: str) -> Weight:
     )
 
 
-def _tie(weights: dict[str, Weight], config: Json, task: str) -> dict[str, str]:
-    """Return the aliases of tied weights, and drop from `weights` a stored head that equals the embedding."""
+def _tie(directory: Path, weights: dict[str, Weight], config: Json, task: str) -> dict[str, str]:
+    """Return the aliases of tied weights, and drop from `weights` a stored head that equals the embedding.
+
+    Raises ConfigError when the head is missing and the config doesn't say that the embedding stands for it.
+    """
     embedding = next((name for name in _EMBEDDINGS if name in weights), None)
     if task != "text-generation" or embedding is None or "embed_out.weight" in weights:
         return {}
@@ -259,7 +262,21 @@ def _tie(weights: dict[str, Weight], config: Json, task: str) -> dict[str, str]:
         if not config.get("tie_word_embeddings") or not _equal(weights[embedding], weights["lm_head.weight"]):
             return {}
         del weights["lm_head.weight"]
+    elif not _says_tied(config):
+        raise ConfigError(
+            f"{directory} has no lm_head.weight, and its config.json doesn't tie it to the embedding "
+            "(tie_word_embeddings): a file of weights is missing, or the config is another model's; copy both again"
+        )
     return {"lm_head.weight": embedding}
+
+
+def _says_tied(config: Json) -> bool:
+    """Tell whether the config ties head and embedding; a config that says nothing means its class's default."""
+    if "tie_word_embeddings" in config:
+        return bool(config["tie_word_embeddings"])
+    from edgepipe.graph.reference import framework_config
+
+    return bool(framework_config(config).tie_word_embeddings)
 
 
 def _equal(one: Weight, other: Weight) -> bool:

@@ -66,18 +66,21 @@ class Quantize:
         """Return the model with every matrix on the grid the plan gives it; values are computed when they are read."""
         self.check(model)
         changed: dict[str, Weight] = {}
-        imported = 0
+        imported = narrower = 0
         for name in model.weights:
             weight = model.weights[name]
             grid = self.plan(weight)
             if self._keeps(weight, grid):
                 imported += 1
+                narrower += GRIDS[weight.grid or ""].width < grid.bits
             else:
                 changed[name] = (
                     _on_grid(weight, grid) if grid.bits < 16 and len(weight.shape) == 2 else _as_float(weight)
                 )
         if imported:
             ctx.note(f"{imported} tensors kept the grid they came on, exactly")
+        if narrower:
+            ctx.note(f"{narrower} of them came on fewer bits than were asked for: more would bring nothing back")
         return dataclasses.replace(model, weights=model.weights.replace(changed))
 
     def plan(self, weight: Weight) -> Grid:

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from edgepipe.errors import ConfigError
 from edgepipe.runtime.caches import CachePool, common_prefix
 
 
@@ -88,3 +89,12 @@ def test_slot_comes_back_after_an_error() -> None:
         fail()
     assert pool.caches == 1
     assert _use(pool, [1, 2])[1] == 1
+
+
+def test_a_thread_is_told_when_it_would_wait_for_itself() -> None:
+    """All turns are this thread's own: nobody else could ever give one back."""
+    pool = CachePool(list, most=2)
+    with pool.turn(), pool.turn(), pytest.raises(ConfigError, match="this thread holds all 2 calls"), pool.turn():
+        pass
+    with pool.turn(), pool.turn():
+        pass

@@ -342,3 +342,16 @@ def test_truncated_weights_are_refused(tiny_bundle: Path, tmp_path: Path) -> Non
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(ContractError, match="should have"):
         load(path)
+
+
+@pytest.mark.parametrize("stop", [None, 5, [""], ["a", 3]])
+def test_stop_strings_that_are_none(model: Model, stop: Any) -> None:
+    with pytest.raises(ConfigError, match="stop must be texts"):
+        model.generate("The river", stop=stop)
+
+
+@pytest.mark.parametrize("ids", [["a"], [[1, 2]], [5.7], 5, [True, 2.5]])
+def test_token_ids_that_are_none(model: Model, ids: Any) -> None:
+    for call in (model.logits, model.token_logprobs):
+        with pytest.raises(ConfigError, match="expected a text or a list of token ids"):
+            call(ids)

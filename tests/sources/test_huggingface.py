@@ -75,11 +75,18 @@ def test_tied_config_with_a_head_in_the_file(save_llama: SaveLlama, identical: b
     np.testing.assert_array_equal(opened.weights.float32("lm_head.weight"), head.numpy())
 
 
-def test_missing_head_is_tied_whatever_the_config_says(save_llama: SaveLlama) -> None:
-    """A file without lm_head.weight has its embedding for a head."""
+@pytest.mark.parametrize("said", [False, None])
+def test_missing_head_that_is_not_tied_is_refused(save_llama: SaveLlama, said: bool | None) -> None:
+    """The embedding of a model whose head got lost is no head; what a Llama's config leaves out means untied."""
     directory = save_llama(tied=True)
-    change_json(directory / "config.json", tie_word_embeddings=False)
-    assert "lm_head.weight" in open_directory(directory).weights.aliases
+    if said is None:
+        config = json.loads((directory / "config.json").read_text())
+        del config["tie_word_embeddings"]
+        (directory / "config.json").write_text(json.dumps(config))
+    else:
+        change_json(directory / "config.json", tie_word_embeddings=said)
+    with pytest.raises(ConfigError, match=r"has no lm_head\.weight, and its config\.json doesn't tie it"):
+        open_directory(directory)
 
 
 def test_body_without_prefix_gets_it(save_llama: SaveLlama) -> None:
