@@ -26,7 +26,10 @@ TIMEOUT_S = 120
 
 # Load compares sizes and reads no hashes, and leaves what it doesn't need to `verify`: licence, versions, bill.
 UNSEEN = ("flip", "zero", "hash of", "extra", "without licence", "without versions", "empty licence", "weights/")
-UNREAD = tuple(f"{how}: sbom.cdx.json" for how in ("nothing", "half", "other JSON", "deep"))
+UNREAD = (  # an app needs no bill, and any text is a template
+    *(f"{how}: sbom.cdx.json" for how in ("nothing", "half", "other JSON", "deep")),
+    "swap chat_template.jinja, sbom.cdx.json, owned up",
+)
 UNSEEN_SIZES = ("cache/bytes", "cache/shape", "model/heads", "model/hidden_size", "model/bos_token_id is 384")
 
 
