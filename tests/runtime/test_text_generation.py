@@ -321,8 +321,8 @@ def test_chat_without_template_is_refused(tiny_bundle: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("key", "value", "error", "words"),
     [
-        ("engine", "tvm", TargetError, "is for tvm"),
-        ("task", "feature-extraction", TargetError, "is for feature-extraction"),
+        ("engine", "tvm", TargetError, "is for 'tvm'"),
+        ("task", "feature-extraction", TargetError, "is for 'feature-extraction'"),
         ("schema", 2, ConfigError, "update edgepipe"),
     ],
 )
