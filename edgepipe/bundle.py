@@ -1,4 +1,4 @@
-"""Write a bundle: tokenizer and manifest beside the engine's graphs and weights (docs/bundle.md has the contract).
+"""Write a bundle: tokenizer, bill of materials and manifest beside graphs and weights (docs/bundle.md: the contract).
 
 Everything in the manifest is decided by the recipe, the source's contents and the versions: the same three give the
 same bytes. Seconds, machines and measurements live outside, in run.json.
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import edgepipe
 from edgepipe.artifacts import Json, OnnxModel
+from edgepipe.sbom import FILE_NAME as BILL
+from edgepipe.sbom import bill_of_materials
 from edgepipe.store import file_sha256, versions, write_json
 from edgepipe.weights import Weight, WeightStore
 
@@ -34,6 +36,9 @@ def write_bundle(model: OnnxModel, path: Path, file: WeightsFile, recipe: Json, 
     if model.info.chat_template is not None:
         (path / "chat_template.jinja").write_text(model.info.chat_template, encoding="utf-8")
         names.append("chat_template.jinja")
+    files = {name: _facts(path / name) for name in names}
+    write_json(path / BILL, bill_of_materials(model.info, files, versions()))
+    files[BILL] = _facts(path / BILL)
     spec = model.spec
     shape = [1, spec["kv_heads"], spec["context"], spec["head_dim"]]
     cache_bytes = 2 * spec["layers"] * _CACHE_BYTES[cache_dtype] * math.prod(shape)
@@ -64,10 +69,15 @@ def write_bundle(model: OnnxModel, path: Path, file: WeightsFile, recipe: Json, 
         "recipe": recipe,
         "history": [dataclasses.asdict(record) for record in model.history],
         "versions": versions(),
-        "files": {n: {"bytes": (path / n).stat().st_size, "sha256": file_sha256(path / n)} for n in sorted(names)},
+        "files": files,
     }
     write_json(path / MANIFEST, manifest)
     return manifest
+
+
+def _facts(file: Path) -> Json:
+    """Return what the manifest says of a file."""
+    return {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
 
 
 def weight_parts(weights: WeightStore, file: WeightsFile | None = None) -> list[Json]:

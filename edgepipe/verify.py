@@ -6,6 +6,7 @@ reaches a parser that trusts it: the tokenizer and the graph are opened when eve
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from edgepipe.runtime.bundle import MANIFEST, read_bundle, read_manifest, verify
 
 _ELEMENT_BYTES = {"float32": 4, "float16": 2}  # of a key or value
 _MOST_PARAMETERS = 1 << 50
+_BILL = "sbom.cdx.json"
+_MOST_BILL_BYTES = 16 << 20
 _MOST_CHARACTERS = 600  # of a sentence: some quote what they found
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -150,6 +153,38 @@ def _licence(_: Path, manifest: Json) -> None:
         raise ContractError("manifest.json: licence.lineage should be a list of names: build the bundle again")
 
 
+def _bill(path: Path, manifest: Json) -> None:
+    """Open the bill of materials, which must name the model, licence, lineage and files that the manifest names."""
+    if _BILL not in manifest["files"]:
+        raise ContractError(f"the bundle should list {_BILL} but does not: build it again")
+    if manifest["files"][_BILL]["bytes"] > _MOST_BILL_BYTES:
+        raise ContractError(f"{_BILL} may have {_MOST_BILL_BYTES} bytes at most, but has more: build the bundle again")
+    try:
+        bill = json.loads((path / _BILL).read_bytes())
+        kind = (bill["bomFormat"], bill["specVersion"])
+        model = bill["metadata"]["component"]
+        licences = [entry.get("expression") or _either(entry["license"], "id", "name") for entry in model["licenses"]]
+        ancestors = sorted(ancestor["name"] for ancestor in model["pedigree"]["ancestors"])
+        files = {c["name"]: c["hashes"][0]["content"] for c in bill["components"] if c["type"] == "file"}
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError, StopIteration):
+        raise ContractError(f"{_BILL} is no CycloneDX bill of a model: build the bundle again") from None
+    licence = manifest["licence"]
+    for what, found, expected in (
+        ("format", kind, ("CycloneDX", "1.6")),
+        ("model", (model.get("type"), model["name"]), ("machine-learning-model", manifest["name"])),
+        ("licence", licences, [licence["id"]]),
+        ("lineage", ancestors, sorted({licence["source"], *licence["lineage"]})),
+        ("files", files, {n: facts["sha256"] for n, facts in manifest["files"].items() if n != _BILL}),
+    ):
+        if found != expected:
+            raise ContractError(f"{_BILL}: {what} should be {expected}, but is {found}: build the bundle again")
+
+
+def _either(holder: Json, *names: str) -> Any:
+    """Return the first of the keys that is there."""
+    return next(holder[name] for name in names if name in holder)
+
+
 def _origin(_: Path, manifest: Json) -> None:
     """Look for what the bundle was made from and with: the source's hash, recipe, history and versions."""
     if not _SHA256.fullmatch(_text(_object(manifest, "source"), "sha256", "source.")):
@@ -205,6 +240,7 @@ _CHECKS = (
     _Check(name="sizes", run=_sizes),
     _Check(name="licence", run=_licence),
     _Check(name="origin", run=_origin),
+    _Check(name="bill", run=_bill, after=("manifest", "files", "hashes", "licence")),
     _Check(name="tokenizer", run=_tokenizer, after=("manifest", "files", "hashes")),
     _Check(name="graph", run=_graph, after=("manifest", "files", "hashes", "sizes")),
 )

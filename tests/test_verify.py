@@ -19,9 +19,10 @@ from edgepipe.cli import main
 from edgepipe.errors import ConfigError, ContractError
 from edgepipe.runtime import load
 from edgepipe.verify import verify_bundle
+from tests.runtime.damages import own_up, read, write, write_hash
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ["manifest", "files", "hashes", "nothing else", "sizes", "licence", "origin", "tokenizer", "graph"]
+NAMES = ["manifest", "files", "hashes", "nothing else", "sizes", "licence", "origin", "bill", "tokenizer", "graph"]
 
 
 @pytest.fixture
@@ -37,13 +38,10 @@ def failed(bundle: Path) -> dict[str, str]:
 
 def edit(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change a manifest, and let it state the sizes and hashes of the files as they are."""
-    file = bundle / "manifest.json"
-    manifest = json.loads(file.read_text(encoding="utf-8"))
-    for name in manifest["files"]:
-        content = (bundle / name).read_bytes()
-        manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    own_up(bundle)
+    manifest = read(bundle)
     change(manifest)
-    file.write_text(json.dumps(manifest), encoding="utf-8")
+    write(bundle, manifest)
 
 
 def test_a_good_bundle(bundle: Path) -> None:
@@ -70,7 +68,7 @@ def test_the_command_ends_with_the_first_failure(bundle: Path) -> None:
     checks = {check["name"]: check["ok"] for check in json.loads(result.stdout)["checks"]}
     assert checks == {
         **dict.fromkeys(NAMES, True),
-        **{"hashes": False, "nothing else": False, "tokenizer": None, "graph": None},
+        **{"hashes": False, "nothing else": False, "bill": None, "tokenizer": None, "graph": None},
     }
 
 
@@ -105,6 +103,12 @@ def test_listed_files_may_lie_in_folders(bundle: Path) -> None:
     (bundle / "licences" / "LICENSE").write_bytes(b"text")
     facts = {"bytes": 4, "sha256": hashlib.sha256(b"text").hexdigest()}
     edit(bundle, lambda m: m["files"].update({"licences/LICENSE": facts}))
+    assert list(failed(bundle)) == ["bill"]
+    bill = json.loads((bundle / "sbom.cdx.json").read_text(encoding="utf-8"))
+    hashes = [{"alg": "SHA-256", "content": facts["sha256"]}]
+    bill["components"].append({"type": "file", "name": "licences/LICENSE", "hashes": hashes})
+    (bundle / "sbom.cdx.json").write_text(json.dumps(bill), encoding="utf-8")
+    own_up(bundle)
     assert failed(bundle) == {}
     (bundle / "licences" / "more").mkdir()
     assert "licences/more" in failed(bundle)["nothing else"]
@@ -174,6 +178,36 @@ def test_a_tokenizer_or_template_that_does_not_open(bundle: Path, name: str, wor
     edit(bundle, lambda m: None)
     found = failed(bundle)
     assert list(found) == ["tokenizer"] and words in found["tokenizer"]
+
+
+@pytest.mark.parametrize(
+    ("words", "change"),
+    [
+        ("format should be", lambda bill: bill.update(specVersion="9.9")),
+        ("model should be", lambda bill: bill["metadata"]["component"].update(type="library")),
+        ("model should be", lambda bill: bill["metadata"]["component"].update(name="another")),
+        ("licence should be", lambda bill: bill["metadata"]["component"].update(licenses=[])),
+        ("lineage should be", lambda bill: bill["metadata"]["component"]["pedigree"]["ancestors"].clear()),
+        ("files should be", lambda bill: bill["components"].clear()),
+        ("no CycloneDX bill of a model", lambda bill: bill["metadata"].clear()),
+        ("no CycloneDX bill of a model", lambda bill: bill.update(components=3)),
+        ("no CycloneDX bill of a model", lambda bill: bill["metadata"]["component"].update(licenses=[{"license": {}}])),
+    ],
+)
+def test_a_bill_that_disagrees(bundle: Path, words: str, change: Callable[[dict[str, Any]], object]) -> None:
+    file = bundle / "sbom.cdx.json"
+    bill = json.loads(file.read_text(encoding="utf-8"))
+    change(bill)
+    file.write_text(json.dumps(bill), encoding="utf-8")
+    write_hash(bundle, file.name)
+    found = failed(bundle)
+    assert list(found) == ["bill"] and words in found["bill"]
+
+
+def test_a_bundle_without_a_bill(bundle: Path) -> None:
+    (bundle / "sbom.cdx.json").unlink()
+    edit(bundle, lambda m: m["files"].pop("sbom.cdx.json"))
+    assert failed(bundle) == {"bill": "the bundle should list sbom.cdx.json but does not: build it again"}
 
 
 def _rename(graph: onnx.GraphProto) -> None:

@@ -7,6 +7,7 @@ byte is right (a weight, a note), is no damage: nobody can see it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,7 +18,8 @@ from typing import Any
 
 Damage = Callable[[Path, random.Random], None]
 
-PARTS = ("chat_template.jinja", "decoder.onnx", "tokenizer.json", "weights.bin")
+BILL = "sbom.cdx.json"
+PARTS = ("chat_template.jinja", "decoder.onnx", "tokenizer.json", "weights.bin", BILL)
 MANIFEST = "manifest.json"
 
 
@@ -32,14 +34,30 @@ def write(bundle: Path, manifest: object) -> None:
 
 
 def own_up(bundle: Path) -> None:
-    """Let the manifest state sizes and hashes of the files as they are now, so that the parsers get to see them."""
+    """Let manifest and bill state sizes and hashes of the files as they are now: the parsers get to see them."""
+    with contextlib.suppress(
+        OSError, ValueError, LookupError, TypeError, RecursionError
+    ):  # the bill may be what was damaged
+        bill = json.loads((bundle / BILL).read_bytes())
+        for component in bill["components"]:
+            if component["type"] == "file":
+                content = (bundle / component["name"]).read_bytes()
+                component["hashes"][0]["content"] = hashlib.sha256(content).hexdigest()
+        (bundle / BILL).write_text(json.dumps(bill), encoding="utf-8")
+    for name in read(bundle)["files"]:
+        if (bundle / name).exists():
+            write_hash(bundle, name)
     manifest = read(bundle)
-    for name in manifest["files"]:
-        content = (bundle / name).read_bytes()
-        manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     weights = manifest["weights"]
     weights["bytes"] = manifest["files"][weights["file"]]["bytes"]
     weights["bits_per_weight"] = round(8 * weights["bytes"] / weights["parameters"], 4)
+    write(bundle, manifest)
+
+
+def write_hash(bundle: Path, name: str) -> None:
+    """Let the manifest state the size and hash of one file as it is now."""
+    manifest, content = read(bundle), (bundle / name).read_bytes()
+    manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     write(bundle, manifest)
 
 
@@ -291,6 +309,8 @@ OWNED_UP: tuple[tuple[str, str, Callable[[bytes, random.Random], bytes]], ...] =
     *(("noise", name, lambda content, rng: rng.randbytes(len(content))) for name in PARTS[1:3]),
     *(("nothing", name, lambda content, rng: b"") for name in PARTS[1:]),
     *(("half", name, lambda content, rng: content[: len(content) // 2]) for name in PARTS[1:]),
+    ("other JSON", BILL, lambda content, rng: b"[1, 2]"),
+    ("deep", BILL, lambda content, rng: b"[" * 500_000),
     ("open block", "chat_template.jinja", lambda content, rng: content + b"{% if"),
     ("no text", "chat_template.jinja", lambda content, rng: b"\xff\xfe" + content),
     ("deep", "chat_template.jinja", lambda content, rng: b"{{" + b"(" * 50_000 + b")" * 50_000 + b"}}"),

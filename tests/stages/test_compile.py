@@ -39,10 +39,10 @@ def model(folder: Path) -> OnnxModel:
 
 
 def test_the_bundle(model: OnnxModel, tmp_path: Path) -> None:
-    """Graph, weights, tokenizer, template and manifest, each file with its bytes and hash; nothing is left beside."""
+    """All files are there, each with its bytes and hash in the manifest; nothing is left beside."""
     recipe = {"stages": ["quantize"]}
     compiled = Compile()(model, dataclasses.replace(context(tmp_path), recipe=recipe))
-    names = {"decoder.onnx", "weights.bin", "tokenizer.json", "chat_template.jinja"}
+    names = {"decoder.onnx", "weights.bin", "tokenizer.json", "chat_template.jinja", "sbom.cdx.json"}
     assert compiled.path.parent == tmp_path
     assert {path.name for path in compiled.path.iterdir()} == names | {"manifest.json"}
     manifest = json.loads((compiled.path / "manifest.json").read_text(encoding="utf-8"))
