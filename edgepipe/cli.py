@@ -100,6 +100,8 @@ def compress_command(
         _say(f"\n{measured_table(summary['figures'])}\n")
     bundle = summary["bundle"]
     _say(f'bundle: {bundle}    try it: edgepipe run {bundle} "What is the capital of France?"')
+    if summary["replaced"]:
+        _say("It replaced the earlier bundle there, which was another one; --out keeps several.")
     if "report" in summary:
         _say(f"report: {summary['report']}")
     broken = summary.setdefault("over_budget", [])

@@ -38,6 +38,8 @@ def compress(
             f"{source.info.name} is a {source.info.task} model ({source.info.config.get('model_type')}): "
             "compress takes decoder language models so far"
         )
+    target = out if out is not None else runs / run_name(source, recipe) / "bundle"
+    before = _manifest_sha256(target)
     result = run(source, recipe, out=out, runs=runs, fresh=fresh, listener=listener)
     bundle = result.model if isinstance(result, Measured) else result
     weights = bundle.manifest["weights"]
@@ -47,6 +49,7 @@ def compress(
         "weight_bytes": weights["bytes"],
         "bits_per_weight": weights["bits_per_weight"],
         "cache_bytes": bundle.manifest["cache"]["bytes"],
+        "replaced": before is not None and before != _manifest_sha256(bundle.path),  # another bundle stood there
     }
     if isinstance(result, Measured):
         summary |= {"figures": result.figures} | _headline(result.figures)
@@ -55,6 +58,13 @@ def compress(
         _write_report(report, result, recipe, summary["over_budget"])
         summary["report"] = str(report)
     return summary
+
+
+def _manifest_sha256(bundle: Path) -> str | None:
+    from edgepipe.store import file_sha256
+
+    manifest = bundle / "manifest.json"
+    return file_sha256(manifest) if manifest.is_file() else None
 
 
 def _write_report(path: Path, result: Measured, recipe: Recipe, over: list[str]) -> None:

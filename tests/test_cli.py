@@ -68,6 +68,10 @@ def test_compress_prints_a_table_and_one_json_line(cli: Callable[..., Result], t
     again = cli("compress", tiny_model_dir, "--bits", "4", "--out", "out", *QUICK)
     assert again.stderr.count("reused from an earlier run") == 6
     assert last_json(again) == summary
+    assert not summary["replaced"]
+    other = cli("compress", tiny_model_dir, "--bits", "8", "--out", "out", *QUICK)
+    assert last_json(other)["replaced"]
+    assert "It replaced the earlier bundle there" in other.stderr
 
 
 def parameters(bundle: str) -> int:
