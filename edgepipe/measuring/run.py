@@ -28,15 +28,17 @@ def measure_bundles(
     blocks: int,
     tokens: int,
     progress: Callable[[str, int, int], None],
+    work_dir: Path | None = None,
 ) -> dict[str, Json]:
     """Return figures for every bundle by its name; blocks of the bundles alternate, so drift meets all alike.
 
-    `threads` 0 leaves the number to the engine, `tokens` 0 scores the whole text. Raises StageError when a block fails.
+    `threads` 0 leaves the number to the engine, `tokens` 0 scores the whole text. `work_dir` is where
+    temporary files go (None: the system's folder for them). Raises StageError when a block fails.
     """
     samples: dict[str, list[Json]] = {name: [] for name in bundles}
     perplexity: dict[str, Json] = {}
     total = len(bundles) * (blocks + 1)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=work_dir) as folder:
         file = Path(folder) / "text.txt"
         file.write_text(text, encoding="utf-8")
         for block in range(blocks):

@@ -36,11 +36,17 @@ class Measure:
             bundles = {"baseline": ctx.baseline.path, **bundles}
         else:
             ctx.note("no float32 baseline: it would be larger than the limit for one")
-        figures = self.figures(bundles, default_threads=ctx.target.onnxruntime.threads, progress=ctx.progress)
+        threads = ctx.target.onnxruntime.threads
+        figures = self.figures(bundles, default_threads=threads, progress=ctx.progress, work_dir=ctx.work_dir)
         return Measured(model=model, figures=figures, history=model.history)
 
     def figures(
-        self, bundles: Mapping[str, Path], *, default_threads: int, progress: Callable[[str, int, int], None]
+        self,
+        bundles: Mapping[str, Path],
+        *,
+        default_threads: int,
+        progress: Callable[[str, int, int], None],
+        work_dir: Path | None = None,
     ) -> Json:
         """Measure the directory called "bundle", and the one called "baseline" beside it where there is one."""
         from edgepipe.calibration import open_text
@@ -49,7 +55,13 @@ class Measure:
         text = open_text(self.text, purpose="evaluation")
         threads = self.threads or default_threads
         results = measure_bundles(
-            bundles, text, threads=threads, blocks=self.blocks, tokens=self.tokens, progress=progress
+            bundles,
+            text,
+            threads=threads,
+            blocks=self.blocks,
+            tokens=self.tokens,
+            progress=progress,
+            work_dir=work_dir,
         )
         return {
             "bundle": results["bundle"],
