@@ -211,6 +211,7 @@ def test_the_stage_passes_its_options_on(
     figures = Measure(blocks=4, tokens=100)(compiled, context).figures
     assert asked[0]["threads"] == 5 and asked[0]["blocks"] == 4 and asked[0]["tokens"] == 100
     assert asked[0]["bundles"] == {"bundle": tiny_bundle}
+    assert asked[0]["work_dir"] == tmp_path
     assert figures["baseline"] is None and len(notes) == 1
     assert figures["machine"]["threads"] == 5
     beside = Context(target=target, work_dir=tmp_path, note=notes.append, baseline=compiled)
