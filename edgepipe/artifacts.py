@@ -80,14 +80,17 @@ class ModelInfo:
     """Carry what stays true of a model whatever is done to its weights."""
 
     name: str
-    task: str  # "text-generation" | "feature-extraction"
+    task: str  # one of graph/tasks.py: "text-generation", "feature-extraction" …
     config: Json  # the Hugging Face config.json
-    tokenizer: Mapping[str, bytes]  # file name → content: tokenizer.json, tokenizer_config.json
+    tokenizer: Mapping[str, bytes]  # file name → content: tokenizer.json, tokenizer_config.json; empty without text
     chat_template: str | None
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     licence: Licence
     fingerprint: str  # sha256 over the contents of the source files
+    embeddings: tuple[str, ...] = ()  # weights that are gathered from, or give logits over a vocabulary
+    sentence: Json | None = None  # of a sentence encoder: "pooling", "normalize", "max_tokens"
+    preprocessor: str | None = None  # preprocessor_config.json of a model of images or sound
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,11 +10,12 @@ import dataclasses
 import json
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import edgepipe
-from edgepipe.artifacts import Json, OnnxModel
+from edgepipe.artifacts import Json, ModelInfo, OnnxModel
 from edgepipe.sbom import FILE_NAME as BILL
 from edgepipe.sbom import bill_of_materials
 from edgepipe.store import file_sha256, versions, write_json
@@ -23,25 +24,37 @@ from edgepipe.weights import Weight, WeightStore
 if TYPE_CHECKING:
     from edgepipe.engines.onnxruntime.planned import WeightsFile
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
+_TOKENIZER = "tokenizer.json"
+_TEMPLATE = "chat_template.jinja"
+_PREPROCESSOR = "preprocessor_config.json"
 _CACHE_BYTES = {"float32": 4, "float16": 2}  # of one element of a key or value
-_PARTS = (("embedding and head", ("embed_tokens", "lm_head")), ("attention", ("self_attn.",)), ("mlp", ("mlp.",)))
+_EMBEDDINGS = "embedding and head"
+# What parameters of a part are called in the models of transformers; the first part that has a mark takes the weight.
+_PARTS = (
+    ("attention", ("attn", "attention", "SelfAttention", "EncDecAttention", "c_attn")),
+    ("mlp", ("mlp.", "intermediate.", "output.dense", "DenseReluDense", "fc1.", "fc2.", "ffn.", "lin1.", "lin2.")),
+    (_EMBEDDINGS, ("embed_tokens", "lm_head")),
+)
+_REST = "norms and rest"
+_NORMS = ("norm", "LayerNorm", "ln_")
 
 
 def write_bundle(model: OnnxModel, path: Path, file: WeightsFile, recipe: Json, cache_dtype: str) -> Json:
     """Complete the bundle in `path`, where graphs and weights already are; return its manifest."""
-    (path / "tokenizer.json").write_bytes(model.info.tokenizer["tokenizer.json"])
-    names = ["decoder.onnx", "weights.bin", "tokenizer.json"]
-    if model.info.chat_template is not None:
-        (path / "chat_template.jinja").write_text(model.info.chat_template, encoding="utf-8")
-        names.append("chat_template.jinja")
+    names = [*(f"{name}.onnx" for name in model.graphs), "weights.bin"]
+    if model.info.tokenizer:
+        (path / _TOKENIZER).write_bytes(model.info.tokenizer[_TOKENIZER])
+        names.append(_TOKENIZER)
+    for name, text in ((_TEMPLATE, model.info.chat_template), (_PREPROCESSOR, model.info.preprocessor)):
+        if text is not None:
+            (path / name).write_text(text, encoding="utf-8")
+            names.append(name)
     files = {name: _facts(path / name) for name in names}
     write_json(path / BILL, bill_of_materials(model.info, files, versions()))
     files[BILL] = _facts(path / BILL)
-    spec = model.spec
-    shape = [1, spec["kv_heads"], spec["context"], spec["head_dim"]]
-    cache_bytes = 2 * spec["layers"] * _CACHE_BYTES[cache_dtype] * math.prod(shape)
+    spec = {key: value for key, value in model.spec.items() if key != "ends"}
     parameters = model.weights.parameters
     manifest: Json = {
         "schema": SCHEMA,
@@ -49,21 +62,19 @@ def write_bundle(model: OnnxModel, path: Path, file: WeightsFile, recipe: Json, 
         "name": model.info.name,
         "task": model.info.task,
         "engine": "onnxruntime",
-        "graphs": {"decoder": "decoder.onnx"},
+        "graphs": {name: f"{name}.onnx" for name in model.graphs},
+        "ends": model.spec.get("ends", {}),
         "weights": {
             "file": "weights.bin",
             "bytes": file.nbytes,
             "parameters": parameters,
             "bits_per_weight": round(8 * file.nbytes / parameters, 4),
-            "parts": weight_parts(model.weights, file),
+            "parts": weight_parts(model.weights, model.info.embeddings, file),
         },
         "model": spec,
-        "cache": {"bytes": cache_bytes, "dtype": cache_dtype, "shape": shape, "layers": spec["layers"]},
-        "tokenizer": {
-            "file": "tokenizer.json",
-            "chat_template": "chat_template.jinja" if model.info.chat_template is not None else None,
-            "special_tokens": _special_tokens(model),
-        },
+        "cache": _cache(model.spec, cache_dtype),
+        "tokenizer": _tokenizer(model.info),
+        "preprocessor": None if model.info.preprocessor is None else _PREPROCESSOR,
         "licence": dataclasses.asdict(model.info.licence),
         "source": {"model": model.info.licence.source, "sha256": model.info.fingerprint},
         "recipe": recipe,
@@ -75,38 +86,62 @@ def write_bundle(model: OnnxModel, path: Path, file: WeightsFile, recipe: Json, 
     return manifest
 
 
+def _cache(spec: Json, dtype: str) -> Json | None:
+    """Describe the cache of one row when it is full; None for a model that keeps none."""
+    if "kv_heads" not in spec:
+        return None
+    kind = "growing" if "ends" in spec else "preallocated"
+    dtype = "float32" if kind == "growing" else dtype
+    shape = [1, spec["kv_heads"], spec["context"], spec["head_dim"]]
+    nbytes = 2 * spec["layers"] * _CACHE_BYTES[dtype] * math.prod(shape)
+    return {"kind": kind, "bytes": nbytes, "dtype": dtype, "shape": shape, "layers": spec["layers"]}
+
+
+def _tokenizer(info: ModelInfo) -> Json | None:
+    """Describe the tokenizer; None for a model that reads no text."""
+    if not info.tokenizer:
+        return None
+    return {
+        "file": _TOKENIZER,
+        "chat_template": None if info.chat_template is None else _TEMPLATE,
+        "special_tokens": _special_tokens(info),
+    }
+
+
 def _facts(file: Path) -> Json:
     """Return what the manifest says of a file."""
     return {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
 
 
-def weight_parts(weights: WeightStore, file: WeightsFile | None = None) -> list[Json]:
+def weight_parts(weights: WeightStore, embeddings: Sequence[str], file: WeightsFile | None = None) -> list[Json]:
     """Sum parameters and bytes by part of the model and by storage, for tables.
 
     Bytes are those of the weights file where there is one, else those of the store: a file packs 4-bit zero points.
     """
     sums: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
     for weight in weights.values():
-        row = sums[_part(weight)]
+        row = sums[_part(weight, embeddings)]
         row[0] += weight.size
         row[1] += weight.nbytes if file is None else 0
     for planned in () if file is None else file.tensors:  # tensors joined in one are of one part and one storage
-        sums[_part(weights[planned.name.partition("+")[0].partition(":")[0]])][1] += planned.nbytes
+        sums[_part(weights[planned.name.partition("+")[0].partition(":")[0]], embeddings)][1] += planned.nbytes
     return [
         {"part": part, "storage": storage, "parameters": size, "bytes": nbytes, "bits_per_weight": 8 * nbytes / size}
         for (part, storage), (size, nbytes) in sorted(sums.items())
     ]
 
 
-def _part(weight: Weight) -> tuple[str, str]:
+def _part(weight: Weight, embeddings: Sequence[str]) -> tuple[str, str]:
     """Return the part of the model a weight belongs to, and how it is stored."""
-    part = next((title for title, marks in _PARTS if any(m in weight.name for m in marks)), "norms and rest")
+    marked = (title for title, marks in _PARTS if any(mark in weight.name for mark in marks))
+    rest = any(mark in weight.name for mark in _NORMS)
+    part = _EMBEDDINGS if weight.name in embeddings else _REST if rest else next(marked, _REST)
     return part, f"{weight.dtype} {weight.grid}" if weight.grid else weight.dtype
 
 
-def _special_tokens(model: OnnxModel) -> dict[str, str | None]:
+def _special_tokens(info: ModelInfo) -> dict[str, str | None]:
     """Read the special tokens a chat template may name from tokenizer_config.json."""
-    config = json.loads(model.info.tokenizer.get("tokenizer_config.json", b"{}"))
+    config = json.loads(info.tokenizer.get("tokenizer_config.json", b"{}"))
     found: dict[str, str | None] = {}
     for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
         token = config.get(key)

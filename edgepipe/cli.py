@@ -11,12 +11,15 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import edgepipe
 from edgepipe.errors import ConfigError, EdgepipeError, StageError
+
+if TYPE_CHECKING:
+    from edgepipe.runtime import Encoder
 
 _INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
 _OVER_BUDGET = 3
@@ -65,6 +68,7 @@ def main() -> None:
     "--context", type=int, help="Tokens the KV cache holds.  [default: 2048, or fewer if the model takes fewer]"
 )
 @click.option("--seed", type=int, help="Seed of everything random.  [default: 0]")
+@click.option("--task", metavar="TASK", help="What the model is for, where its config doesn't say so: docs/tasks.md.")
 @click.option("--fresh", is_flag=True, help="Repeat stages that an earlier run finished.")
 @click.option("--dry-run", is_flag=True, help="Check and print the recipe; do nothing.")
 def compress_command(
@@ -77,6 +81,7 @@ def compress_command(
     settings: tuple[str, ...],
     context: int | None,
     seed: int | None,
+    task: str | None,
     fresh: bool,
     dry_run: bool,
 ) -> None:
@@ -95,7 +100,7 @@ def compress_command(
     from edgepipe.report.progress import Progress
     from edgepipe.report.terminal import measured_table
 
-    summary = compress(model, recipe, listener=Progress(), out=out, fresh=fresh)
+    summary = compress(model, recipe, listener=Progress(), out=out, fresh=fresh, task=task)
     if "figures" in summary:
         _say(f"\n{measured_table(summary['figures'])}\n")
     bundle = summary["bundle"]
@@ -138,8 +143,11 @@ def run_command(
     threads: int | None,
     raw: bool,
 ) -> None:
-    """Stream the answer of BUNDLE to PROMPT; without PROMPT, chat (or answer what stdin holds, if it is piped)."""
-    from edgepipe.runtime import load
+    """Stream the answer of BUNDLE to PROMPT; without PROMPT, chat (or answer what stdin holds, if it is piped).
+
+    A bundle that embeds or classifies prints the embedding, or the probability of each label, as JSON.
+    """
+    from edgepipe.runtime import Encoder, load
 
     sampling: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -151,6 +159,9 @@ def run_command(
         "seed": seed,
     }
     model = load(bundle, threads=threads)
+    if isinstance(model, Encoder):
+        _print_json(_encoded(model, prompt if prompt is not None else _read_stdin()))
+        return
     if prompt is None and sys.stdin.isatty():
         _chat(model, sampling)
         return
@@ -160,6 +171,18 @@ def run_command(
     _check_utf8(text)
     asked: Any = text if raw or not _has_template(model) else [{"role": "user", "content": text}]
     _stream(model.generate(asked, stream=True, **sampling))
+
+
+def _encoded(model: Encoder, text: str) -> dict[str, Any]:
+    """Return what an encoder makes of a text: probabilities by label, or an embedding."""
+    import numpy as np
+
+    _check_utf8(text)
+    if model.manifest["task"] != "text-classification":
+        return {"embedding": [float(value) for value in model.embed(text)]}
+    logits = model.classify(text).astype(np.float64)
+    weights = np.exp(logits - logits.max())
+    return {"labels": dict(zip(model.labels, (weights / weights.sum()).tolist(), strict=True))}
 
 
 @main.command("inspect")

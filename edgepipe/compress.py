@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgepipe.artifacts import Json, Measured
-from edgepipe.errors import ConfigError, StageError
+from edgepipe.errors import StageError
 
 if TYPE_CHECKING:
     from edgepipe.pipeline import Listener
@@ -21,23 +21,20 @@ def compress(
     out: Path | None = None,
     runs: Path = Path("runs"),
     fresh: bool = False,
+    task: str | None = None,
 ) -> Json:
     """Compress MODEL by a recipe and return the summary: bundle path, bytes, bits per weight and what was measured.
 
     `runs` keeps finished stages, so that a run that was stopped, or one with the same beginning, needn't repeat them;
-    `fresh` repeats them all. Raises ConfigError before any work begins, StageError or TargetError when a stage fails.
+    `fresh` repeats them all. `task` overrides the task that the model's config describes. Raises ConfigError before any
+    work begins, StageError or TargetError when a stage fails.
     """
     from edgepipe.pipeline import check_output, run, run_name
     from edgepipe.sources import open_model
 
     if out is not None:
         check_output(out)
-    source = open_model(model)
-    if source.info.task != "text-generation":
-        raise ConfigError(
-            f"{source.info.name} is a {source.info.task} model ({source.info.config.get('model_type')}): "
-            "compress takes decoder language models so far"
-        )
+    source = open_model(model, task)
     target = out if out is not None else runs / run_name(source, recipe) / "bundle"
     before = _manifest_sha256(target)
     result = run(source, recipe, out=out, runs=runs, fresh=fresh, listener=listener)
@@ -48,7 +45,8 @@ def compress(
         "bundle_bytes": sum(f.stat().st_size for f in bundle.path.iterdir()),
         "weight_bytes": weights["bytes"],
         "bits_per_weight": weights["bits_per_weight"],
-        "cache_bytes": bundle.manifest["cache"]["bytes"],
+        "task": bundle.manifest["task"],
+        "cache_bytes": (bundle.manifest["cache"] or {}).get("bytes"),
         "replaced": before is not None and before != _manifest_sha256(bundle.path),  # another bundle stood there
     }
     if isinstance(result, Measured):

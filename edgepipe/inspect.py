@@ -26,13 +26,13 @@ def inspect_bundle(path: Path) -> Json:
         "name": manifest["name"],
         "task": manifest["task"],
         "engine": manifest["engine"],
-        "layers": manifest["model"]["layers"],
+        "layers": manifest["model"].get("layers"),
         "context": manifest["model"]["context"],
         "parameters": weights["parameters"],
         "weight_bytes": weights["bytes"],
         "bundle_bytes": sum(f["bytes"] for f in manifest["files"].values()),
         "bits_per_weight": weights["bits_per_weight"],
-        "cache_bytes": manifest["cache"]["bytes"],
+        "cache_bytes": (manifest["cache"] or {}).get("bytes"),
         "licence": manifest["licence"]["id"],
         "parts": weights["parts"],
     }
@@ -55,5 +55,5 @@ def inspect_model(reference: str) -> Json:
         "weight_bytes": weights.nbytes,
         "bits_per_weight": round(8 * weights.nbytes / weights.parameters, 4),
         "licence": model.info.licence.id,
-        "parts": weight_parts(weights),
+        "parts": weight_parts(weights, model.info.embeddings),
     }

@@ -152,7 +152,7 @@ def _flow(model: TorchModel, river: _River, baseline: CompiledModel | None) -> A
     weights = WeightStore({n: model.weights[n] for n in model.weights}, model.weights.aliases, origin="source")
     source = dataclasses.replace(model, weights=weights)
     artifact: Artifact = source
-    key = cache_key(model.info.fingerprint, river.label)
+    key = cache_key(model.info.fingerprint, model.info.task, river.label)
     done: list[str] = []
     compiled: CompiledModel | None = None
     for number, (name, stage) in enumerate(river.stages, start=1):

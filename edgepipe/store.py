@@ -322,4 +322,5 @@ def _load_info(directory: Path) -> ModelInfo:
     record["tokenizer"] = {name: (directory / "tokenizer" / name).read_bytes() for name in record["tokenizer"]}
     record["licence"] = Licence(**{**record["licence"], "lineage": tuple(record["licence"]["lineage"])})
     record["eos_token_ids"] = tuple(record["eos_token_ids"])
+    record["embeddings"] = tuple(record["embeddings"])
     return ModelInfo(**record)

@@ -8,7 +8,7 @@ holds one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -87,6 +87,12 @@ class WeightStore(Mapping[str, Weight]):
     def replace(self, changed: Mapping[str, Weight]) -> WeightStore:
         """Return a store in which the named weights are others."""
         return WeightStore({**self._weights, **changed}, self.aliases)
+
+    def only(self, names: Iterable[str]) -> WeightStore:
+        """Return the store of the named weights alone, with the aliases that lead to one of them."""
+        kept = {self[name].name for name in names}
+        aliases = {alias: name for alias, name in self.aliases.items() if name in kept}
+        return WeightStore({n: w for n, w in self._weights.items() if n in kept}, aliases, origin=self.origin)
 
     def as_float32(self) -> WeightStore:
         """Return the store with every weight decoded to float32: the uncompressed baseline."""

@@ -7,7 +7,7 @@ are decoded to float32 when a node asks for them and dropped after it, so a mode
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -37,6 +37,31 @@ def evaluate(graph: bytes, weights: WeightStore, feeds: Mapping[str, np.ndarray]
             if left[name] == 0 and name not in kept:
                 values.pop(name, None)
     return {o.name: values[o.name] for o in model.graph.output}
+
+
+def logits_in_pieces(
+    model: OnnxModel, input_ids: np.ndarray, pieces: Sequence[int], source: Mapping[str, np.ndarray] | None = None
+) -> np.ndarray:
+    """Return logits [batch, sequence, vocab] float32 of a decoder whose cache grows, fed `pieces` tokens at a time.
+
+    `source` is what the graph `encoder` is given, for a decoder that answers one.
+    """
+    batch = input_ids.shape[0]
+    empty = np.zeros((batch, model.spec["kv_heads"], 0, model.spec["head_dim"]), np.float32)
+    caches = {f"past_{kind}.{i}": empty for kind in ("key", "value") for i in range(model.spec["layers"])}
+    fixed: dict[str, np.ndarray] = {}
+    if source is not None:
+        fixed = evaluate(model.graphs["encoder"], model.weights, source)
+        fixed["encoder_attention_mask"] = source["attention_mask"]
+    logits = []
+    start = 0
+    for count in pieces:
+        ids = input_ids[:, start : start + count]
+        found = evaluate(model.graphs["decoder"], model.weights, {"input_ids": ids, **fixed, **caches})
+        logits.append(found.pop("logits"))
+        caches = {name.replace("present_", "past_"): value for name, value in found.items()}
+        start += count
+    return np.concatenate(logits, axis=1)
 
 
 def prompt_logits(model: OnnxModel, input_ids: np.ndarray) -> np.ndarray:
@@ -71,4 +96,6 @@ def _run_node(node: onnx.NodeProto, inputs: Mapping[str, np.ndarray]) -> list[np
         [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.UNDEFINED, None) for n in node.output if n],
     )
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)])
-    return [np.asarray(r) for r in ReferenceEvaluator(model).run(None, dict(inputs))]
+    # A branch that Where doesn't take may hold log 0: the operators' meaning, not a mistake
+    with np.errstate(all="ignore"):
+        return [np.asarray(r) for r in ReferenceEvaluator(model).run(None, dict(inputs))]

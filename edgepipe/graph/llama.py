@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from edgepipe.artifacts import Json
+from edgepipe.artifacts import Json, ModelInfo
 from edgepipe.errors import ConfigError
 from edgepipe.graph.dialect import GraphBuilder
 from edgepipe.graph.reference import framework_config
@@ -53,6 +53,12 @@ VARIANTS: dict[str, Variant] = {
         Variant(model_type="gemma", norm_plus_one=True, scaled_embedding=True),
     )
 }
+
+
+def builds(info: ModelInfo) -> bool:
+    """Say whether this builder makes the graph of a model; the framework's exporter makes the others'."""
+    return info.task == "text-generation" and str(info.config.get("model_type")) in VARIANTS
+
 
 _ACTIVATIONS: dict[str, tuple[str, dict[str, str]]] = {
     "silu": ("Sigmoid", {}),  # x · sigmoid(x)

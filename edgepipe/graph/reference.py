@@ -20,6 +20,8 @@ def framework_config(config: Json) -> Any:
     import transformers
     from huggingface_hub.errors import StrictDataclassError
 
+    if not isinstance(config.get("model_type"), str):
+        raise ConfigError(f"config.json says model_type is {config.get('model_type')!r}; expected the name of a family")
     fields = {k: v for k, v in config.items() if k not in ("model_type", "transformers_version")}
     try:
         return transformers.AutoConfig.for_model(config["model_type"], **fields)

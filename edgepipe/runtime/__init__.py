@@ -1,4 +1,4 @@
-"""Run a bundle inside an app: `load(path)` → `Model` → `generate`, `logits`, `token_logprobs`.
+"""Run a bundle inside an app: `load(path)` → `Model` (generates text) or `Encoder` (embeds, classifies, runs arrays).
 
 Needs numpy, tokenizers, jinja2 and one engine; never torch.
 """
@@ -6,20 +6,34 @@ Needs numpy, tokenizers, jinja2 and one engine; never torch.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from edgepipe.errors import ConfigError, TargetError
-from edgepipe.runtime.bundle import Bundle, read_bundle, verify_hashes
+from edgepipe.runtime.bundle import GENERATION, Bundle, read_bundle, verify_hashes
+from edgepipe.runtime.encoder import Encoder
 from edgepipe.runtime.text_generation import Generation, Message, Model
 
-__all__ = ["Bundle", "Generation", "Message", "Model", "load", "read_bundle", "verify_hashes"]
+__all__ = [
+    "Bundle",
+    "Encoder",
+    "Generation",
+    "Message",
+    "Model",
+    "load",
+    "open_graphs",
+    "read_bundle",
+    "verify_hashes",
+]
 
 
-def load(path: str | Path, *, threads: int | None = None, callers: int = 4) -> Model:
+def load(path: str | Path, *, threads: int | None = None, callers: int = 4) -> Model | Encoder:
     """Load the bundle in directory `path` and return a model that is safe for concurrent callers.
 
-    At most `callers` calls run at a time, further ones wait. Each caller that runs beside others adds one key/value
-    cache of `Model.cache_bytes` bytes, which is kept for the next; a batch of n rows allocates n more while it runs.
-    A stream counts as a running call until it ends or is closed.
+    A bundle for text-generation or text2text-generation gives a `Model`, any other an `Encoder`.
+
+    Of a `Model`, at most `callers` calls run at a time, further ones wait. Each caller that runs beside others adds one
+    key/value cache of `Model.cache_bytes` bytes, which is kept for the next; a batch of n rows allocates n more while
+    it runs. A stream counts as a running call until it ends or is closed.
 
     :param threads: processor threads of the engine, shared by all callers; None = the engine's choice.
     :param callers: calls that may run at a time, ≥ 1.
@@ -34,17 +48,32 @@ def load(path: str | Path, *, threads: int | None = None, callers: int = 4) -> M
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name} must be a whole number of at least 1, but is {value!r}")
     bundle = read_bundle(path)
-    task, engine = bundle.manifest["task"], bundle.manifest["engine"]
-    if task != "text-generation":
+    loaded = open_graphs(bundle, threads)
+    if bundle.manifest["task"] in GENERATION:
+        return Model(bundle, loaded, callers=callers)
+    return Encoder(bundle, loaded)
+
+
+def open_graphs(bundle: Bundle, threads: int | None) -> Any:
+    """Open the graphs of a bundle in its engine: a decoder (text_generation.py says what it offers), or one graph.
+
+    Raises TargetError when the engine isn't there or can't load them, ContractError when the manifest describes others.
+    """
+    manifest = bundle.manifest
+    if manifest["engine"] != "onnxruntime":
         raise TargetError(
-            f"this edgepipe runs text-generation bundles, but {bundle.path} is for {task!r}: update edgepipe"
-        )
-    if engine != "onnxruntime":
-        raise TargetError(
-            f"this edgepipe runs onnxruntime bundles, but {bundle.path} is for {engine!r}: build it again"
+            f"this edgepipe runs onnxruntime bundles, but {bundle.path} is for {manifest['engine']!r}: build it again"
         )
     # Imported only now: reading and checking bundles needs no engine.
-    from edgepipe.runtime.onnxruntime import open_decoder
+    from edgepipe.runtime import onnxruntime as engine
+    from edgepipe.runtime.growing import GrowingDecoder
 
-    decoder = open_decoder(bundle.path, bundle.manifest, threads)
-    return Model(bundle, decoder, callers=callers)
+    if not manifest["ends"]:
+        return engine.open_decoder(bundle.path, manifest, threads)
+    graphs = {
+        role: engine.open_graph(bundle.path / manifest["graphs"][role], threads, ends)
+        for role, ends in manifest["ends"].items()
+    }
+    if manifest["task"] in GENERATION:
+        return GrowingDecoder(graphs["decoder"], graphs.get("encoder"), manifest["model"])
+    return graphs["model"]

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from edgepipe.errors import ConfigError, ContractError
 
 MANIFEST = "manifest.json"
-SCHEMA = 1  # the manifest layout this code reads
+SCHEMA = 2  # the newest manifest layout this code reads; `_newest` says what the older ones lack
 
 # Limits that no real bundle comes near; beyond them a manifest is damaged or hostile.
 _MOST_MANIFEST_BYTES = 16 << 20
@@ -33,6 +33,9 @@ _MOST_HEAD_DIM = 65536
 _MOST_VOCABULARY = 1 << 24
 _MOST_CONTEXT = 1 << 26
 
+GENERATION = ("text-generation", "text2text-generation")  # tasks with a cache of keys and values
+_ROLES = {"text-generation": ("decoder",), "text2text-generation": ("encoder", "decoder")}  # graphs; else: model
+_CACHE_KINDS = ("preallocated", "growing")
 _CACHE_DTYPES = ("float32", "float16")
 _NOT_PLAIN = re.compile(r"[\\:\x00-\x1f\x7f\ud800-\udfff]")  # in a file's name
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -44,7 +47,7 @@ class Bundle:
 
     path: Path
     manifest: dict[str, Any]
-    tokenizer: Path
+    tokenizer: Path | None  # None: the model reads no text
     chat_template: str | None  # Jinja source
 
 
@@ -64,11 +67,11 @@ def read_bundle(path: str | Path) -> Bundle:
                 f"{name} should have {facts['bytes']} bytes but has {size}: the bundle is damaged, copy it again"
             )
     tokenizer = manifest["tokenizer"]
-    template = tokenizer["chat_template"]
+    template = None if tokenizer is None else tokenizer["chat_template"]
     return Bundle(
         path=path,
         manifest=manifest,
-        tokenizer=path / tokenizer["file"],
+        tokenizer=None if tokenizer is None else path / tokenizer["file"],
         chat_template=None if template is None else _read_text(path / template),
     )
 
@@ -93,8 +96,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         manifest = json.loads(content, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file} is not valid JSON: {error}") from None
-    _check_manifest(manifest)
-    return manifest  # type: ignore[no-any-return]  # _check_manifest has looked
+    return _check_manifest(manifest)
 
 
 def verify_hashes(path: str | Path, manifest: Mapping[str, Any]) -> None:
@@ -115,8 +117,8 @@ def _refuse_constant(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not a JSON number")
 
 
-def _check_manifest(manifest: object) -> None:
-    """Raise ConfigError at the first thing that is missing, of another type or out of range."""
+def _check_manifest(manifest: object) -> dict[str, Any]:
+    """Return a manifest in the newest layout; ConfigError at the first thing missing, of another type or range."""
     if not isinstance(manifest, dict):
         raise ConfigError(f"manifest.json must hold an object, but holds {_kind(manifest)}")
     schema = _whole(manifest, "schema", 1, 1 << 31)
@@ -124,6 +126,7 @@ def _check_manifest(manifest: object) -> None:
         raise ConfigError(
             f"this bundle has manifest schema {schema}, but this edgepipe reads up to {SCHEMA}: update edgepipe"
         )
+    manifest = _newest(manifest, schema)
     for name in ("edgepipe", "name", "task", "engine"):
         _text(manifest, name)
     files = _object(manifest, "files")
@@ -135,24 +138,75 @@ def _check_manifest(manifest: object) -> None:
             raise ConfigError(f"manifest.json: files.{name}.sha256 must be 64 hex digits, in small letters")
 
     _check_graphs(manifest, files)
-    _check_model(manifest)
+    if manifest["task"] in GENERATION:
+        _check_generation(manifest)
+    else:
+        _check_model(manifest)
     _check_tokenizer(manifest, files)
+    if _key(manifest, "preprocessor") is not None:
+        _listed(files, _text(manifest, "preprocessor"), "preprocessor", _MOST_TEMPLATE_BYTES)
+    return manifest
+
+
+def _newest(manifest: dict[str, Any], schema: int) -> dict[str, Any]:
+    """Return a manifest with what layouts before the newest left unsaid; its own `schema` stays."""
+    if schema == 1:  # decoders with a preallocated cache only
+        cache = manifest.get("cache")
+        cache = {"kind": "preallocated", **cache} if isinstance(cache, dict) else cache
+        manifest = {**manifest, "ends": {}, "preprocessor": None, "cache": cache}
+    return manifest
 
 
 def _check_graphs(manifest: Mapping[str, Any], files: Mapping[str, Any]) -> None:
     """Check graphs and weights."""
     graphs = _object(manifest, "graphs")
-    if "decoder" not in graphs and manifest["task"] == "text-generation":
-        raise ConfigError("manifest.json: graphs must name a decoder, but does not")
+    for role in _ROLES.get(manifest["task"], ("model",)):
+        if role not in graphs:
+            raise ConfigError(f"manifest.json: graphs must name a {role}, but does not")
     for role in graphs:
         _listed(files, _text(graphs, role, "graphs."), f"graphs.{role}")
+    for role, ends in _object(manifest, "ends").items():
+        if role not in graphs:
+            raise ConfigError(f"manifest.json: ends describe {role!r}, which graphs does not list")
+        for kind in ("inputs", "outputs"):
+            described = _object(_object({role: ends}, role, "ends."), kind, f"ends.{role}.")
+            for name in described:
+                _check_end(described, name, f"ends.{role}.{kind}.")
 
     weights = _object(manifest, "weights")
     _listed(files, _text(weights, "file", "weights."), "weights.file")
 
 
+def _check_end(described: Mapping[str, Any], name: str, where: str) -> None:
+    """Check the dtype and shape of one input or output."""
+    facts = _object(described, name, where)
+    _text(facts, "dtype", f"{where}{name}.")
+    shape = _key(facts, "shape", f"{where}{name}.")
+    if not isinstance(shape, list) or not all(isinstance(size, str) or _is_whole(size) for size in shape):
+        raise ConfigError(f"manifest.json: {where}{name}.shape must be a list of numbers and names")
+
+
 def _check_model(manifest: Mapping[str, Any]) -> None:
-    """Check the model's sizes, one by one and together."""
+    """Check the facts of a model without a cache."""
+    model = _object(manifest, "model")
+    if _key(model, "context", "model.") is not None:
+        _whole(model, "context", 1, _MOST_CONTEXT, "model.")
+        _whole(model, "vocab_size", 1, _MOST_VOCABULARY, "model.")
+        if _key(manifest, "tokenizer") is None:
+            raise ConfigError("manifest.json: the model has a context of tokens, but no tokenizer")
+        if "model" not in _object(manifest, "ends"):
+            raise ConfigError("manifest.json: ends must describe the graph model, but does not")
+    labels = _key(model, "labels", "model.")
+    if labels is not None and not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
+        raise ConfigError("manifest.json: model.labels must be a list of texts, or null")
+    if _key(model, "pooling", "model.") is not None:
+        _text(model, "pooling", "model.")
+    if _key(manifest, "cache") is not None:
+        raise ConfigError(f"manifest.json: {manifest['task']} keeps no cache, but cache is {_kind(manifest['cache'])}")
+
+
+def _check_generation(manifest: Mapping[str, Any]) -> None:
+    """Check the sizes of a model that generates, one by one and together."""
     model = _object(manifest, "model")
     layers = _whole(model, "layers", 1, _MOST_LAYERS, "model.")
     heads = _whole(model, "kv_heads", 1, _MOST_HEADS, "model.")
@@ -170,7 +224,17 @@ def _check_model(manifest: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"manifest.json: model describes a cache of at least {least} bytes, but {_MOST_CACHE_BYTES} is the most"
         )
+    if manifest["task"] == "text2text-generation":
+        _whole(model, "source_context", 1, _MOST_CONTEXT, "model.")
+        prefix = _key(model, "decoder_prefix_ids", "model.")
+        if not isinstance(prefix, list) or not prefix or not all(_is_whole(i) and 0 <= i < vocabulary for i in prefix):
+            raise ConfigError(f"manifest.json: model.decoder_prefix_ids must be a list of ids below {vocabulary}")
     cache = _object(manifest, "cache")
+    kind = _text(cache, "kind", "cache.")
+    if kind not in _CACHE_KINDS:
+        raise ConfigError(f"manifest.json: cache.kind must be one of {', '.join(_CACHE_KINDS)}, but is {kind!r}")
+    if (kind == "growing") != ("decoder" in _object(manifest, "ends")):
+        raise ConfigError("manifest.json: ends must describe a decoder whose cache grows, and no other")
     _whole(cache, "bytes", 0, _MOST_CACHE_BYTES, "cache.")
     if _text(cache, "dtype", "cache.") not in _CACHE_DTYPES:
         raise ConfigError(f"manifest.json: cache.dtype must be one of {', '.join(_CACHE_DTYPES)}")
@@ -178,6 +242,8 @@ def _check_model(manifest: Mapping[str, Any]) -> None:
 
 def _check_tokenizer(manifest: Mapping[str, Any], files: Mapping[str, Any]) -> None:
     """Check the tokenizer's and the chat template's files, and the special tokens."""
+    if _key(manifest, "tokenizer") is None and manifest["task"] not in GENERATION:
+        return
     tokenizer = _object(manifest, "tokenizer")
     name = _text(tokenizer, "file", "tokenizer.")
     _listed(files, name, "tokenizer.file", _MOST_TOKENIZER_BYTES)

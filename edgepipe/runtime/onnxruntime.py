@@ -1,4 +1,4 @@
-"""Load a lowered decoder with onnxruntime and run it over preallocated key/value caches.
+"""Load graphs with onnxruntime, and run a lowered decoder over preallocated key/value caches.
 
 Past and present are bound to the same memory, so a step moves nothing but the new token. onnxruntime maps the weights
 file, makes its packed copy of each matrix and gives the mapping back, except for what it only gathers from.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,10 @@ class Decoder:
         """Make an empty cache for `batch` sequences."""
         return Cache(self._session, self._layers, (batch, *self._cache_shape), self._cache_dtype)
 
+    def read_source(self, cache: Cache, row: int, ids: np.ndarray) -> None:
+        """Refuse: this decoder has no encoder in front."""
+        raise ContractError("this decoder continues its prompt and reads no source")
+
     def run(
         self, cache: Cache, input_ids: np.ndarray, past: np.ndarray, lengths: np.ndarray, positions: np.ndarray
     ) -> np.ndarray:
@@ -136,19 +141,65 @@ def open_decoder(path: Path, manifest: dict[str, Any], threads: int | None) -> D
 
     Raises TargetError when onnxruntime can't load it, ContractError when it isn't the decoder the manifest describes.
     """
+    session = _open(path / manifest["graphs"]["decoder"], threads)
+    check_ends(session, manifest["model"], manifest["cache"]["dtype"])
+    return Decoder(session, manifest["model"], manifest["cache"]["dtype"])
+
+
+def _open(file: Path, threads: int | None) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.enable_cpu_mem_arena = False
     try:
-        session = ort.InferenceSession(
-            os.fspath(path / manifest["graphs"]["decoder"]), options, providers=["CPUExecutionProvider"]
-        )
+        return ort.InferenceSession(os.fspath(file), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises a dozen unrelated classes
         raise TargetError(f"onnxruntime could not load the bundle: {str(error).splitlines()[0]}") from error
-    check_ends(session, manifest["model"], manifest["cache"]["dtype"])
-    return Decoder(session, manifest["model"], manifest["cache"]["dtype"])
+
+
+class Graph:
+    """Run one graph on arrays by name. Safe for concurrent calls."""
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self._session = session
+        self._outputs = [output.name for output in session.get_outputs()]
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the outputs by name."""
+        return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
+
+
+def open_graph(file: Path, threads: int | None, ends: Mapping[str, Any] | None = None) -> Graph:
+    """Open a graph of a bundle; `ends` is what its manifest says of inputs and outputs.
+
+    Raises TargetError when onnxruntime can't load it, ContractError when its ends are others.
+    """
+    session = _open(file, threads)
+    if ends is not None:
+        _compare_ends(session, _expected(ends["inputs"]), _expected(ends["outputs"]))
+    return Graph(session)
+
+
+_Ends = dict[str, tuple[str, tuple[int | None, ...]]]
+_NUMPY_TENSORS = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "int64": "tensor(int64)",
+    "int32": "tensor(int32)",
+    "bool": "tensor(bool)",
+}
+
+
+def _expected(described: Mapping[str, Any]) -> _Ends:
+    """Return ends as onnxruntime describes them; an axis with a name is free."""
+    return {
+        name: (
+            _NUMPY_TENSORS.get(facts["dtype"], facts["dtype"]),
+            tuple(size if isinstance(size, int) else None for size in facts["shape"]),
+        )
+        for name, facts in described.items()
+    }
 
 
 def check_ends(session: ort.InferenceSession, model: dict[str, Any], cache_dtype: str) -> None:
@@ -166,6 +217,11 @@ def check_ends(session: ort.InferenceSession, model: dict[str, Any], cache_dtype
         "logits": ("tensor(float)", (None, None, model["vocab_size"])),
         **{f"present_{layer}": cache for layer in layers},
     }
+    _compare_ends(session, inputs, outputs)
+
+
+def _compare_ends(session: ort.InferenceSession, inputs: _Ends, outputs: _Ends) -> None:
+    """Raise ContractError unless a graph has just these inputs and outputs."""
     for kind, found, expected in (("input", session.get_inputs(), inputs), ("output", session.get_outputs(), outputs)):
         names = [end.name for end in found]
         if differing := sorted(set(names) ^ set(expected)):

@@ -44,6 +44,9 @@ class Decoder(Protocol):
     def new_cache(self, batch: int) -> Any:
         """Return an empty cache of `batch` rows."""
 
+    def read_source(self, cache: Any, row: int, ids: np.ndarray) -> None:
+        """Run the encoder over ids [1, tokens] for one row of the cache; only decoders behind an encoder do."""
+
     def run(
         self, cache: Any, input_ids: np.ndarray, past: np.ndarray, lengths: np.ndarray, positions: np.ndarray
     ) -> np.ndarray:
@@ -68,7 +71,8 @@ class Generation:
 class _Request:
     """Hold one checked prompt and how to continue it."""
 
-    ids: tuple[int, ...]
+    ids: tuple[int, ...]  # what the answer continues
+    source: tuple[int, ...]  # what an encoder reads; empty for a model that continues its prompt
     limit: int  # tokens to generate at most
     at_limit: FinishReason
     sampling: Sampling
@@ -84,9 +88,14 @@ class Model:
         """Join a checked bundle and its loaded decoder; at most `callers` calls run at a time."""
         self._bundle = bundle
         self._decoder = decoder
+        assert bundle.tokenizer is not None, "read_bundle has looked"
         self._tokenizer = Tokenizer(bundle.tokenizer)
         special = bundle.manifest["tokenizer"]["special_tokens"]
         self._chat = None if bundle.chat_template is None else ChatTemplate(bundle.chat_template, special)
+        facts = bundle.manifest["model"]
+        # What an answer to a source begins with; None for a model that continues its prompt.
+        self._prefix = tuple(facts["decoder_prefix_ids"]) if "decoder_prefix_ids" in facts else None
+        self._source_context = int(facts.get("source_context", 0))
         self._end_ids = frozenset(bundle.manifest["model"]["eos_token_ids"])
         self._pool = CachePool(lambda: decoder.new_cache(1), callers)
 
@@ -228,10 +237,12 @@ class Model:
             raise ConfigError("a batch cannot be streamed: pass one prompt, or stream=False")
         rows: list[_Row] = []
         for number, one in enumerate(prompts):
-            ids = self._prompt_ids(one)
+            prompt_ids = self._prompt_ids(one)
+            ids = prompt_ids if self._prefix is None else self._prefix
             room = self.context - len(ids)
             request = _Request(
                 ids=ids,
+                source=() if self._prefix is None else prompt_ids,
                 limit=min(max_new_tokens, room),
                 at_limit="length" if max_new_tokens <= room else "context",
                 sampling=sampling,
@@ -282,11 +293,16 @@ class Model:
             ids = self._tokenizer.encode(prompt)
         else:  # the template writes the special tokens itself
             ids = self._tokenizer.encode(self.apply_chat_template(prompt), add_special_tokens=False)
-        self._check_ids(ids, self.context - 1, "one token at least must be left for the answer")
+        if self._prefix is not None:
+            self._check_ids(ids, self._source_context, "that is what its encoder reads")
+        else:
+            self._check_ids(ids, self.context - 1, "one token at least must be left for the answer")
         return tuple(ids)
 
     def _scored_ids(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         """Return the ids of text or ids to score; raise ConfigError when there are none or too many."""
+        if self._prefix is not None:
+            raise ConfigError(f"{self.name} answers a source: it scores no text by itself, use generate")
         ids: Sequence[int] = self._tokenizer.encode(prompt) if isinstance(prompt, str) else _checked_ids(prompt)
         self._check_ids(ids, self.context, "score it in parts")
         return tuple(ids)
@@ -307,7 +323,9 @@ class Model:
 
     def _pieces(self, row: _Row, *, reuse: bool) -> Iterator[str]:
         """Run one row to its end, yielding text as it becomes certain; the cache goes back when the iterator ends."""
-        with self._pool.lend(row.ids, reuse=reuse) as (slot, reused):
+        with self._pool.lend(row.ids, reuse=reuse and not row.source) as (slot, reused):
+            if row.source:
+                self._decoder.read_source(slot.cache, 0, np.asarray([row.source], np.int64))
             row.reused_tokens = reused
             todo: Sequence[int] = row.ids[reused:]
             while row.finish_reason is None:
@@ -352,6 +370,9 @@ class Model:
             input_ids[number, : len(row.ids)] = row.ids
         with self._pool.turn():
             cache = self._decoder.new_cache(len(rows))
+            for number, row in enumerate(rows):
+                if row.source:
+                    self._decoder.read_source(cache, number, np.asarray([row.source], np.int64))
             past = np.zeros(len(rows), np.int64)
             logits = self._decoder.run(cache, input_ids, past, lengths, lengths[:, None] - 1)
             past = lengths.copy()
@@ -377,6 +398,7 @@ class _Row:
 
     def __init__(self, request: _Request, tokenizer: Tokenizer, number: int) -> None:
         self.ids = request.ids
+        self.source = request.source
         self.token_ids: list[int] = []
         self.reused_tokens = 0
         self.finish_reason: FinishReason | None = None
@@ -417,7 +439,7 @@ class _Row:
         return Generation(
             text="".join(self._text),
             token_ids=tuple(self.token_ids),
-            prompt_tokens=len(self.ids),
+            prompt_tokens=len(self.source or self.ids),
             reused_tokens=self.reused_tokens,
             finish_reason=self.finish_reason,
         )

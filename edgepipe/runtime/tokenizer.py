@@ -47,6 +47,20 @@ class Tokenizer:
         except Exception as error:  # lone surrogates, and models without an unknown token
             raise ConfigError(f"the text cannot be turned into tokens: {error}") from error
 
+    def cut_at(self, tokens: int) -> None:
+        """Cut every text after `tokens` tokens from now on, special tokens included; of a pair the longer one first."""
+        try:
+            self._tokenizer.enable_truncation(tokens)
+        except Exception as error:  # fewer than the special tokens
+            raise ConfigError(f"texts can't be cut at {tokens} tokens: {error}") from error
+
+    def encode_rows(self, texts: Sequence[str | tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+        """Return ids and type ids (0, or 1 in the second text of a pair) of each text or pair, special tokens added."""
+        try:
+            return [(list(row.ids), list(row.type_ids)) for row in self._tokenizer.encode_batch(list(texts))]
+        except Exception as error:
+            raise ConfigError(f"the texts cannot be turned into tokens: {error}") from error
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of ids; ids that the tokenizer does not know are left out."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))

@@ -1,4 +1,4 @@
-"""Facts that every kind of source needs: task, licence, fingerprint; plain words for a missing package or bad JSON."""
+"""Facts that every kind of source needs: licence, fingerprint; plain words for a missing package or bad JSON."""
 
 from __future__ import annotations
 
@@ -12,50 +12,6 @@ from edgepipe.artifacts import Json
 from edgepipe.errors import ConfigError, TargetError
 
 _CHUNK_BYTES = 1 << 20  # read at a time: a fingerprint must not need the memory of a model
-
-# Encoders by model_type, whatever head their checkpoint was saved with (a BertForMaskedLM still embeds).
-_ENCODERS = frozenset(
-    {
-        "albert",
-        "bert",
-        "camembert",
-        "deberta",
-        "deberta-v2",
-        "distilbert",
-        "electra",
-        "modernbert",
-        "mpnet",
-        "nomic_bert",
-        "roberta",
-        "xlm-roberta",
-    }
-)
-# Decoders by model_type, for a config that names no architecture or a base model only (LlamaModel).
-_DECODERS = frozenset(
-    {
-        "falcon",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "gpt2",
-        "gpt_neo",
-        "gpt_neox",
-        "granite",
-        "llama",
-        "mistral",
-        "mpt",
-        "olmo",
-        "olmo2",
-        "opt",
-        "phi",
-        "phi3",
-        "qwen2",
-        "qwen3",
-        "smollm3",
-        "stablelm",
-        "starcoder2",
-    }
-)
 
 # Licence names as the hub and GGUF files write them → SPDX ids.
 _SPDX = {
@@ -100,22 +56,6 @@ def read_json(path: Path) -> Json:
     if not isinstance(value, dict):
         raise ConfigError(f"{path} should hold a JSON object, but holds a {type(value).__name__}")
     return value
-
-
-def task_of(config: Json, source: str) -> str:
-    """Return "text-generation" or "feature-extraction"; ConfigError for any other kind of model."""
-    model_type = str(config.get("model_type"))
-    architectures = config.get("architectures") or []
-    if not isinstance(architectures, list):
-        raise ConfigError(f"{source}: `architectures` in the config should be a list, but is {architectures!r}")
-    if model_type in _ENCODERS:
-        return "feature-extraction"
-    if any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in architectures) or model_type in _DECODERS:
-        return "text-generation"
-    what = ", ".join(map(str, architectures)) or f"model_type {model_type!r}"
-    raise ConfigError(
-        f"{source} holds {what}; edgepipe takes decoder language models (…ForCausalLM) and BERT-like encoders"
-    )
 
 
 def spdx(licence: str | None) -> str:

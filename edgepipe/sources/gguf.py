@@ -80,6 +80,7 @@ def open_gguf(path: Path, *, name: str | None = None, licence: Licence | None = 
         bos_token_id=min(bos, default=tokenizer.bos_token_id),
         licence=licence or _licence(header),
         fingerprint=fingerprint([path]),
+        embeddings=("model.embed_tokens.weight", "lm_head.weight"),
     )
     return TorchModel(info=info, weights=WeightStore(weights, aliases))
 

@@ -1,8 +1,9 @@
 """Hugging Face models: a directory (config.json + safetensors + tokenizer), or a hub id that is downloaded to one.
 
-Only safetensors are read: a pickle can run any code when it is opened. Values are read one tensor at a time, when
-somebody asks. A tied output matrix is an alias of the embedding. When a config says "tied" but the file also holds an
-lm_head.weight, the file wins: an identical one is dropped, a different one is kept.
+Only safetensors are read: a pickle can run any code when it is opened. Values of the Llama family are read one tensor
+at a time, when somebody asks; other families go through transformers' loader (framework.py). A tied output matrix is an
+alias of the embedding. When a config says "tied" but the file also holds an lm_head.weight, the file wins: an identical
+one is dropped, a different one is kept.
 Source: https://huggingface.co/docs/safetensors (format), transformers' index.json for sharded checkpoints.
 """
 
@@ -18,15 +19,16 @@ import numpy as np
 
 from edgepipe.artifacts import Json, Licence, ModelInfo, TorchModel
 from edgepipe.errors import ConfigError
+from edgepipe.graph.tasks import task_of
 from edgepipe.sources.facts import (
     compress_extra,
     fingerprint,
     read_json,
     spdx,
-    task_of,
     token_ids,
 )
-from edgepipe.sources.tokenizer import TOKENIZER_FILES, read_directory_tokenizer
+from edgepipe.sources.framework import FrameworkWeights, read_framework, read_sentence_settings
+from edgepipe.sources.tokenizer import TOKENIZER_FILES, TokenizerParts, read_directory_tokenizer
 from edgepipe.weights import Weight, WeightStore
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -37,35 +39,26 @@ _PARTS = (
     "model.safetensors.index.json",
     "README.md",
 )
+# Files that change what a model computes, or say how its input is made.
+_SETTINGS = ("preprocessor_config.json", "modules.json", "sentence_bert_config.json", "*/config.json")
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 # What older checkpoints store beside parameters: transformers computes these and ignores them in a file.
 _BUFFERS = re.compile(r"(^|\.)(position_ids|rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)$")
 
-# Where a decoder's body lies in its …ForCausalLM class; files saved from the bare body lack the prefix.
-_BODY = {
-    "gpt2": "transformer.",
-    "gpt_neo": "transformer.",
-    "falcon": "transformer.",
-    "gpt_neox": "gpt_neox.",
-}
-_HEADS = ("lm_head.", "embed_out.", "score.")
-_EMBEDDINGS = (
-    "model.embed_tokens.weight",
-    "model.decoder.embed_tokens.weight",
-    "transformer.wte.weight",
-    "transformer.word_embeddings.weight",
-    "gpt_neox.embed_in.weight",
-)
-# Encoders are used without their training head: bert.embeddings… becomes embeddings…, cls.… is left out.
-_ENCODER_BODY = re.compile(r"^(?:bert|roberta|distilbert|electra|mpnet|deberta|albert|camembert|model)\.")
+# Names in the Llama family's …ForCausalLM class.
+_BODY = "model."
+_EMBEDDING = "model.embed_tokens.weight"
+_HEAD = "lm_head.weight"
 
 _SLICE_ROWS = 4096  # rows of two embeddings compared at a time
 
 
-def open_directory(directory: Path, *, name: str | None = None, source: str | None = None) -> TorchModel:
-    """Open a Hugging Face directory; `name` and `source` default to the directory's own name.
+def open_directory(
+    directory: Path, *, name: str | None = None, source: str | None = None, task: str | None = None
+) -> TorchModel:
+    """Open a Hugging Face directory; `name` and `source` default to the directory's own name, `task` to its class's.
 
     Raises ConfigError when a part is missing, damaged or of a kind that edgepipe doesn't read.
     """
@@ -76,7 +69,7 @@ def open_directory(directory: Path, *, name: str | None = None, source: str | No
             "tokenizer files) or a .gguf file"
         )
     config = read_json(config_path)
-    task = task_of(config, str(directory))
+    task = task_of(config, str(directory), task)
     if "quantization_config" in config:
         method = (config["quantization_config"] or {}).get("quant_method", "an unnamed method")
         raise ConfigError(
@@ -84,13 +77,16 @@ def open_directory(directory: Path, *, name: str | None = None, source: str | No
             "which edgepipe imports without loss"
         )
     shards = _shards(directory)
-    weights = _named_for_class(_read_headers(shards), config, task)
-    aliases = _tie(directory, weights, config, task)
-    tokenizer = read_directory_tokenizer(directory)
+    weights = _read_weights(directory, shards, config, task)
+    tokenizer = _tokenizer(directory)
     generation_path = directory / "generation_config.json"
     generation = read_json(generation_path) if generation_path.is_file() else {}
     eos = token_ids(config.get("eos_token_id")) | token_ids(generation.get("eos_token_id")) | tokenizer.eos_token_ids
+    if "forced_bos_token_id" in generation:  # newer checkpoints keep it apart from the config
+        config = {**config, "forced_bos_token_id": generation["forced_bos_token_id"]}
     bos = token_ids(config.get("bos_token_id")) or token_ids(tokenizer.bos_token_id)
+    preprocessor = directory / "preprocessor_config.json"
+    settings = [path for name in _SETTINGS for path in sorted(directory.glob(name))]
     parts = [directory / part for part in _PARTS if part != "README.md" and (directory / part).is_file()]
     info = ModelInfo(
         name=name or directory.resolve().name,
@@ -101,9 +97,31 @@ def open_directory(directory: Path, *, name: str | None = None, source: str | No
         eos_token_ids=tuple(sorted(eos)),
         bos_token_id=min(bos, default=None),
         licence=_licence(directory, config, source or directory.resolve().name),
-        fingerprint=fingerprint([*parts, *shards]),
+        fingerprint=fingerprint([*parts, *settings, *shards]),
+        embeddings=weights.embeddings,
+        sentence=read_sentence_settings(directory) if task == "feature-extraction" else None,
+        preprocessor=preprocessor.read_text(encoding="utf-8") if preprocessor.is_file() else None,
     )
-    return TorchModel(info=info, weights=WeightStore(weights, aliases))
+    return TorchModel(info=info, weights=weights.weights)
+
+
+def _read_weights(directory: Path, shards: list[Path], config: Json, task: str) -> FrameworkWeights:
+    """Return weights under the names of the class that will hold them: lazily where edgepipe knows the family."""
+    with compress_extra("opening a model"):
+        from edgepipe.graph.llama import VARIANTS
+    if task != "text-generation" or config.get("model_type") not in VARIANTS:
+        return read_framework(directory, config, task)
+    weights = _named_for_class(_read_headers(shards))
+    aliases = _tie(directory, weights, config)
+    return FrameworkWeights(weights=WeightStore(weights, aliases), embeddings=(_EMBEDDING, _HEAD))
+
+
+def _tokenizer(directory: Path) -> TokenizerParts:
+    """Read the tokenizer; a model of images or sound has none, and says so by its preprocessor_config.json."""
+    has_one = any((directory / name).is_file() for name in TOKENIZER_FILES)
+    if not has_one and (directory / "preprocessor_config.json").is_file():
+        return TokenizerParts(files={}, chat_template=None, eos_token_ids=frozenset(), bos_token_id=None)
+    return read_directory_tokenizer(directory)
 
 
 def download(hub_id: str) -> Path:
@@ -119,7 +137,7 @@ def download(hub_id: str) -> Path:
             LocalEntryNotFoundError,
         )
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=[*_PARTS, "*.safetensors"], etag_timeout=10))
+        return Path(snapshot_download(hub_id, allow_patterns=[*_PARTS, *_SETTINGS, "*.safetensors"], etag_timeout=10))
     except HFValidationError as error:
         raise ConfigError(f"{hub_id!r} is not a hub id of the form org/name ({error})") from error
     # OSError: connections that break; httpx's own errors are OSErrors' cousins and arrive as LocalEntryNotFoundError.
@@ -224,19 +242,14 @@ def _load(path: Path, name: str) -> np.ndarray:
     return value
 
 
-def _named_for_class(weights: dict[str, Weight], config: Json, task: str) -> dict[str, Weight]:
-    """Give the weights the names they have in the class that will hold them."""
-    if task == "feature-extraction":
-        bodied = {name: _ENCODER_BODY.sub("", name) for name in weights if _ENCODER_BODY.match(name)}
-        # Without a prefix the file was saved from the bare encoder; with one, whatever lacks it is a training head.
-        return {new: _renamed(weights[old], new) for old, new in bodied.items()} if bodied else weights
-    body = _BODY.get(str(config.get("model_type")), "model.")
-    if any(name.startswith(body) for name in weights):
+def _named_for_class(weights: dict[str, Weight]) -> dict[str, Weight]:
+    """Give the weights of a Llama the names they have in …ForCausalLM: files of the bare body lack a prefix."""
+    if any(name.startswith(_BODY) for name in weights):
         return weights
     return {
         new: _renamed(weight, new)
         for name, weight in weights.items()
-        for new in [name if name.startswith(_HEADS) else body + name]
+        for new in [name if name == _HEAD else _BODY + name]
     }
 
 
@@ -250,24 +263,23 @@ def _renamed(weight: Weight, name: str) -> Weight:
     )
 
 
-def _tie(directory: Path, weights: dict[str, Weight], config: Json, task: str) -> dict[str, str]:
+def _tie(directory: Path, weights: dict[str, Weight], config: Json) -> dict[str, str]:
     """Return the aliases of tied weights, and drop from `weights` a stored head that equals the embedding.
 
     Raises ConfigError when the head is missing and the config doesn't say that the embedding stands for it.
     """
-    embedding = next((name for name in _EMBEDDINGS if name in weights), None)
-    if task != "text-generation" or embedding is None or "embed_out.weight" in weights:
+    if _EMBEDDING not in weights:  # the stage `export` names it
         return {}
-    if "lm_head.weight" in weights:
-        if not config.get("tie_word_embeddings") or not _equal(weights[embedding], weights["lm_head.weight"]):
+    if _HEAD in weights:
+        if not config.get("tie_word_embeddings") or not _equal(weights[_EMBEDDING], weights[_HEAD]):
             return {}
-        del weights["lm_head.weight"]
+        del weights[_HEAD]
     elif not _says_tied(config):
         raise ConfigError(
             f"{directory} has no lm_head.weight, and its config.json doesn't tie it to the embedding "
             "(tie_word_embeddings): a file of weights is missing, or the config is another model's; copy both again"
         )
-    return {"lm_head.weight": embedding}
+    return {_HEAD: _EMBEDDING}
 
 
 def _says_tied(config: Json) -> bool:

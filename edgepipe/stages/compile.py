@@ -1,13 +1,13 @@
 """Compile: lower the portable graphs for one engine, check the result, and write the bundle an app ships.
 
-The check runs the lowered decoder through the very runtime that ships, as a prompt and then token by token, against
-the portable graph: once with the engine's exact arithmetic (structure, packing and cache must be right to float32
-rounding), and once more when other arithmetic ships (int8 activations cost some accuracy; how much is recorded).
+The check runs the lowered graphs through the very runtime that ships, a decoder as a prompt and then token by token,
+against the portable ones: once with the engine's exact arithmetic (structure, packing and cache must be right to
+float32 rounding), and once more when other arithmetic ships (int8 activations cost accuracy; how much is recorded).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,8 @@ from edgepipe.artifacts import CompiledModel, Context, OnnxModel
 from edgepipe.errors import ConfigError, ContractError
 
 # Largest error allowed with exact arithmetic: float32 rounding through all layers, or that of 11-bit keys and values.
-_CACHE_TOLERANCES = {"float32": 1e-3, "float16": 2e-2}
+_TOLERANCE = 1e-3
+_CACHE_TOLERANCES = {"float32": _TOLERANCE, "float16": 2e-2}
 _EXACT = 0  # MatMulNBits accuracy level: float32 arithmetic
 
 
@@ -45,18 +46,45 @@ class Compile:
         """Return the bundle, written to a directory of its own."""
         from edgepipe.bundle import write_bundle
         from edgepipe.engines import onnxruntime as engine
+        from edgepipe.graph.parts import used_weights
 
         level = self.accuracy_level if self.accuracy_level >= 0 else ctx.target.onnxruntime.accuracy_level
         path = ctx.work_dir / "bundle"
         path.mkdir()
-        graph, file = engine.lower(model, accuracy_level=level, cache_dtype=self.cache_dtype)
-        engine.write(graph, file, path, lambda done, total: ctx.progress("writing weights", done, total))
-        if self.check_tokens:
-            self._check(model, path, level, ctx)
+        model = replace(model, weights=model.weights.only(used_weights(model.graphs)))
+        graphs, file = engine.lower(model, accuracy_level=level, cache_dtype=self.cache_dtype)
+        engine.write(graphs, file, path, lambda done, total: ctx.progress("writing weights", done, total))
+        if self.check_tokens and "ends" in model.spec:
+            self._check_traced(model, path, level, ctx)
+        elif self.check_tokens:
+            self._check_decoder(model, path, level, ctx)
         manifest = write_bundle(model, path, file, ctx.recipe, self.cache_dtype)
         return CompiledModel(info=model.info, path=path, manifest=manifest, history=model.history)
 
-    def _check(self, model: OnnxModel, path: Path, level: int, ctx: Context) -> None:
+    def _check_traced(self, model: OnnxModel, path: Path, level: int, ctx: Context) -> None:
+        """Compare the lowered graphs of a traced model with the portable ones on seeded inputs."""
+        from edgepipe.engines import onnxruntime as engine
+        from edgepipe.graph.evaluate import evaluate
+        from edgepipe.graph.parts import seeded_feeds
+
+        exact, _ = engine.lower(model, accuracy_level=_EXACT)
+        worst, loss = 0.0, 0.0
+        for number, (name, graph) in enumerate(model.graphs.items()):
+            ctx.progress(f"checking the graph {name}", number, len(model.graphs))
+            feeds = seeded_feeds(model.spec["ends"][name]["inputs"], model.spec["vocab_size"], ctx.seed + 1)
+            expected = evaluate(graph, model.weights, feeds)
+            exact_graph = path / "exact.onnx"
+            exact_graph.write_bytes(exact[name])
+            got = _run_graph(exact_graph, feeds)
+            exact_graph.unlink()
+            worst = max(worst, *(float(np.abs(got[n] - e).max() / np.abs(e).max()) for n, e in expected.items()))
+            if level != _EXACT:
+                got = _run_graph(path / f"{name}.onnx", feeds)
+                loss = max(loss, *(_rms(got[n] - e) / _rms(e) for n, e in expected.items()))
+        found = f"agrees with the portable graphs: {_within('exact', worst, self.exact_tolerance or _TOLERANCE)}"
+        ctx.note(found + (f", {_within('as shipped', loss, self.shipped_tolerance)}" if level != _EXACT else ""))
+
+    def _check_decoder(self, model: OnnxModel, path: Path, level: int, ctx: Context) -> None:
         """Compare the lowered decoder with the portable graph; ContractError when they differ too much."""
         from edgepipe.engines import onnxruntime as engine
         from edgepipe.graph.evaluate import prompt_logits
@@ -65,9 +93,9 @@ class Compile:
         ids = np.random.default_rng(ctx.seed + 1).integers(0, model.spec["vocab_size"], (1, count), dtype=np.int64)
         ctx.progress("the portable graph's logits", 0, 3)
         expected = prompt_logits(model, ids)
-        graph, _ = engine.lower(model, accuracy_level=_EXACT, cache_dtype=self.cache_dtype)
+        graphs, _ = engine.lower(model, accuracy_level=_EXACT, cache_dtype=self.cache_dtype)
         exact_graph = path / "exact.onnx"  # beside the weights: onnxruntime refuses weights outside a graph's folder
-        exact_graph.write_bytes(graph)
+        exact_graph.write_bytes(graphs["decoder"])
         ctx.progress("the lowered graph's logits, exact", 1, 3)
         exact = _run_in_steps(exact_graph, model, ids, self.cache_dtype) - expected
         exact_graph.unlink()
@@ -76,8 +104,8 @@ class Compile:
         found = f"agrees with the portable graph on {count} tokens: {_within('exact', worst, allowed)}"
         if level != _EXACT:
             ctx.progress("the lowered graph's logits, as shipped", 2, 3)
-            shipped = _run_in_steps(path / engine.GRAPH_NAME, model, ids, self.cache_dtype) - expected
-            loss = float(np.sqrt(np.square(shipped).mean() / np.square(expected).mean()))
+            shipped = _run_in_steps(path / "decoder.onnx", model, ids, self.cache_dtype) - expected
+            loss = _rms(shipped) / _rms(expected)
             found += f", {_within('as shipped', loss, self.shipped_tolerance)}"
         ctx.note(found)
 
@@ -90,6 +118,17 @@ def _within(kind: str, error: float, allowed: float) -> str:
             f"allowed {allowed:.0e}"
         )
     return f"{error:.0e} {kind}"
+
+
+def _rms(values: np.ndarray) -> float:
+    return float(np.sqrt(np.square(values, dtype=np.float64).mean()))
+
+
+def _run_graph(graph: Path, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Run a lowered graph once through the runtime that ships."""
+    from edgepipe.runtime.onnxruntime import open_graph
+
+    return open_graph(graph, None).run(feeds)
 
 
 def _run_in_steps(graph: Path, model: OnnxModel, ids: np.ndarray, cache_dtype: str) -> np.ndarray:

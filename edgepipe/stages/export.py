@@ -1,13 +1,15 @@
-"""Export: write the model as a graph of the portable dialect, and check it against the framework's own model.
+"""Export: write the model as graphs of the portable dialect, and check them against the framework's own model.
 
-The check runs both on the same seeded token ids: transformers' module, weights streamed in, against the graph run by
-onnx's reference operators. What is exported is therefore what transformers would compute, to float32 rounding.
+The Llama family has a builder (graph/llama.py); every other family goes through the framework's exporter and passes
+into the dialect (graph/framework.py). The check runs both on the same seeded inputs: transformers' module against the
+graph run by onnx's reference operators. What is exported is therefore what transformers would compute, to float32
+rounding; a decoder with a cache is run in pieces, against the framework's run without one.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,20 +17,24 @@ from edgepipe.artifacts import Context, OnnxModel, TorchModel
 from edgepipe.errors import ConfigError, ContractError
 
 if TYPE_CHECKING:
+    from edgepipe.graph.framework import Part
     from edgepipe.graph.llama import Shape
-
 
 _DEFAULT_CONTEXT = 2048
 _LEAST_CONTEXT = 8  # a prompt and an answer of a few tokens
+_POOLINGS = ("auto", "mean", "cls", "last", "max")
+_CHOICES = {"auto": None, "yes": True, "no": False}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Export:
     """Options of the stage `export`."""
 
-    context: int = 0  # tokens the KV cache holds, prompt and output together; 0: 2048, or the model's if that is less
+    context: int = 0  # tokens the KV cache holds, or an encoder reads; 0: 2048, or the model's if that is less
+    pooling: str = "auto"  # of a sentence encoder: mean, cls, last, max; auto: as the model's files say, else mean
+    normalize: str = "auto"  # whether its embeddings have length 1: yes, no; auto: as the model's files say, else yes
     check_tokens: int = 16  # tokens of the numeric check against torch; 0 leaves it out
-    tolerance: float = 1e-3  # largest difference of a logit from torch's, relative to the largest logit
+    tolerance: float = 1e-3  # largest difference of an output from torch's, relative to the largest output
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
@@ -36,20 +42,43 @@ class Export:
             raise ConfigError(f"export.context: expected at least {_LEAST_CONTEXT} tokens, got {self.context}")
         if self.check_tokens < 0 or self.tolerance <= 0:
             raise ConfigError("export.check_tokens must not be negative and export.tolerance must be positive")
+        if self.pooling not in _POOLINGS:
+            raise ConfigError(f"export.pooling: expected one of {', '.join(_POOLINGS)}, got {self.pooling!r}")
+        if self.normalize not in _CHOICES:
+            raise ConfigError(f"export.normalize: expected one of {', '.join(_CHOICES)}, got {self.normalize!r}")
 
-    def check(self, model: TorchModel) -> Shape:
-        """Return the facts the graph is built from; ConfigError for a model that can't be exported."""
+    def check(self, model: TorchModel) -> None:
+        """Refuse a model that can't be exported, as far as that can be seen before any work."""
+        from edgepipe.graph.framework import check_model
+        from edgepipe.graph.llama import builds
+
+        if builds(model.info):
+            self._shape(model)
+        else:
+            check_model(model.info)
+        if model.info.sentence is None and model.info.task != "feature-extraction" and self.pooling != "auto":
+            raise ConfigError(f"export.pooling is for sentence encoders, but the task is {model.info.task}")
+
+    def __call__(self, model: TorchModel, ctx: Context) -> OnnxModel:
+        """Return the model as graphs over the same weight store."""
+        from edgepipe.graph.llama import builds
+
+        self.check(model)
+        return self._build(model, ctx) if builds(model.info) else self._trace(model, ctx)
+
+    def _shape(self, model: TorchModel) -> Shape:
+        """Return the facts a Llama's graph is built from."""
         from edgepipe.graph.llama import check_weights, read_shape
 
         shape = read_shape(model.info.config, self.context or None, _DEFAULT_CONTEXT)
         check_weights(model.weights, shape)
         return shape
 
-    def __call__(self, model: TorchModel, ctx: Context) -> OnnxModel:
-        """Return the model as the graph `decoder` over the same weight store."""
+    def _build(self, model: TorchModel, ctx: Context) -> OnnxModel:
+        """Return a model of the Llama family as the graph `decoder`."""
         from edgepipe.graph.llama import build_decoder
 
-        shape = self.check(model)
+        shape = self._shape(model)
         graph = build_decoder(shape, model.info.config)
         spec = {
             "layers": shape.layers,
@@ -66,10 +95,10 @@ class Export:
             info=model.info, graphs={"decoder": graph}, weights=model.weights, spec=spec, history=model.history
         )
         if self.check_tokens:
-            self._check(model, exported, ctx)
+            self._check_built(model, exported, ctx)
         return exported
 
-    def _check(self, model: TorchModel, exported: OnnxModel, ctx: Context) -> None:
+    def _check_built(self, model: TorchModel, exported: OnnxModel, ctx: Context) -> None:
         """Compare the portable graph with torch on seeded ids; ContractError when they differ."""
         from edgepipe.graph.evaluate import prompt_logits
         from edgepipe.graph.reference import torch_logits
@@ -79,11 +108,79 @@ class Export:
         ctx.progress("torch's logits", 0, 2)
         expected = torch_logits(model, ids)
         ctx.progress("the graph's logits", 1, 2)
-        got = prompt_logits(exported, ids)
-        error = float(np.abs(got - expected).max() / np.abs(expected).max())
+        error = self._error("", prompt_logits(exported, ids), expected, "logit")
+        ctx.note(f"agrees with torch on {count} tokens to {error:.1e} of the largest logit")
+
+    def _trace(self, model: TorchModel, ctx: Context) -> OnnxModel:
+        """Return a model of any other family as the graphs its task needs."""
+        from edgepipe.graph.framework import build_module, fill_module, trace
+        from edgepipe.graph.parts import ends_of, plan_parts, used_weights
+
+        ctx.progress("the framework's model", 0, 1)
+        module = build_module(model.info)
+        fill_module(module, model.weights)
+        plan = plan_parts(
+            model.info,
+            module,
+            context=self.context,
+            pooling="" if self.pooling == "auto" else self.pooling,
+            normalize=_CHOICES[self.normalize],
+        )
+        graphs = {}
+        for number, part in enumerate(plan.parts):
+            ctx.progress(f"tracing the graph {part.name}", number, 2 * len(plan.parts))
+            graphs[part.name] = trace(part, module, model.weights)
+        ends = {name: ends_of(graph) for name, graph in graphs.items()}
+        exported = OnnxModel(
+            info=model.info,
+            graphs=graphs,
+            weights=model.weights,
+            spec={**plan.spec, "ends": ends},
+            history=model.history,
+        )
+        unused = set(model.weights) - {model.weights[name].name for name in used_weights(graphs)}
+        if unused:
+            ctx.note(f"{len(unused)} weights that no graph of this task reads are left out, such as {min(unused)}")
+        if self.check_tokens:
+            self._check_traced(plan.parts, module, exported, ctx)
+        return exported
+
+    def _check_traced(self, parts: tuple[Part, ...], module: Any, exported: OnnxModel, ctx: Context) -> None:
+        """Compare every graph with torch on seeded inputs, and decoding in pieces with torch's run without a cache."""
+        from edgepipe.graph.evaluate import evaluate, logits_in_pieces
+        from edgepipe.graph.framework import run_part
+        from edgepipe.graph.parts import seeded_feeds
+
+        vocab = exported.spec["vocab_size"]
+        errors = []
+        for number, part in enumerate(parts):
+            ctx.progress(f"checking the graph {part.name}", len(parts) + number, 2 * len(parts))
+            feeds = seeded_feeds(exported.spec["ends"][part.name]["inputs"], vocab, ctx.seed)
+            got = evaluate(exported.graphs[part.name], exported.weights, feeds)
+            for name, expected in run_part(part, feeds).items():
+                errors.append(self._error(f" {part.name}, {name},", got[name], expected, "output"))
+        ctx.note(f"agrees with torch to {max(errors):.1e} of the largest output")
+        if "decoder" in exported.graphs:
+            from edgepipe.graph.framework import whole_logits
+
+            count = min(self.check_tokens, exported.spec["context"])
+            ids = np.random.default_rng(ctx.seed).integers(0, vocab, (2, count))
+            source = None
+            if "encoder" in exported.graphs:
+                source = seeded_feeds(exported.spec["ends"]["encoder"]["inputs"], vocab, ctx.seed)
+                source = {name: value[:2] for name, value in source.items()}
+            steps = min(4, count - 1)
+            logits = logits_in_pieces(exported, ids, [count - steps, *[1] * steps], source)
+            expected = whole_logits(module, ids, source)
+            error = self._error(" decoder with a cache", logits, expected, "logit")
+            ctx.note(f"decoding token by token agrees with torch without a cache to {error:.1e} of the largest logit")
+
+    def _error(self, what: str, got: np.ndarray, expected: np.ndarray, unit: str) -> float:
+        """Return the largest difference relative to the largest value; ContractError when it is too large."""
+        error = float(np.abs(got - expected).max() / max(np.abs(expected).max(), 1e-30))
         if not error <= self.tolerance:
             raise ContractError(
-                f"the exported graph differs from torch by {error:.1e} of the largest logit; "
+                f"the exported graph{what} differs from torch by {error:.1e} of the largest {unit}; "
                 f"allowed {self.tolerance:.0e}"
             )
-        ctx.note(f"agrees with torch on {count} tokens to {error:.1e} of the largest logit")
+        return error

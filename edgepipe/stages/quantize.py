@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +22,6 @@ from edgepipe.weights import Value, Weight
 
 BITS = (4, 8, 16)
 GROUPS = (16, 32, 64, 128)
-_EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +69,7 @@ class Quantize:
         imported = narrower = 0
         for name in model.weights:
             weight = model.weights[name]
-            grid = self.plan(weight)
+            grid = self.plan(weight, model.info.embeddings)
             if self._keeps(weight, grid):
                 imported += 1
                 narrower += GRIDS[weight.grid or ""].width < grid.bits
@@ -83,11 +83,15 @@ class Quantize:
             ctx.note(f"{narrower} of them came on fewer bits than were asked for: more would bring nothing back")
         return dataclasses.replace(model, weights=model.weights.replace(changed))
 
-    def plan(self, weight: Weight) -> Grid:
-        """Return the grid that the options give a tensor."""
+    def plan(self, weight: Weight, embeddings: Sequence[str]) -> Grid:
+        """Return the grid that the options give a tensor; `embeddings` names those that have a dial of their own.
+
+        A table with rows shorter than half a group (T5's position biases) would grow on a grid: it stays in 16 bits.
+        """
         bits = self.bits
-        if weight.name in _EMBEDDINGS:
+        if weight.name in embeddings:
             bits = self.embedding_bits or (16 if self.bits == 16 else 8)
+            bits = bits if 2 * weight.shape[-1] >= self.group else 16
         grid = Grid(bits=bits, group=self.group, symmetric=self.symmetric)
         for text in self.overrides:
             pattern, chosen = parse_override(text, self)

@@ -305,7 +305,7 @@ def test_a_float16_cache_puts_casts_around(folder: Path) -> None:
 def test_the_lowered_graph_has_the_signature_of_the_bundle(folder: Path, kind: str) -> None:
     """Nothing is left that a runtime would have to feed: positions follow from the lengths."""
     model = exported(all_on(opened(folder, kind), "4 bits"))
-    graph = onnx.load_model_from_string(engine.lower(model, accuracy_level=0)[0]).graph
+    graph = onnx.load_model_from_string(engine.lower(model, accuracy_level=0)[0]["decoder"]).graph
     caches = {f"_{part}.{i}" for part in ("key", "value") for i in range(2)}
     fixed = {"input_ids", "seqlens_k", "total_sequence_length", "logits_positions"}
     assert {value.name for value in graph.input} == fixed | {f"past{cache}" for cache in caches}

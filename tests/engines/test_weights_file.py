@@ -11,7 +11,7 @@ import pytest
 
 from edgepipe.artifacts import OnnxModel, QuantizedTensor, TorchModel
 from edgepipe.engines import onnxruntime as engine
-from edgepipe.engines.onnxruntime.planned import PlannedTensor, WeightsFile, plan_float, plan_part
+from edgepipe.engines.onnxruntime.planned import FILE_NAME, PlannedTensor, WeightsFile, plan_float, plan_part
 from edgepipe.errors import ContractError
 from edgepipe.numerics.grids import dequantize, quantized_nbytes, unpack
 from edgepipe.stages.quantize import Quantize
@@ -46,19 +46,20 @@ class Shipped:
 
 def ship(model: OnnxModel, directory: Path, *, level: int = 0, cache_dtype: str = "float16") -> Shipped:
     """Write a lowered model and open it again with onnx alone."""
-    graph, file = engine.lower(model, accuracy_level=level, cache_dtype=cache_dtype)
-    names = engine.write(graph, file, directory, lambda _done, _total: None)
-    proto = onnx.load(directory / names[0], load_external_data=False)
+    graphs, file = engine.lower(model, accuracy_level=level, cache_dtype=cache_dtype)
+    engine.write(graphs, file, directory, lambda _done, _total: None)
+    (name,) = graphs
+    proto = onnx.load(directory / f"{name}.onnx", load_external_data=False)
     inside, outside = [], {}
     for tensor in proto.graph.initializer:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             inside.append(tensor)
             continue
         where = {entry.key: entry.value for entry in tensor.external_data}
-        assert where["location"] == names[1]
+        assert where["location"] == FILE_NAME
         outside[tensor.name] = (int(where["offset"]), int(where["length"]), tensor)
     constants = [a.t for node in proto.graph.node for a in node.attribute if a.type == onnx.AttributeProto.TENSOR]
-    return Shipped(inside + constants, outside, (directory / names[1]).read_bytes(), file.nbytes)
+    return Shipped(inside + constants, outside, (directory / FILE_NAME).read_bytes(), file.nbytes)
 
 
 def four_bits(model: TorchModel) -> TorchModel:

@@ -148,9 +148,10 @@ def with_config(model: TorchModel, config: dict[str, Any]) -> TorchModel:
 @pytest.mark.parametrize(
     ("kind", "changes", "words"),
     [
-        ("llama", {"model_type": "mamba"}, r"expected a model of the Llama family \(llama, .*, got model_type 'mamba'"),
-        ("llama", {"model_type": ["llama"]}, r"got model_type \['llama'\]"),
-        ("llama", {"model_type": None}, "got model_type None"),
+        ("llama", {"model_type": "nothing"}, "Unrecognized model identifier"),
+        ("llama", {"model_type": "vit"}, "no class for text-generation of model_type 'vit'"),
+        ("llama", {"model_type": ["llama"]}, r"model_type is \['llama'\]; expected the name of a family"),
+        ("llama", {"model_type": None}, "model_type is None; expected the name of a family"),
         ("llama", {"max_position_embeddings": 63}, "--context 64 is more than the 63 positions"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic' is not"),
         (

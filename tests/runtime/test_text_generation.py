@@ -322,8 +322,8 @@ def test_chat_without_template_is_refused(tiny_bundle: Path, tmp_path: Path) -> 
     ("key", "value", "error", "words"),
     [
         ("engine", "tvm", TargetError, "is for 'tvm'"),
-        ("task", "feature-extraction", TargetError, "is for 'feature-extraction'"),
-        ("schema", 2, ConfigError, "update edgepipe"),
+        ("task", "feature-extraction", ConfigError, "graphs must name a model"),
+        ("schema", 3, ConfigError, "update edgepipe"),
     ],
 )
 def test_bundles_for_something_else_are_refused(

@@ -6,31 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from edgepipe.errors import ConfigError
-from edgepipe.sources.facts import fingerprint, spdx, task_of, token_ids
-
-
-@pytest.mark.parametrize(
-    ("config", "task"),
-    [
-        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, "text-generation"),
-        ({"model_type": "new", "architectures": ["NewForCausalLM"]}, "text-generation"),
-        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "text-generation"),
-        ({"model_type": "qwen2"}, "text-generation"),
-        ({"model_type": "bert", "architectures": ["BertModel"]}, "feature-extraction"),
-        ({"model_type": "roberta", "architectures": ["RobertaForMaskedLM"]}, "feature-extraction"),
-    ],
-)
-def test_task(config: dict[str, object], task: str) -> None:
-    """Decoders generate text, BERT-like encoders embed it, whatever head they were saved with."""
-    assert task_of(config, "x") == task
-
-
-@pytest.mark.parametrize("config", [{}, {"model_type": "vit", "architectures": ["ViTModel"]}])
-def test_other_tasks_are_refused(config: dict[str, object]) -> None:
-    """Anything else is refused with what is taken."""
-    with pytest.raises(ConfigError, match="edgepipe takes decoder language models"):
-        task_of(config, "x")
+from edgepipe.sources.facts import fingerprint, spdx, token_ids
 
 
 def test_spdx() -> None:

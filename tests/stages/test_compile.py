@@ -54,6 +54,7 @@ def test_the_bundle(model: OnnxModel, tmp_path: Path) -> None:
     assert manifest["model"] == model.spec
     assert manifest["recipe"] == recipe
     assert manifest["cache"] == {
+        "kind": "preallocated",
         "bytes": 2 * 2 * 2 * 2 * 64 * 16,
         "dtype": "float16",
         "shape": [1, 2, 64, 16],

@@ -158,7 +158,7 @@ def test_a_model_that_does_not_fit_its_config_is_refused_before_anything_is_read
     for act in (Export().check, lambda model: Export()(model, context(folder))):
         with pytest.raises(ConfigError, match=r"promises model\.norm\.weight \[112\], but the weights hold \[111\]"):
             act(odd)
-    assert Export().check(model).context == 256
+    assert Export()(model, context(folder)).spec["context"] == 256
 
 
 def test_progress_names_both_runs(folder: Path) -> None:

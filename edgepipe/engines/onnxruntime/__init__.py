@@ -1,14 +1,16 @@
-"""Lower the portable dialect for onnxruntime: fused operators, packed weights, one memory-mapped file.
+"""Lower the portable dialect for onnxruntime: fused operators, packed weights, one memory-mapped file for all graphs.
 
-The order is the list below. Each pass is one file, says what it rewrites and what it leaves alone.
+The order is the list below. Each pass is one file, says what it rewrites and what it leaves alone. Graphs that the
+framework's exporter traced keep their inputs and outputs; their attention stays the standard operator.
 
-Lowered graph `decoder` (docs/bundle.md): input_ids, seqlens_k, total_sequence_length, logits_positions and the caches
-past_key.i / past_value.i [batch, kv_heads, context, head_dim] → logits, and the same buffers as present_key.i / …
+Lowered graph `decoder` of the Llama builder (docs/bundle.md): input_ids, seqlens_k, total_sequence_length,
+logits_positions and the caches past_key.i / past_value.i [batch, kv_heads, context, head_dim] → logits, and the same
+buffers as present_key.i / …
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import onnx
@@ -23,40 +25,55 @@ from edgepipe.engines.onnxruntime.planned import FILE_NAME, WeightsFile
 from edgepipe.errors import TargetError
 
 _HEAD_DIM_STEP = 16  # GroupQueryAttention refuses others (onnxruntime 1.31)
-GRAPH_NAME = "decoder.onnx"
 CACHE_DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
+_WHOLE_TEXT = ("encoder", "model")  # graphs that run all tokens of a text at once, never one by one
 _OPSETS = {"": 23, "com.microsoft": 1}
 
 
-def lower(model: OnnxModel, *, accuracy_level: int, cache_dtype: str = "float32") -> tuple[bytes, WeightsFile]:
-    """Return the lowered decoder graph and the layout of its weights; nothing is written.
+def lower(
+    model: OnnxModel, *, accuracy_level: int, cache_dtype: str = "float32"
+) -> tuple[dict[str, bytes], WeightsFile]:
+    """Return the lowered graphs by name and the layout of the weights they share; nothing is written.
 
     `accuracy_level` is MatMulNBits': 0 computes in float32, 4 multiplies int8 activations. `cache_dtype` is what
-    keys and values are kept in: "float32" or "float16".
+    keys and values are kept in where the cache is preallocated: "float32" or "float16".
     """
+    preallocated = "ends" not in model.spec
+    if preallocated:
+        _check_head_size(model)
+    file = WeightsFile()
+    graphs = {}
+    for name, portable in model.graphs.items():
+        source = ir.from_proto(onnx.load_model_from_string(portable))
+        graph = source.graph
+        join_projections(graph, model.weights)
+        if preallocated:
+            fuse_attention(graph, model.spec, CACHE_DTYPES[cache_dtype])
+            fuse_norms(graph)
+        place_weights(graph, model.weights, file, accuracy_level, many_rows=name in _WHOLE_TEXT)
+        _drop_unused(graph)
+        graph.opset_imports.update(_OPSETS)
+        graphs[name] = bytes(ir.to_proto(source).SerializeToString(deterministic=True))
+    return graphs, file
+
+
+def _check_head_size(model: OnnxModel) -> None:
+    """Refuse a head size that the attention kernel has no code for."""
     head_dim = model.spec["head_dim"]
     if head_dim % _HEAD_DIM_STEP:
         raise TargetError(
             f"onnxruntime's attention kernel needs a head size that is a multiple of {_HEAD_DIM_STEP}, "
             f"and this model's is {head_dim}"
         )
-    source = ir.from_proto(onnx.load_model_from_string(model.graphs["decoder"]))
-    graph = source.graph
-    join_projections(graph, model.weights)
-    fuse_attention(graph, model.spec, CACHE_DTYPES[cache_dtype])
-    fuse_norms(graph)
-    file = WeightsFile()
-    place_weights(graph, model.weights, file, accuracy_level)
-    _drop_unused(graph)
-    graph.opset_imports.update(_OPSETS)
-    return bytes(ir.to_proto(source).SerializeToString(deterministic=True)), file
 
 
-def write(graph: bytes, file: WeightsFile, directory: Path, progress: Callable[[int, int], None]) -> tuple[str, str]:
-    """Write graph and weights into `directory`; return the two file names."""
-    (directory / GRAPH_NAME).write_bytes(graph)
+def write(
+    graphs: Mapping[str, bytes], file: WeightsFile, directory: Path, progress: Callable[[int, int], None]
+) -> None:
+    """Write graphs and weights into `directory`: NAME.onnx for each, and one file of weights."""
+    for name, graph in graphs.items():
+        (directory / f"{name}.onnx").write_bytes(graph)
     file.write(directory / FILE_NAME, progress)
-    return GRAPH_NAME, FILE_NAME
 
 
 def _drop_unused(graph: ir.Graph) -> None:

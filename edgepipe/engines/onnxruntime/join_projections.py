@@ -55,7 +55,8 @@ def _bias(node: ir.Node) -> ir.Node | None:
     users = node.outputs[0].consumers()
     if len(users) == 1:
         user: ir.Node = users[0]
-        if user.op_type == "Add" and user.inputs[1] is not None and weight_parts(user.inputs[1]):
+        added = user.inputs[1] if user.op_type == "Add" else None
+        if added is not None and weight_parts(added) and added.shape is not None and len(added.shape) == 1:
             return user
     return None
 

@@ -28,6 +28,7 @@ def split_in_two(x: ir.Value, columns: int, group: int, constant: Constant) -> l
 
     `constant` gives the graph's small constant for an array and a name.
     """
+    outer = [0] * (rank(x) - 1)  # Reshape keeps these axes as they are
     groups = -(-columns // group)
     nodes: list[ir.Node] = []
 
@@ -40,8 +41,8 @@ def split_in_two(x: ir.Value, columns: int, group: int, constant: Constant) -> l
 
     short = groups * group - columns
     if short:
-        x = then("Pad", [x, constant(np.array([0, 0, 0, 0, 0, short], np.int64), f"pad_{short}")])
-    blocks = then("Reshape", [x, constant(np.array([0, 0, groups, group], np.int64), f"groups_{groups}x{group}")])
+        x = then("Pad", [x, pads(len(outer) + 1, short, constant)])
+    blocks = then("Reshape", [x, split_groups(len(outer) + 1, groups, group, constant)])
     last = constant(np.array([-1], np.int64), "last_axis")
     largest = then("ReduceMax", [then("Abs", [blocks]), last], {"keepdims": 1})
     step = then("Mul", [largest, scalar(1 / _LARGEST, "per_code")])
@@ -50,12 +51,27 @@ def split_in_two(x: ir.Value, columns: int, group: int, constant: Constant) -> l
     low = then("Sub", [blocks, high])
     first = constant(np.array([0], np.int64), "first_axis")
     both = then("Concat", [then("Unsqueeze", [high, first]), then("Unsqueeze", [low, first])], {"axis": 0})
-    whole = constant(np.array([0, 0, 0, groups * group], np.int64), f"parts_{groups * group}")
+    whole = constant(np.array([0, *outer, groups * group], np.int64), f"parts_{len(outer)}d_{groups * group}")
     rows = then("Reshape", [both, whole])
     if short:
         bounds = [constant(np.array([v], np.int64), f"int_{v}") for v in (0, columns, -1)]
         then("Slice", [rows, *bounds])
     return nodes
+
+
+def rank(x: ir.Value) -> int:
+    """Return the number of axes of a value; a graph of the Llama builder doesn't say, and has three: [B, S, in]."""
+    return 3 if x.shape is None else len(x.shape)
+
+
+def pads(axes: int, short: int, constant: Constant) -> ir.Value:
+    """Return Pad's constant that adds `short` elements at the end of the last of `axes` axes."""
+    return constant(np.array([0] * (2 * axes - 1) + [short], np.int64), f"pad_{axes}d_{short}")
+
+
+def split_groups(axes: int, groups: int, group: int, constant: Constant) -> ir.Value:
+    """Return Reshape's constant that splits the last of `axes` axes into groups."""
+    return constant(np.array([0] * (axes - 1) + [groups, group], np.int64), f"groups_{axes}d_{groups}x{group}")
 
 
 def sum_of_two(y: ir.Value, constant: Constant) -> ir.Node:
