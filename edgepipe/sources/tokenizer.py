@@ -87,7 +87,11 @@ def read_gguf_tokenizer(path: Path, template: str | None) -> TokenizerParts:
     with compress_extra("reading a GGUF tokenizer"):
         from transformers import PreTrainedTokenizerFast
     file = path.resolve()
-    tokenizer = _loaded(str(path), lambda: PreTrainedTokenizerFast(name_or_path=str(file.parent), gguf_file=file.name))
+
+    def load() -> Any:
+        return PreTrainedTokenizerFast(name_or_path=str(file.parent), gguf_file=file.name)  # type: ignore[no-untyped-call]
+
+    tokenizer = _loaded(str(path), load)
     config = dict(tokenizer.init_kwargs)
     keep = (
         "bos_token",
