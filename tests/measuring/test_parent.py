@@ -22,9 +22,7 @@ time.sleep(float(sys.argv[1]))
 """
 STARTER = """
 import subprocess, sys
-from edgepipe.measuring.parent import held_stdin
-with held_stdin() as stdin:
-    subprocess.run([sys.executable, "-c", sys.argv[1], "60"], stdin=stdin)
+subprocess.Popen([sys.executable, "-c", sys.argv[1], "60"], stdin=subprocess.PIPE).wait()
 """
 ROOT = Path(__file__).resolve().parents[2]
 
