@@ -9,7 +9,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 _INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
 _OVER_BUDGET = 3
+_CUT = {  # why an answer ended before its end, by its finish reason
+    "length": "--max-new-tokens ended it after {tokens} tokens",
+    "context": "the model's context was full after {tokens} tokens",
+}
 _ROOM_TOKENS = 64  # what a chat leaves for an answer before it forgets its oldest turns
 
 
@@ -320,14 +324,20 @@ def _prompt_tokens(model: Any, messages: list[dict[str, str]]) -> int:
     return len(model.encode(text))
 
 
-def _stream(pieces: Iterator[str]) -> str:
-    """Print pieces of text as they come; return the whole."""
+def _stream(pieces: Generator[str, None, Any]) -> str:
+    """Print pieces of text as they come, and a note when the answer was cut; return the whole."""
+
+    def shown() -> Iterator[str]:
+        answer = yield from pieces
+        click.echo()
+        if answer.finish_reason in _CUT:
+            _say(f"(not finished: {_CUT[answer.finish_reason].format(tokens=len(answer.token_ids))})")
+
     text = []
-    for piece in pieces:
+    for piece in shown():
         text.append(piece)
         click.echo(piece, nl=False)
         sys.stdout.flush()
-    click.echo()
     return "".join(text)
 
 

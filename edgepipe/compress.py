@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgepipe.artifacts import Json, Measured
+from edgepipe.artifacts import CompiledModel, Json, Measured
 from edgepipe.errors import StageError
 
 if TYPE_CHECKING:
@@ -37,7 +37,23 @@ def compress(
     source = open_model(model, task)
     target = out if out is not None else runs / run_name(source, recipe) / "bundle"
     before = _manifest_sha256(target)
-    result = run(source, recipe, out=out, runs=runs, fresh=fresh, listener=listener)
+    report = runs / run_name(source, recipe) / "report.html"
+    summary: Json = {}
+
+    def finish(result: CompiledModel | Measured) -> None:
+        """Sum up and write the page before another run may change what they speak of."""
+        summary.update(_summary(result, before))
+        if isinstance(result, Measured):
+            summary["over_budget"] = over_budget(summary, recipe)
+            _write_report(report, result, recipe, summary["over_budget"])
+            summary["report"] = str(report)
+
+    run(source, recipe, out=out, runs=runs, fresh=fresh, listener=listener, finish=finish)
+    return summary
+
+
+def _summary(result: CompiledModel | Measured, before: str | None) -> Json:
+    """Return what is said of a bundle, and of its figures where it was measured; `before`: see _manifest_sha256."""
     bundle = result.model if isinstance(result, Measured) else result
     weights = bundle.manifest["weights"]
     summary: Json = {
@@ -51,14 +67,11 @@ def compress(
     }
     if isinstance(result, Measured):
         summary |= {"figures": result.figures} | _headline(result.figures)
-        summary["over_budget"] = over_budget(summary, recipe)
-        report = runs / run_name(source, recipe) / "report.html"
-        _write_report(report, result, recipe, summary["over_budget"])
-        summary["report"] = str(report)
     return summary
 
 
 def _manifest_sha256(bundle: Path) -> str | None:
+    """Return the hash of a bundle's manifest, None where there is no bundle."""
     from edgepipe.store import file_sha256
 
     manifest = bundle / "manifest.json"

@@ -71,10 +71,18 @@ class _River:
 
 
 def run(
-    model: TorchModel, recipe: Recipe, *, out: Path | None, runs: Path, fresh: bool, listener: Listener
+    model: TorchModel,
+    recipe: Recipe,
+    *,
+    out: Path | None,
+    runs: Path,
+    fresh: bool,
+    listener: Listener,
+    finish: Callable[[CompiledModel | Measured], None] = lambda _result: None,
 ) -> CompiledModel | Measured:
     """Send a model down the river of `recipe` and put the bundle at `out` (default: runs/NAME/bundle).
 
+    `finish` gets the result while the run's directory and `out` are still kept from other runs.
     Raises ConfigError before any work begins when a stage can't take the model or another run is at work in the run's
     directory or at `out`, and StageError when a stage fails; whatever stood at `out` before is untouched then.
     """
@@ -92,7 +100,9 @@ def run(
         for folder in (directory, directory / "baseline"):
             tidy(folder, _OWN_NAMES)
         tidy(place.parent, re.escape(place.name))
-        return _run(model, recipe, directory, target, fresh, listener)
+        result = _run(model, recipe, directory, target, fresh, listener)
+        finish(result)
+        return result
 
 
 def _run(

@@ -239,6 +239,22 @@ def test_run_streams_what_generate_gives(cli: Callable[..., Result], tiny_bundle
     assert cli("run", tiny_bundle, "--max-new-tokens", "9", input="The river").stdout == expected + "\n"
 
 
+def test_run_says_when_an_answer_was_cut(cli: Callable[..., Result], tiny_bundle: Path, tiny_text: str) -> None:
+    """A limit that ended the answer is named on stderr; a stop text or an end token is an end."""
+    model = load(tiny_bundle)
+    short = "The river"
+    long = model.decode(model.encode(tiny_text)[: model.context - 6])
+    room = model.context - len(model.encode(long))
+    stop = model.generate(short, max_new_tokens=30).text[4:7]
+    for prompt, options, note in (
+        (short, ("--max-new-tokens", 3), "(not finished: --max-new-tokens ended it after 3 tokens)\n"),
+        (long, (), f"(not finished: the model's context was full after {room} tokens)\n"),
+        (short, ("--stop", stop), ""),
+    ):
+        result = cli("run", tiny_bundle, prompt, "--raw", *options)
+        assert (result.exit_code, result.stderr) == (0, note)
+
+
 def test_run_raw_leaves_the_template_out(cli: Callable[..., Result], tiny_bundle: Path) -> None:
     expected = load(tiny_bundle).generate("The river", max_new_tokens=9, temperature=0.8, seed=5).text
     result = cli("run", tiny_bundle, "The river", "--raw", *("--max-new-tokens", 9, "--temperature", 0.8, "--seed", 5))

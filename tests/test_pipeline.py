@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from edgepipe.artifacts import CompiledModel, Context, Measured, OnnxModel, TorchModel
+from edgepipe.compress import compress
 from edgepipe.errors import ConfigError, StageError
 from edgepipe.pipeline import run
 from edgepipe.recipe import Recipe, resolve
+from edgepipe.report import page
 from edgepipe.runtime import load
 from edgepipe.sources import open_model
 from edgepipe.stages.compile import Compile
@@ -283,6 +285,43 @@ def test_a_disk_that_is_full_when_the_run_is_recorded(
     heard, _ = make(tiny_model_dir, tmp_path, recipe)
     assert heard.ran == []
     assert (folder / "run.json").is_file()
+
+
+def test_the_page_is_written_while_other_runs_are_kept_out(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second run can't put its own figures under the page of the first; half a page is never left."""
+    quick: list[tuple[str, str, object]] = [("measure", "blocks", 1), ("measure", "tokens", 64)]
+    recipe = make_recipe(tmp_path, *quick, stages=[*STAGES, "measure"])
+    refused: list[str] = []
+    rendered = page.render
+
+    def meanwhile(shown: page.Page) -> str:
+        with pytest.raises(ConfigError, match="another run is at work") as caught:
+            make(tiny_model_dir, tmp_path, recipe)
+        refused.append(str(caught.value))
+        return rendered(shown)
+
+    monkeypatch.setattr(page, "render", meanwhile)
+    summary = compress(str(tiny_model_dir), recipe, listener=Silent(), out=tmp_path / "out", runs=tmp_path / "runs")
+    assert len(refused) == 1
+    report = Path(summary["report"])
+    written = report.read_text(encoding="utf-8")
+    assert written.rstrip().endswith("</html>")
+
+    def full(self: Path, data: str, encoding: str | None = None) -> int:
+        if "report.html" in self.name:
+            self.write_bytes(data[:10].encode())
+            raise OSError(28, "No space left on device")
+        return plain(self, data, encoding=encoding)
+
+    plain = Path.write_text
+    monkeypatch.setattr(page, "render", rendered)
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(StageError, match=r"but not its report: No space left on device"):
+        compress(str(tiny_model_dir), recipe, listener=Silent(), out=tmp_path / "out", runs=tmp_path / "runs")
+    assert report.read_text(encoding="utf-8") == written
+    assert [p.name for p in report.parent.iterdir() if "report" in p.name] == ["report.html"]
 
 
 @pytest.mark.parametrize(

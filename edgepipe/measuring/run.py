@@ -16,6 +16,7 @@ import numpy as np
 
 from edgepipe.artifacts import Json
 from edgepipe.errors import StageError
+from edgepipe.measuring.parent import held_stdin
 
 _BLOCK_TIMEOUT_S = 1800
 
@@ -73,7 +74,10 @@ def _work(kind: str, bundle: Path, file: Path, threads: int, *more: str) -> Json
     python = [sys.executable, "-P", "-m", "edgepipe.measuring.worker"]
     command = [*python, kind, str(bundle), str(file), str(threads), *more]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_BLOCK_TIMEOUT_S, check=False)
+        with held_stdin() as stdin:
+            done = subprocess.run(
+                command, stdin=stdin, capture_output=True, text=True, timeout=_BLOCK_TIMEOUT_S, check=False
+            )
     except subprocess.TimeoutExpired as error:
         raise StageError(f"measuring {bundle.name} took longer than {_BLOCK_TIMEOUT_S} s: it was stopped") from error
     if done.returncode != 0:

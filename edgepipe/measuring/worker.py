@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from edgepipe.measuring.parent import end_with_parent
+
 PROMPT_TOKENS = 128
 NEW_TOKENS = 64
 WINDOW_TOKENS = 512
@@ -120,4 +122,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     main(sys.argv[1:])

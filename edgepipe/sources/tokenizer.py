@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,18 +81,18 @@ def read_gguf_tokenizer(path: Path, template: str | None) -> TokenizerParts:
     """Build the tokenizer that a GGUF file's metadata describes; ConfigError when transformers cannot.
 
     The class under AutoTokenizer is called directly: AutoTokenizer would first walk the whole metadata with a slow
-    reader (8 s for 49,152 tokens), only to learn the architecture.
+    reader (8 s for 49,152 tokens), only to learn the architecture; and `from_pretrained` of either would let a stray
+    tokenizer_config.json beside the file change it.
     """
     with compress_extra("reading a GGUF tokenizer"):
         from transformers import PreTrainedTokenizerFast
-    with tempfile.TemporaryDirectory() as directory:
-        # A directory that holds nothing else: a stray tokenizer_config.json beside the file must not change it.
-        (Path(directory) / "model.gguf").symlink_to(path.resolve())
-        tokenizer = _loaded(
-            str(path),
-            lambda: PreTrainedTokenizerFast.from_pretrained(directory, gguf_file="model.gguf"),
-        )
-        config = dict(tokenizer.init_kwargs)
+    file = path.resolve()
+
+    def load() -> Any:
+        return PreTrainedTokenizerFast(name_or_path=str(file.parent), gguf_file=file.name)  # type: ignore[no-untyped-call]
+
+    tokenizer = _loaded(str(path), load)
+    config = dict(tokenizer.init_kwargs)
     keep = (
         "bos_token",
         "eos_token",

