@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from edgepipe.machine import operands
 from edgepipe.machine.operands import Case
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstructionPath:
     """Describe one instruction-set extension and how to try it."""

@@ -59,7 +59,9 @@ def exclusive_or(count: int) -> Case:
 def products_64(lanes: int) -> Case:
     random = Random(_SEED)
     x, y = ([random.getrandbits(64) for _ in range(lanes)] for _ in range(2))
-    return Case(a=_pack("Q", x), b=_pack("Q", y), expected=_pack("Q", [p * q % 2**64 for p, q in zip(x, y, strict=True)]))
+    return Case(
+        a=_pack("Q", x), b=_pack("Q", y), expected=_pack("Q", [p * q % 2**64 for p, q in zip(x, y, strict=True)])
+    )
 
 
 def pairs_saturated(count: int) -> Case:
