@@ -1,8 +1,8 @@
-"""Try things in child processes: what kills a child is a finding about the thing it tried, and the others still get tried.
+"""Try things in child processes: what kills a child is a finding about the thing it tried, and the others go on.
 
 A child is `python -P -m MODULE NAME…`. It writes two JSON lines per name, `{"begin": NAME}` before it tries and
-`{"name": NAME, "state": …, "detail": …}` after. When it dies in between, that name gets the finding, and a new child goes
-on with the names behind it.
+`{"name": NAME, "state": …, "detail": …}` after. When it dies in between, that name gets the finding, and a new child
+goes on with the names behind it.
 """
 
 from __future__ import annotations

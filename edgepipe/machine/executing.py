@@ -1,7 +1,7 @@
 """Execute an instruction-set path in this process, which is a child: `python -m edgepipe.machine.executing NAME…`.
 
-stdin has a JSON object per name: the machine code, the operands and the expected result in hex, and whether the code needs
-AMX's tiles. The code is written to a page that is then made executable, so no page is ever writable and executable.
+stdin has a JSON object per name: the machine code, the operands and the expected result in hex, and whether the code
+needs AMX's tiles. The code is written to a page that is then made executable: no page is ever both.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Instruction-set paths: what the CPU reports, and a few machine instructions of each with the result they must have.
 
-Nothing is compiled here: each path carries its assembly and the bytes the GNU assembler makes of it (a test assembles the
-text again and compares). A child process puts the bytes on an executable page and calls them (`executing.py`), with
+Nothing is compiled here: each path carries its assembly and the bytes the GNU assembler makes of it (a test assembles
+the text again and compares). A child process puts the bytes on an executable page and calls them (`executing.py`), with
 inputs for which every result is exact, so that it is compared bit by bit.
 
     void path(void *out, const void *a, const void *b)     x86-64 System V: rdi, rsi, rdx; arm64: x0, x1, x2

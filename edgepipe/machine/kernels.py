@@ -3,8 +3,8 @@
     python -m edgepipe.machine.kernels NAME…        a child of the doctor: two JSON lines per name (`children.py`)
 
 The lowering (`edgepipe/engines/onnxruntime/`) uses these operators and no others of com.microsoft. Sizes are small but
-ragged, and cover one row and several, every group size, and blocks wide enough for the vector paths. int8 activations are
-chosen on the grid that the kernel rounds to, so that its result must be the reference's and not only near it. Which
+ragged, and cover one row and several, every group size, and blocks wide enough for the vector paths. int8 activations
+are chosen on the grid that the kernel rounds to, so that its result must be the reference's and not only near it. Which
 of its implementations onnxruntime takes can be neither seen nor chosen from outside; it goes by what the CPU reports.
 """
 
@@ -43,7 +43,7 @@ def difference(came: np.ndarray, expected: np.ndarray) -> float:
     """Return the largest difference as a share of the largest right result; infinite for other shapes and NaN."""
     if came.shape != expected.shape or not np.isfinite(came).all():
         return float("inf")
-    return float(np.abs(came.astype(np.float64) - expected).max() / np.abs(expected).max())
+    return float(np.abs(came.astype(np.float64) - expected).max()) / float(np.abs(expected).max())
 
 
 def check_kernel(kernel: Kernel) -> tuple[str, str]:

@@ -1,9 +1,9 @@
-"""Write small ONNX graphs as bytes, without the onnx package: the base install, which the doctor examines, hasn't got it.
+"""Write small ONNX graphs as bytes, without the onnx package, which the base install hasn't got.
 
-A message of protobuf is a row of fields: a key (field number · 8 + kind) and a value, which is a number in groups of seven
-bits (kind 0), bytes behind their length (2) or four bytes (5). The numbers below are those of onnx.proto, which never
-change. Storing finished graphs instead would hide what is tested; this way a graph stands beside its reference. A test reads
-the bytes with onnx and lets its checker judge them.
+A message of protobuf is a row of fields: a key (field number · 8 + kind) and a value, which is a number in groups of
+seven bits (kind 0), bytes behind their length (2) or four bytes (5). The numbers below are those of onnx.proto, which
+never change. Storing finished graphs instead would hide what is tested; this way a graph stands beside its reference. A
+test reads the bytes with onnx and lets its checker judge them.
 """
 
 from __future__ import annotations
