@@ -63,7 +63,8 @@ def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
         return codes
     if codes.shape[-1] % 2:
         codes = np.concatenate([codes, np.zeros_like(codes[..., :1])], axis=-1)
-    return (codes[..., ::2] | codes[..., 1::2] << 4).astype(np.uint8)
+    packed: np.ndarray = codes[..., ::2] | codes[..., 1::2] << 4
+    return packed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

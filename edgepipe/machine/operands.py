@@ -39,6 +39,7 @@ def fused(lanes: int) -> Case:
 
 
 def add_floats(lanes: int) -> Case:
+    """Make x + y of whole floats."""
     random = Random(_SEED)
     x, y = _whole(random, lanes, -9999, 9999), _whole(random, lanes, -9999, 9999)
     return Case(a=_pack("f", x), b=_pack("f", y), expected=_pack("f", [p + q for p, q in zip(x, y, strict=True)]))
@@ -51,12 +52,14 @@ def greater() -> Case:
 
 
 def exclusive_or(count: int) -> Case:
+    """Make a ^ b of bytes."""
     random = Random(_SEED)
     a, b = random.randbytes(count), random.randbytes(count)
     return Case(a=a, b=b, expected=bytes(p ^ q for p, q in zip(a, b, strict=True)))
 
 
 def products_64(lanes: int) -> Case:
+    """Make the lower 64 bits of x·y."""
     random = Random(_SEED)
     x, y = ([random.getrandbits(64) for _ in range(lanes)] for _ in range(2))
     return Case(
@@ -91,6 +94,7 @@ def halves() -> Case:
 
 
 def multiply_halves() -> Case:
+    """Make eight x·y of whole float16 numbers."""
     random = Random(_SEED)
     x, y = _whole(random, 8, -40, 40), _whole(random, 8, -40, 40)  # products below 2^11: exact
     return Case(a=_pack("e", x), b=_pack("e", y), expected=_pack("e", [p * q for p, q in zip(x, y, strict=True)]))
@@ -102,6 +106,7 @@ def _bfloat16(values: list[int]) -> bytes:
 
 
 def pairs_bfloat16(count: int) -> Case:
+    """Make sums of two products of bfloat16 numbers → float32."""
     random = Random(_SEED)
     x, y = _whole(random, count, -99, 99), _whole(random, count, -99, 99)
     sums = [x[i] * y[i] + x[i + 1] * y[i + 1] for i in range(0, count, 2)]
@@ -117,6 +122,7 @@ def matrix_i8() -> Case:
 
 
 def outer() -> Case:
+    """Make the outer product [4, 4] of two rows of four floats."""
     random = Random(_SEED)
     x, y = _whole(random, 4, -99, 99), _whole(random, 4, -99, 99)
     return Case(a=_pack("f", x), b=_pack("f", y), expected=_pack("f", [p * q for p in x for q in y]))
@@ -147,8 +153,10 @@ def _signed(values: list[int], together: int) -> bytes:
 
 
 def tile_bytes() -> Case:
+    """Make a product of tiles, unsigned bytes times signed ones → int32, behind the tiles' configuration."""
     return _tile_product(4, 0, lambda row: _pack("B", row), "i")
 
 
 def tile_bfloat16() -> Case:
+    """Make a product of tiles of bfloat16 numbers → float32, behind the tiles' configuration."""
     return _tile_product(2, -99, _bfloat16, "f")
