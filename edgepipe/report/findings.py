@@ -81,10 +81,8 @@ def _timing(found: Json) -> Iterable[tuple[str, str]]:
     yield "frequency governor", timing["governor"] or _UNKNOWN
     stolen = timing["stolen_share"]
     yield "time taken by the host", _UNKNOWN if stolen is None else f"{stolen:.1%}"
-    yield (
-        "spread of a fixed loop",
-        f"{timing['spread_ratio']:.1%} of {timing['loop_ms']:.1f} ms, {timing['samples']} times",
-    )
+    times = f"{timing['samples']} times {timing['loop_ms']:.1f} ms"
+    yield "spread of a fixed loop", f"{timing['spread_ratio']:.1%} of the median, {times}"
 
 
 def _known(value: object) -> str:
