@@ -166,7 +166,7 @@ def _fused_matmul() -> Iterator[Pair]:
                     attributes={"transB": 1},
                 ),
             ]
-            graph = graph_bytes(nodes, {"x": x}, {"weight": stored}, {"y": FLOAT})
+            graph = graph_bytes(nodes, {"x": x}, {"weight": stored}, {"y": (FLOAT, 2)})
             yield run_graph(graph, {"x": x}, {})["y"], x.astype(np.float64) @ values.T
 
 
@@ -201,7 +201,7 @@ def _norms() -> Iterator[Pair]:
         attributes={"epsilon": epsilon},
     )
     feeds = {"a": a, "b": b}
-    came = run_graph(graph_bytes([node], feeds, {"scale": scale}, {"y": FLOAT, "sum": FLOAT}), feeds, {})
+    came = run_graph(graph_bytes([node], feeds, {"scale": scale}, {"y": (FLOAT, 3), "sum": (FLOAT, 3)}), feeds, {})
     both = a.astype(np.float64) + b
     yield came["sum"], both
     yield came["y"], _normalised(both, scale, epsilon)
@@ -260,7 +260,9 @@ def _attention_within(dtype: str, window: int) -> Iterator[Pair]:
             "seqlens_k": np.array([end - 1], np.int32),
             "total_sequence_length": np.array([end], np.int32),
         }
-        graph = graph_bytes([node], feeds, {**tables}, dict.fromkeys(node.outputs, element))
+        graph = graph_bytes(
+            [node], feeds, {**tables}, {name: (element, 3 if name == "y" else 4) for name in node.outputs}
+        )
         in_place = {"present_key": "past_key", "present_value": "past_value"}
         yield run_graph(graph, feeds, in_place)["y"][0], expected[start:end]
 
@@ -289,8 +291,9 @@ def _attended(packed: np.ndarray, tables: dict[str, np.ndarray], window: int) ->
 
 
 def _run(node: Node, feeds: dict[str, np.ndarray], constants: dict[str, Array]) -> np.ndarray:
-    """Run a graph of one node whose output is y, float32."""
-    return run_graph(graph_bytes([node], feeds, constants, {"y": FLOAT}), feeds, {})["y"]
+    """Run a graph of one node whose output is y, float32, of the first input's dimensions or one more (a Gather)."""
+    dimensions = next(iter(feeds.values())).ndim + (node.op_type == "GatherBlockQuantized")
+    return run_graph(graph_bytes([node], feeds, constants, {"y": (FLOAT, dimensions)}), feeds, {})["y"]
 
 
 KERNELS: dict[str, Kernel] = {

@@ -35,16 +35,22 @@ class Node:
 
 
 def graph_bytes(
-    nodes: Iterable[Node], inputs: Mapping[str, np.ndarray], constants: Mapping[str, Array], outputs: Mapping[str, int]
+    nodes: Iterable[Node],
+    inputs: Mapping[str, np.ndarray],
+    constants: Mapping[str, Array],
+    outputs: Mapping[str, tuple[int, int]],
 ) -> bytes:
-    """Return a model: `inputs` give names, types and shapes, `constants` their values too, `outputs` element types."""
+    """Return a model: `inputs` give names, types and shapes, `constants` their values too.
+
+    `outputs` are pairs of element type and number of dimensions, whose sizes are left open.
+    """
     graph = b"".join(_message(1, _node(node)) for node in nodes)
     graph += _text(2, "kernel")
     graph += b"".join(_message(5, _tensor(name, array)) for name, array in constants.items())
     for name, array in inputs.items():
         graph += _message(11, _value(name, _ELEMENTS[array.dtype.name], array.shape))
-    for name, element in outputs.items():
-        graph += _message(12, _value(name, element, None))
+    for name, (element, dimensions) in outputs.items():
+        graph += _message(12, _value(name, element, [None] * dimensions))
     opsets = b"".join(_message(8, _text(1, domain) + _number(2, version)) for domain, version in _OPSETS.items())
     return _number(1, _IR_VERSION) + _message(7, graph) + opsets
 
@@ -67,11 +73,9 @@ def _tensor(name: str, array: Array) -> bytes:
     return dims + _number(2, element) + _text(8, name) + _message(9, values.tobytes())
 
 
-def _value(name: str, element: int, shape: tuple[int, ...] | None) -> bytes:
-    tensor = _number(1, element)
-    if shape is not None:
-        tensor += _message(2, b"".join(_message(1, _number(1, size)) for size in shape))
-    return _text(1, name) + _message(2, _message(1, tensor))
+def _value(name: str, element: int, shape: Sequence[int | None]) -> bytes:
+    dims = b"".join(_message(1, b"" if size is None else _number(1, size)) for size in shape)
+    return _text(1, name) + _message(2, _message(1, _number(1, element) + _message(2, dims)))
 
 
 def _key(number: int, kind: int) -> bytes:

@@ -31,8 +31,8 @@ def _whole(random: Random, count: int, low: int, high: int) -> list[int]:
 def fused(lanes: int) -> Case:
     """Make x·y + c, where c = −(x·y rounded): a product that is rounded before the sum leaves 0 everywhere."""
     random = Random(_SEED)
-    x, y = ([1 + k / 4096 for k in _whole(random, lanes, 1, 2047)] for _ in range(2))
-    product = [p * q for p, q in zip(x, y, strict=True)]  # exact in float64: 25 bits
+    x, y = ([1 + k / 65536 for k in _whole(random, lanes, 1, 32767)] for _ in range(2))
+    product = [p * q for p, q in zip(x, y, strict=True)]  # exact in float64: 33 bits, of which a float32 has 24
     c = [-value for value in struct.unpack(f"<{lanes}f", _pack("f", product))]
     expected = [p + q for p, q in zip(product, c, strict=True)]
     return Case(a=_pack("f", x) + _pack("f", c), b=_pack("f", y), expected=_pack("f", expected))
@@ -70,7 +70,8 @@ def products_64(lanes: int) -> Case:
 def pairs_saturated(count: int) -> Case:
     """Make sums of two products u8·s8, kept within 16 bits: what int8 kernels do without VNNI."""
     random = Random(_SEED)
-    x, y = _whole(random, count, 0, 255), _whole(random, count, -128, 127)
+    x = [255, 255, 255, 255, *_whole(random, count - 4, 0, 255)]
+    y = [127, 127, -128, -128, *_whole(random, count - 4, -128, 127)]  # both ends are reached
     sums = [x[i] * y[i] + x[i + 1] * y[i + 1] for i in range(0, count, 2)]
     return Case(a=_pack("B", x), b=_pack("b", y), expected=_pack("h", [max(-32768, min(32767, s)) for s in sums]))
 
