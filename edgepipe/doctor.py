@@ -181,10 +181,14 @@ def _instruction_problems(found: Json) -> list[str]:
 
 
 def _kernel_problems(target: Target, found: Json) -> list[str]:
+    """Name what fails, and how; what fails alike, as all do where a package is missing, in one sentence."""
+    alike: dict[str, list[str]] = {}
+    for row in found["kernels"]:
+        if row["state"] != WORKS and target.name in row["needed_by"]:
+            alike.setdefault(row["detail"], []).append(row["name"])
     return [
-        f"onnxruntime's {row['name']}: {row['detail']}"
-        for row in found["kernels"]
-        if row["state"] != WORKS and target.name in row["needed_by"]
+        f"onnxruntime's {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {detail}"
+        for detail, names in alike.items()
     ]
 
 

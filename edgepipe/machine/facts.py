@@ -60,7 +60,7 @@ def sysctl_is_set(name: str) -> bool:
 
 def is_virtual() -> str | None:
     """Return who runs this virtual machine ("yes" if unnamed), "no sign of it", or None where nothing tells."""
-    vendor = " ".join(_read(Path("/sys/class/dmi/id") / name) for name in ("sys_vendor", "product_name")).lower()
+    vendor = " ".join(read_text(Path("/sys/class/dmi/id") / name) for name in ("sys_vendor", "product_name")).lower()
     named = next((name for name in _HYPERVISORS if name in vendor), None)
     flags = reported_flags()
     if flags is not None and platform.machine() == "x86_64":  # the CPU itself says so
@@ -83,7 +83,7 @@ def _physical_cores() -> int | None:
     siblings = {
         text
         for path in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/topology/thread_siblings_list")
-        if (text := _read(path))
+        if (text := read_text(path))
     }
     if siblings:
         return len(siblings)
@@ -102,7 +102,7 @@ def _cpu_quota() -> float | None:
 
 def describe_memory() -> Json:
     """Return bytes of memory in all, available, and what a control group still allows (None: no limit)."""
-    lines = (line.split() for line in _read(_PROC / "meminfo").splitlines())
+    lines = (line.split() for line in read_text(_PROC / "meminfo").splitlines())
     told = {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if len(words) > 1}
     total = told.get("MemTotal")
     if total is None and (text := _sysctl("hw.memsize")).isdigit():
@@ -141,18 +141,18 @@ def describe_folder(path: Path) -> Json:
 
 def _cpuinfo(key: str) -> list[str]:
     """Return the values of one key of /proc/cpuinfo, a core each."""
-    lines = (line.partition(":") for line in _read(_PROC / "cpuinfo").splitlines())
+    lines = (line.partition(":") for line in read_text(_PROC / "cpuinfo").splitlines())
     return [value.strip() for name, _, value in lines if name.strip() == key]
 
 
 def _cgroup(controller: str, file: str) -> str:
     """Return a file of the control group this process is in, of version 2 or 1; empty where there is none."""
-    return next((text for folder in _cgroup_folders(controller) if (text := _read(folder / file))), "")
+    return next((text for folder in _cgroup_folders(controller) if (text := read_text(folder / file))), "")
 
 
 def _cgroup_folders(controller: str) -> Iterable[Path]:
     """Yield where the group may lie: inside a container its own folder is the root of what can be seen."""
-    for line in _read(_PROC / "self" / "cgroup").splitlines():
+    for line in read_text(_PROC / "self" / "cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers:
             yield _CGROUPS / path.lstrip("/")
@@ -162,8 +162,8 @@ def _cgroup_folders(controller: str) -> Iterable[Path]:
             yield _CGROUPS / controller
 
 
-def _read(path: Path) -> str:
-    """Return a small file of the system, stripped; empty where it isn't or can't be read."""
+def read_text(path: Path) -> str:
+    """Return a small text file of the system, stripped; empty where it isn't or can't be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:

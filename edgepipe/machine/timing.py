@@ -13,6 +13,8 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import TYPE_CHECKING
 
+from edgepipe.machine.facts import read_text
+
 if TYPE_CHECKING:
     from edgepipe.artifacts import Json
 
@@ -35,7 +37,7 @@ def describe_timing() -> Json:
         "clock_step_s": _smallest_step(),
         "peak_memory_readable": _peak_memory_readable(),
         "load": load,
-        "governor": _read(_GOVERNOR) or None,  # None: hidden, as in most virtual machines
+        "governor": read_text(_GOVERNOR) or None,  # None: hidden, as in most virtual machines
         "stolen_share": _share_stolen(stolen, _stolen_ticks()),
         "loop_ms": round(1e3 * median(samples), 3),
         "spread_ratio": round(spread(samples), 4),
@@ -82,12 +84,12 @@ def _smallest_step() -> float:
 
 def _peak_memory_readable() -> bool:
     """Say whether the peak of a process can be read: VmHWM on Linux, getrusage on other Unix systems."""
-    return "VmHWM:" in _read(Path("/proc/self/status")) or sys.platform == "darwin"
+    return "VmHWM:" in read_text(Path("/proc/self/status")) or sys.platform == "darwin"
 
 
 def _stolen_ticks() -> tuple[int, int] | None:
     """Return (ticks that the host took from this virtual machine, all ticks) so far."""
-    words = _read(Path("/proc/stat")).partition("\n")[0].split()[1:]
+    words = read_text(Path("/proc/stat")).partition("\n")[0].split()[1:]
     ticks = [int(word) for word in words if word.isdigit()]
     return (ticks[7], sum(ticks[:8])) if len(ticks) >= 8 else None
 
@@ -96,10 +98,3 @@ def _share_stolen(before: tuple[int, int] | None, after: tuple[int, int] | None)
     if before is None or after is None or after[1] == before[1]:
         return None
     return round((after[0] - before[0]) / (after[1] - before[1]), 4)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""
