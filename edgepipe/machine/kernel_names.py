@@ -23,6 +23,7 @@ NEEDED_AT: dict[str, frozenset[int]] = {
     "SkipSimplifiedLayerNormalization": _ALL,
     "QuickGelu": _ALL,
     "GroupQueryAttention, float32 cache": _ALL,
+    "GroupQueryAttention, float32 cache, not flash": _NONE,  # only where the environment asks for it
     "GroupQueryAttention, float16 cache": _ALL,
 }
 KERNEL_NAMES = tuple(NEEDED_AT)

@@ -5,11 +5,12 @@
 The lowering (`edgepipe/engines/onnxruntime/`) uses these operators and no others of com.microsoft. Sizes are small but
 ragged, and cover one row and several, every group size, and blocks wide enough for the vector paths. int8 activations
 are chosen on the grid that the kernel rounds to, so that its result must be the reference's and not only near it. Which
-of its implementations onnxruntime takes can be neither seen nor chosen from outside; it goes by what the CPU reports.
+instructions onnxruntime takes can be neither seen nor chosen from outside; it goes by what the CPU reports.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -222,6 +223,7 @@ def _quick_gelu() -> Iterator[Pair]:
 # ---------------------------------------------------------------------------------------------------------------------
 # attention
 
+_NO_FLASH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 _HEADS, _KV_HEADS, _HEAD_DIM, _CONTEXT = 4, 2, 16, 24
 
 
@@ -229,6 +231,19 @@ def _attention(dtype: str) -> Iterator[Pair]:
     """Run a prompt of 7 tokens and a step behind it, over one cache that is written in place; then with a window."""
     for window in (-1, 3):
         yield from _attention_within(dtype, window)
+
+
+def _attention_without_flash() -> Iterator[Pair]:
+    """Do the same with onnxruntime's other implementation, which an environment variable of its own asks for."""
+    before = os.environ.get(_NO_FLASH)
+    os.environ[_NO_FLASH] = "1"  # read when a session is made
+    try:
+        yield from _attention("float32")
+    finally:
+        if before is None:
+            del os.environ[_NO_FLASH]
+        else:
+            os.environ[_NO_FLASH] = before
 
 
 def _attention_within(dtype: str, window: int) -> Iterator[Pair]:
@@ -311,6 +326,7 @@ KERNELS: dict[str, Kernel] = {
     "SkipSimplifiedLayerNormalization": Kernel(cases=_norms),
     "QuickGelu": Kernel(cases=_quick_gelu),
     "GroupQueryAttention, float32 cache": Kernel(cases=lambda: _attention("float32")),
+    "GroupQueryAttention, float32 cache, not flash": Kernel(cases=_attention_without_flash),
     "GroupQueryAttention, float16 cache": Kernel(cases=lambda: _attention("float16"), tolerance=_CLOSE_HALF),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,16 @@ def test_one_wrong_element_is_noticed(name: str) -> None:
 
         state, detail = check_kernel(dataclasses.replace(kernel, cases=damaged))
         assert state == WRONG and "expected" in detail
+
+
+def test_the_other_attention_is_another_implementation() -> None:
+    """The environment variable is heard: results differ in their last bits from those of flash attention."""
+    flash, other = (
+        [came for came, _ in KERNELS[name].cases()]
+        for name in ("GroupQueryAttention, float32 cache", "GroupQueryAttention, float32 cache, not flash")
+    )
+    assert any((a != b).any() for a, b in zip(flash, other, strict=True))
+    assert kernels._NO_FLASH not in os.environ
 
 
 def test_another_shape_is_wrong() -> None:
