@@ -244,6 +244,21 @@ def verify_command(bundle: Path) -> None:
             _fail(f"{check['name']}: {check['problem']}", 1)
 
 
+@main.command("doctor")
+@click.option("--target", help="Name in `edgepipe targets`, or a TOML file.  [default: all of them]")
+def doctor_command(target: str | None) -> None:
+    """Say what this machine can build, run and measure; what may crash is tried in child processes."""
+    from edgepipe.doctor import examine
+    from edgepipe.report.findings import finding_lines
+
+    found = examine(target)
+    for line in finding_lines(found):
+        _say(line)
+    _print_json(found)
+    if not found["ok"]:
+        _fail(found["problem"], 1)
+
+
 @main.command("targets")
 def targets_command() -> None:
     """List the machines a model can be made for."""

@@ -157,7 +157,7 @@ def test_make_targets_that_are_named_exist(page: str) -> None:
 
 def test_there_are_commands_to_check() -> None:
     verbs = {words[0] for _, words in commands()}
-    assert verbs == {"compress", "run", "inspect", "measure", "verify", "targets", "stages", "models"}
+    assert verbs == {"compress", "run", "inspect", "measure", "verify", "doctor", "targets", "stages", "models"}
 
 
 @pytest.mark.parametrize(("place", "words"), commands(), ids=ids(commands()))

@@ -23,12 +23,13 @@ FLOORS = (
     {"numerics"},
     {"weights", "target", "calibration", "sbom"},
     {"store", "sources", "graph", "students", "training", "engines", "runtime"},
+    {"machine"},
     {"bundle", "measuring", "report"},
     {"stages"},
     {"recipe"},
     {"pipeline"},
     {"search"},
-    {"compress", "inspect", "measure", "stage_help", "verify"},  # one library function behind each verb
+    {"compress", "doctor", "inspect", "measure", "stage_help", "verify"},  # one library function behind each verb
     {"cli", "__main__"},
 )
 RUNTIME_MAY = {"edgepipe", "jinja2", "numpy", "onnxruntime", "tokenizers", "tvm", *sys.stdlib_module_names}

@@ -240,3 +240,30 @@ def _compare_ends(session: ort.InferenceSession, inputs: _Ends, outputs: _Ends) 
 def _spoken(tensor: str, shape: tuple[int | None, ...]) -> str:
     """Return a type and shape for a message; a free dimension is an asterisk."""
     return f"{tensor} [{', '.join('*' if size is None else str(size) for size in shape)}]"
+
+
+def run_graph(graph: bytes, feeds: Mapping[str, np.ndarray], in_place: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """Run a small graph once and return its outputs by name.
+
+    `in_place` names, for outputs that are written over an input, that input: its array in `feeds` is changed. Raises
+    TargetError when onnxruntime can't load or run the graph.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.enable_cpu_mem_arena = False
+    try:
+        session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        binding = session.io_binding()
+        values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+        names = [end.name for end in session.get_outputs()]
+        for name in names:
+            if name in in_place:
+                binding.bind_ortvalue_output(name, values[in_place[name]])
+            else:
+                binding.bind_output(name, "cpu")
+        session.run_with_iobinding(binding)
+        return dict(zip(names, (value.numpy() for value in binding.get_outputs()), strict=True))
+    except Exception as error:  # onnxruntime raises a dozen unrelated classes
+        raise TargetError(f"onnxruntime could not run the graph: {str(error).splitlines()[0]}") from error

@@ -89,6 +89,19 @@ def test_a_bundle_can_be_measured_there(base_python: Path, default_made: Made) -
     assert "tokens/s" in done.stderr
 
 
+def test_the_doctor_runs_there(base_python: Path) -> None:
+    """Without the extra nothing can be built, which is a line with a command and no failure."""
+    command = [base_python.parent / "edgepipe", "doctor"]
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    done = subprocess.run(command, cwd=base_python.parent, env=env, capture_output=True, text=True, check=True)
+    told = json.loads(done.stdout.strip().splitlines()[-1])
+    (cpu,) = told["targets"]
+    assert cpu["run"]["ok"] and cpu["measure"]["ok"] and not cpu["build"]["ok"]
+    (problem,) = cpu["build"]["problems"]
+    assert "torch is missing" in problem and 'pip install "' in problem
+    assert {row["state"] for row in told["packages"] if row["extra"] == "base"} == {"works"}
+
+
 def test_it_loads_within_a_second(found: list[dict[str, Any]]) -> None:
     """Imports included; the quickest of three, since the machine may be busy with something else."""
     assert min(one["load_s"] for one in found) < 1, [one["load_s"] for one in found]
