@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -121,3 +124,43 @@ def product_by_group_sums(x: np.ndarray, tensor: QuantizedTensor) -> np.ndarray:
                     group_sum += float(x[n, i])
                 y[n, row] += group_sum * (minimum + middle * scale)
     return y
+
+
+def windows_naively(ids: list[int], window: int, stride: int) -> list[tuple[list[int], int]]:
+    """Cut a text as docs/evaluate.md says: window after window, each scoring what none before it scored."""
+    found = []
+    scored: set[int] = set()
+    start = 0
+    while True:
+        places = range(start, min(start + window, len(ids)))
+        new = [place for place in places if place > start and place not in scored]
+        if new:
+            found.append(([ids[place] for place in places], new[0] - start))
+        scored |= {*places}
+        if start + window >= len(ids):
+            return found
+        start += stride or window
+
+
+def divergence_naively(
+    ours: Callable[[tuple[int, ...]], np.ndarray],
+    theirs: Callable[[tuple[int, ...]], np.ndarray],
+    windows: Sequence[Any],
+) -> tuple[list[float], list[bool], float, float]:
+    """Return KL in nats and agreement of every scored token, and both sums of negative log-likelihoods."""
+    kl, agreed, our_loss, their_loss = [], [], 0.0, 0.0
+    for window in windows:
+        q_rows, p_rows = (_softmax(logits(window.ids)) for logits in (ours, theirs))
+        for place in range(window.first, len(window.ids)):
+            q, p = q_rows[place - 1], p_rows[place - 1]
+            kl.append(sum(float(b) * (math.log(b) - math.log(a)) for a, b in zip(q, p, strict=True) if b > 0))
+            agreed.append(max(range(len(q)), key=q.__getitem__) == max(range(len(p)), key=p.__getitem__))
+            our_loss -= math.log(q[window.ids[place]])
+            their_loss -= math.log(p[window.ids[place]])
+    return kl, agreed, our_loss, their_loss
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    weights = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+    total: np.ndarray = weights / weights.sum(axis=-1, keepdims=True)
+    return total
