@@ -10,16 +10,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from edgepipe.errors import StageError
 from edgepipe.runtime.sampling import log_softmax
-from edgepipe.runtime.text_generation import Model
 
 WINDOW_TOKENS = 512
 
 Tick = Callable[[int, int], None]  # windows done, windows in all
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """Say what a bundle offers that predicts the next token of a text."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text."""
+
+    def token_logprobs(self, prompt: Sequence[int]) -> np.ndarray:
+        """Return log p of every token but the first, given those before it."""
+
+    def logit_chunks(self, prompt: Sequence[int]) -> Iterator[np.ndarray]:
+        """Yield the logits [tokens, vocab] of all positions, some at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +59,7 @@ def cut_windows(ids: Sequence[int], window: int, stride: int = 0) -> list[Window
     return windows
 
 
-def score_windows(model: Model, windows: Sequence[Window], tick: Tick | None = None) -> np.ndarray:
+def score_windows(model: Scorer, windows: Sequence[Window], tick: Tick | None = None) -> np.ndarray:
     """Return [windows, 2] float64: the negative log-likelihood of each window's scored tokens, and their number."""
     rows = np.empty((len(windows), 2))
     for number, window in enumerate(windows):
@@ -70,7 +84,9 @@ class Divergence:
     per_token: np.ndarray  # [tokens] float64, KL in nats
 
 
-def compare_windows(model: Model, reference: Model, windows: Sequence[Window], tick: Tick | None = None) -> Divergence:
+def compare_windows(
+    model: Scorer, reference: Scorer, windows: Sequence[Window], tick: Tick | None = None
+) -> Divergence:
     """Run windows through both models; compare p(next token) wherever a scored token is predicted.
 
     KL is Σ p_reference · (log p_reference − log p_model), natural log. Agreement: both find the same token most
@@ -91,12 +107,12 @@ def compare_windows(model: Model, reference: Model, windows: Sequence[Window], t
             per_token.append(kl)
     found = np.concatenate(per_token)
     if not np.isfinite(found).all():
-        raise StageError(f"the logits of {model.name} or {reference.name} are no finite numbers: build it again")
+        raise StageError("the logits of one of the bundles are no finite numbers: build it again")
     return Divergence(rows=rows, per_token=found)
 
 
 def _distributions(
-    model: Model, reference: Model, window: Window
+    model: Scorer, reference: Scorer, window: Window
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yield, a few positions at a time: scored tokens [P], and log p [P, vocab] of the model and of the reference."""
     start = 0
