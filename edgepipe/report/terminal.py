@@ -66,14 +66,15 @@ def evaluated_table(found: Json) -> str:
         if isinstance(detail, dict) and "interval" in detail:
             rows.append(_estimate_row(title, detail))
         elif isinstance(detail, int | float):
-            rows.append([title, f"{detail:,}" if isinstance(detail, int) else f"{detail:.4f}", ""])
+            rows.append([title, f"{detail:,}" if isinstance(detail, int) else f"{detail:,.5g}", ""])
     said = [f"{name}: {detail}" for name, detail in found["details"].items() if isinstance(detail, str)]
     return "\n".join([table(["", "value", "95 % interval"], rows), *said])
 
 
 def _estimate_row(title: str, found: Json) -> list[str]:
     interval = found["interval"]
-    return [title, f"{found['value']:.4f}", _MISSING if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"]
+    between = _MISSING if interval is None else f"{interval[0]:,.5g} to {interval[1]:,.5g}"
+    return [title, f"{found['value']:,.5g}", between]
 
 
 def _row(title: str, before: Json | None, after: Json, key: str, factor: float, digits: int) -> list[str]:
