@@ -60,7 +60,7 @@ def evaluate_bundle(
         "better": metric.better,
         **_summary(scored, against, options),
         "seconds": round(time.perf_counter() - started, 3),
-        "settings": _settings(options),
+        "settings": _settings(options, opened.suffix),
         "data": {"name": opened.name, "sha256": opened.sha256, "bytes": len(opened.content)},
         "bundle": _came_from(bundle),
         "versions": _versions(metric.name),
@@ -312,9 +312,11 @@ def _verdict(interval: list[float] | None, better: str) -> str | None:
     return "better" if (interval[0] > 0) == (better == "higher") else "worse"
 
 
-def _settings(options: Evaluation) -> Json:
-    """Return the options that the metric reads."""
-    chosen = {name: getattr(options, name) for name in sorted(options.described.options)}
+def _settings(options: Evaluation, suffix: str) -> Json:
+    """Return the options that the metric reads, with the columns that were read."""
+    chosen: Json = {name: getattr(options, name) for name in sorted(options.described.options)}
+    if "columns" in chosen:
+        chosen["columns"] = dict(options.places(suffix).places)
     return {**chosen, "threads": options.threads, "seed": options.seed}
 
 

@@ -224,6 +224,7 @@ def test_a_limit_draws_with_the_seed(tiny_bundle: Path, answered: Path) -> None:
     assert len(drawn) > 1
     found = run(tiny_bundle, answered, metric="exact", limit=3, max_new_tokens=1)
     assert (found["count"], found["settings"]["limit"], found["settings"]["seed"]) == (3, 3, 0)
+    assert found["settings"]["columns"] == {"input": "input", "reference": "reference"}
 
 
 def test_chat_without_a_template_is_refused(tiny_bundle: Path, answered: Path, tmp_path: Path) -> None:
