@@ -18,10 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.stored import ROOT, markdown_table, provenance, read_result, replace_section, write_result
 from edgepipe.artifacts import CompiledModel, TorchModel
+from edgepipe.measuring.quality import WINDOW_TOKENS, cut_windows, perplexity, score_windows
 from edgepipe.pipeline import run
 from edgepipe.recipe import resolve
 from edgepipe.report.progress import Progress
@@ -32,7 +31,6 @@ from edgepipe.store import file_sha256
 NAME = "quality"
 PAGE = ROOT / "docs" / "quantize.md"
 MODEL = "smollm2-135m"
-WINDOW_TOKENS = 512
 HEADER = ("layers", "embedding", "bits/weight", "MB of weights", "perplexity", "against float32")
 
 
@@ -108,18 +106,17 @@ def score(source: TorchModel, variant: Variant, text: str, windows: int) -> dict
     bundle = build(source, variant)
     model = load(bundle.path, callers=1)
     ids = model.encode(text)[: windows * WINDOW_TOKENS]
-    scores = [model.token_logprobs(ids[i : i + WINDOW_TOKENS]) for i in range(0, len(ids), WINDOW_TOKENS)]
+    scored = score_windows(model, cut_windows(ids, WINDOW_TOKENS))
     del model
     gc.collect()
-    logprobs = np.concatenate(scores)
     weights = bundle.manifest["weights"]
     row = {
         "layers": variant.layers,
         "embedding": variant.embedding,
         "options": variant.options,
-        "perplexity": float(np.exp(-logprobs.mean())),
-        "tokens": int(logprobs.size),
-        "window_logprobs": [float(one.sum()) for one in scores],
+        "perplexity": perplexity(scored),
+        "tokens": int(scored[:, 1].sum()),
+        "window_logprobs": (-scored[:, 0]).tolist(),
         "weight_bytes": weights["bytes"],
         "bits_per_weight": weights["bits_per_weight"],
     }

@@ -228,6 +228,73 @@ def measure_command(bundle: Path, against: Path | None, text: str, tokens: int, 
     _print_json(figures)
 
 
+@main.command("eval")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--data", required=True, help="A text, .tsv, .csv or .jsonl file, or the name of a shipped text.")
+@click.option("--metric", required=True, help="perplexity, kl-to-float, spearman, accuracy, bleu, rouge or exact.")
+@click.option("--against", type=click.Path(path_type=Path), help="Another bundle on the same examples.")
+@click.option("--tokens", default=0, help="Tokens of a text scored at most.  [default: all]")
+@click.option("--window", default=512, show_default=True, help="Tokens of a window, or the context if that is less.")
+@click.option("--stride", default=0, help="Tokens from window to window.  [default: the window]")
+@click.option("--limit", default=0, help="Examples drawn from the file with the seed.  [default: all]")
+@click.option("--columns", default="", metavar="PART=COLUMN,…", help="Where an example's parts stand.")
+@click.option("--header/--no-header", default=None, help="Whether the first line names columns.  [default: look]")
+@click.option("--prompt", default="{text}", show_default=True, help="What a text model is asked.")
+@click.option("--labels", default="", metavar="LABEL=WORDS,…", help="What each label of the file stands for.")
+@click.option("--chat", is_flag=True, help="Ask through the chat template.")
+@click.option("--max-new-tokens", default=64, show_default=True, help="Tokens of an answer at most.")
+@click.option("--stop", multiple=True, help="End an answer before this text.")
+@click.option("--batch", default=8, show_default=True, help="Examples that run together.")
+@click.option("--threads", default=0, help="Threads of the engine.  [default: one per physical core]")
+@click.option("--seed", default=0, show_default=True, help="Seed of the intervals and of --limit.")
+def eval_command(
+    bundle: Path,
+    data: str,
+    metric: str,
+    against: Path | None,
+    tokens: int,
+    window: int,
+    stride: int,
+    limit: int,
+    columns: str,
+    header: bool | None,
+    prompt: str,
+    labels: str,
+    chat: bool,
+    max_new_tokens: int,
+    stop: tuple[str, ...],
+    batch: int,
+    threads: int,
+    seed: int,
+) -> None:
+    """Score BUNDLE on a file by one metric, with its 95 % interval, through the runtime that ships."""
+    from edgepipe.evaluate import evaluate
+    from edgepipe.measuring.metrics import Evaluation
+    from edgepipe.report.progress import Progress
+    from edgepipe.report.terminal import evaluated_table
+
+    options = Evaluation(
+        metric=metric,
+        tokens=tokens,
+        window=window,
+        stride=stride,
+        limit=limit,
+        columns=columns,
+        header=header,
+        prompt=prompt,
+        labels=labels,
+        chat=chat,
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+        batch=batch,
+        threads=threads,
+        seed=seed,
+    )
+    found = evaluate(bundle, data, options, listener=Progress(), against=against)
+    _say(f"\n{evaluated_table(found)}\n")
+    _print_json(found)
+
+
 @main.command("verify")
 @click.argument("bundle", type=click.Path(path_type=Path))
 def verify_command(bundle: Path) -> None:

@@ -49,6 +49,12 @@ def exact_bundle(tiny_model_dir: Path, build_tiny: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def float_bundle(tiny_model_dir: Path, build_tiny: Callable[..., Path]) -> Path:
+    """Make a bundle of the tiny model with 16-bit weights: what others are compared with."""
+    return build_tiny(tiny_model_dir, ("quantize", "bits", 16), ("quantize", "embedding_bits", 16))
+
+
+@pytest.fixture(scope="session")
 def tiny_text() -> str:
     """Return the text the tiny tokenizer was trained on."""
     return TINY_TEXT

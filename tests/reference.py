@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -121,3 +124,95 @@ def product_by_group_sums(x: np.ndarray, tensor: QuantizedTensor) -> np.ndarray:
                     group_sum += float(x[n, i])
                 y[n, row] += group_sum * (minimum + middle * scale)
     return y
+
+
+def windows_naively(ids: list[int], window: int, stride: int) -> list[tuple[list[int], int]]:
+    """Cut a text as docs/evaluate.md says: window after window, each scoring what none before it scored."""
+    found = []
+    scored: set[int] = set()
+    start = 0
+    while True:
+        places = range(start, min(start + window, len(ids)))
+        new = [place for place in places if place > start and place not in scored]
+        if new:
+            found.append(([ids[place] for place in places], new[0] - start))
+        scored |= {*places}
+        if start + window >= len(ids):
+            return found
+        start += stride or window
+
+
+def divergence_naively(
+    ours: Callable[[tuple[int, ...]], np.ndarray],
+    theirs: Callable[[tuple[int, ...]], np.ndarray],
+    windows: Sequence[Any],
+) -> tuple[list[float], list[bool], float, float]:
+    """Return KL in nats and agreement of every scored token, and both sums of negative log-likelihoods."""
+    kl, agreed, our_loss, their_loss = [], [], 0.0, 0.0
+    for window in windows:
+        q_rows, p_rows = (_softmax(logits(window.ids)) for logits in (ours, theirs))
+        for place in range(window.first, len(window.ids)):
+            q, p = q_rows[place - 1], p_rows[place - 1]
+            kl.append(sum(float(b) * (math.log(b) - math.log(a)) for a, b in zip(q, p, strict=True) if b > 0))
+            agreed.append(max(range(len(q)), key=q.__getitem__) == max(range(len(p)), key=p.__getitem__))
+            our_loss -= math.log(q[window.ids[place]])
+            their_loss -= math.log(p[window.ids[place]])
+    return kl, agreed, our_loss, their_loss
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    weights = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+    total: np.ndarray = weights / weights.sum(axis=-1, keepdims=True)
+    return total
+
+
+def spearman_naively(first: Sequence[float], second: Sequence[float]) -> float:
+    """Return Pearson's correlation of ranks, where a rank is one more than how many are below, ties sharing alike."""
+
+    def rank(values: Sequence[float]) -> list[float]:
+        return [sum(v < x for v in values) + (1 + sum(v == x for v in values)) / 2 for x in values]
+
+    a, b = rank(first), rank(second)
+    mean_a, mean_b = sum(a) / len(a), sum(b) / len(b)
+    covariance = sum((x - mean_a) * (y - mean_b) for x, y in zip(a, b, strict=True))
+    return covariance / math.sqrt(sum((x - mean_a) ** 2 for x in a) * sum((y - mean_b) ** 2 for y in b))
+
+
+def bleu_naively(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Return corpus BLEU-4, 0 to 100, of texts whose words are parted by spaces; smoothed as mteval-v13a does."""
+
+    def grams(words: list[str], order: int) -> list[tuple[str, ...]]:
+        return [tuple(words[i : i + order]) for i in range(len(words) - order + 1)]
+
+    length = wanted_length = 0
+    for answer, wanted in zip(answers, references, strict=True):
+        length += len(answer.split())
+        sizes = [len(one.split()) for one in wanted]
+        wanted_length += min(sizes, key=lambda size: (abs(size - len(answer.split())), size))
+    product, halving = 1.0, 1.0
+    for order in range(1, 5):
+        right = total = 0
+        for answer, wanted in zip(answers, references, strict=True):
+            found = grams(answer.split(), order)
+            total += len(found)
+            for gram in set(found):
+                right += min(found.count(gram), max(grams(one.split(), order).count(gram) for one in wanted))
+        if right == 0:
+            halving /= 2
+        product *= (right or halving) / total
+    return 100 * min(1.0, math.exp(1 - wanted_length / length)) * product**0.25
+
+
+def rouge_l_naively(answer: str, reference: str) -> float:
+    """Return F1 of the longest common subsequence of words, by trying whether each word is in it or not."""
+
+    def longest(a: tuple[str, ...], b: tuple[str, ...]) -> int:
+        if not a or not b:
+            return 0
+        if a[0] == b[0]:
+            return 1 + longest(a[1:], b[1:])
+        return max(longest(a[1:], b), longest(a, b[1:]))
+
+    a, b = tuple(answer.split()), tuple(reference.split())
+    shared = longest(a, b)
+    return 2 * shared / (len(a) + len(b))

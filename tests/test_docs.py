@@ -157,7 +157,7 @@ def test_make_targets_that_are_named_exist(page: str) -> None:
 
 def test_there_are_commands_to_check() -> None:
     verbs = {words[0] for _, words in commands()}
-    assert verbs == {"compress", "run", "inspect", "measure", "verify", "doctor", "targets", "stages", "models"}
+    assert verbs == {"compress", "run", "inspect", "measure", "eval", "verify", "doctor", "targets", "stages", "models"}
 
 
 @pytest.mark.parametrize(("place", "words"), commands(), ids=ids(commands()))
@@ -168,12 +168,14 @@ def test_commands_work(
     monkeypatch.chdir(tmp_path)
     for number, recipe in enumerate(recipes()):
         Path("recipe.toml" if number == 0 else f"recipe{number}.toml").write_text(recipe.text, encoding="utf-8")
+    Path("reviews.tsv").write_text("sentence\tlabel\nA river\t1\nA mill\t0\n", encoding="utf-8")
+    Path("questions.csv").write_text("mr,ref\nname[A],A river.\nname[B],A mill.\n", encoding="utf-8")
     words = [*words]
     if words[0] == "compress":
         words.append("--dry-run")
-    elif words[0] in ("run", "inspect", "measure", "verify"):
+    elif words[0] in ("run", "inspect", "measure", "eval", "verify"):
         words = [str(tiny_bundle) if word in (words[1], "other") else word for word in words]
-    if words[0] == "run":
+    if words[0] == "run" or "--max-new-tokens" in words:
         words += ["--max-new-tokens", "4"]
     if words[0] == "measure":
         words += ["--blocks", "1", "--tokens", "64"]
@@ -228,7 +230,7 @@ def test_flags_that_are_named_exist(page: str) -> None:
     """A --flag in a page belongs to a command of edgepipe, to a benchmark, or to pip."""
     known = {"--help", "--version", "--constraint"}
     for command in main.commands.values():
-        known |= {flag for parameter in command.params for flag in parameter.opts}
+        known |= {flag for parameter in command.params for flag in parameter.opts + parameter.secondary_opts}
     for script in (ROOT / "benchmarks").glob("*.py"):
         known |= set(re.findall(r'"(--[a-z-]+)"', script.read_text(encoding="utf-8")))
     text = re.sub(r"<!--.*?-->", "", read(page))

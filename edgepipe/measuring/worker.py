@@ -22,7 +22,6 @@ from edgepipe.measuring.parent import end_with_parent
 
 PROMPT_TOKENS = 128
 NEW_TOKENS = 64
-WINDOW_TOKENS = 512
 _WARM_UP_TOKENS = 4
 
 
@@ -90,14 +89,14 @@ def measure_speed(bundle: Path, text: str, threads: int | None, rounds: int) -> 
 
 def measure_perplexity(bundle: Path, text: str, threads: int | None, tokens: int) -> dict[str, Any]:
     """Return the perplexity of a text through the bundle's runtime, with the tokens it was counted over."""
+    from edgepipe.measuring.quality import WINDOW_TOKENS, cut_windows, perplexity, score_windows
     from edgepipe.runtime import load
 
     model = load(bundle, threads=threads, callers=1)
     ids = model.encode(text)[: tokens or None]
     window = min(WINDOW_TOKENS, model.context)
-    scores = [model.token_logprobs(ids[i : i + window]) for i in range(0, len(ids), window) if i + 1 < len(ids)]
-    logprobs = np.concatenate(scores)
-    return {"perplexity": float(np.exp(-logprobs.mean())), "tokens": int(logprobs.size), "window_tokens": window}
+    rows = score_windows(model, cut_windows(ids, window))
+    return {"perplexity": perplexity(rows), "tokens": int(rows[:, 1].sum()), "window_tokens": window}
 
 
 def _prompts(tokenizer: Any, text: str, tokens: int, count: int) -> list[str]:

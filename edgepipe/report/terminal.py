@@ -53,6 +53,30 @@ def measured_rows(figures: Json) -> list[list[str]]:
     ]
 
 
+def evaluated_table(found: Json) -> str:
+    """Lay out what `edgepipe eval` found: a figure a row, with its 95 % interval."""
+    other, metric = found["against"], found["metric"]
+    rows = [_estimate_row(f"{metric}, {found['count']} {found['over']}", found)]
+    if other is not None and "value" in other:
+        rows.append(_estimate_row("the other bundle", other))
+        verdict = other["difference"]["verdict"]
+        rows.append(_estimate_row("difference" + (f": {verdict}" if verdict else ""), other["difference"]))
+    for name, detail in found["details"].items():
+        title = name.replace("_", " ")
+        if isinstance(detail, dict) and "interval" in detail:
+            rows.append(_estimate_row(title, detail))
+        elif isinstance(detail, int | float):
+            rows.append([title, f"{detail:,}" if isinstance(detail, int) else f"{detail:,.5g}", ""])
+    said = [f"{name}: {detail}" for name, detail in found["details"].items() if isinstance(detail, str)]
+    return "\n".join([table(["", "value", "95 % interval"], rows), *said])
+
+
+def _estimate_row(title: str, found: Json) -> list[str]:
+    interval = found["interval"]
+    between = _MISSING if interval is None else f"{interval[0]:,.5g} to {interval[1]:,.5g}"
+    return [title, f"{found['value']:,.5g}", between]
+
+
 def _row(title: str, before: Json | None, after: Json, key: str, factor: float, digits: int) -> list[str]:
     new = after[key] * factor
     if before is None:

@@ -273,6 +273,13 @@ class Model:
         with self._pool.lend(ids, reuse=False) as (slot, _):
             return self._extend(slot, ids)[None].copy()
 
+    def logit_chunks(self, prompt: str | Sequence[int]) -> Iterator[np.ndarray]:
+        """Yield what `logits` returns, in order, [64, vocab] float32 at a time and the rest: memory stays small.
+
+        Holds one of the model's caches until it ends, is closed or is collected. Raises ConfigError as `logits` does.
+        """
+        return self._logit_chunks(self._scored_ids(prompt))
+
     def token_logprobs(self, prompt: str | Sequence[int]) -> np.ndarray:
         """Return log p(token | tokens before it), natural log, float64 [tokens − 1], from the second token on.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgepipe.measuring import worker
+from edgepipe.measuring import quality, worker
 from edgepipe.runtime import load
 from edgepipe.runtime.tokenizer import Tokenizer
 
@@ -61,8 +61,8 @@ def test_a_cap_of_nothing_scores_the_whole_text(tiny_bundle: Path, tiny_text: st
 
 def test_windows_end_at_512_tokens(tiny_bundle: Path, tiny_text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a context beyond it, the window is the constant's."""
-    assert worker.WINDOW_TOKENS == 512
-    monkeypatch.setattr(worker, "WINDOW_TOKENS", 50)
+    assert quality.WINDOW_TOKENS == 512
+    monkeypatch.setattr(quality, "WINDOW_TOKENS", 50)
     found = worker.measure_perplexity(tiny_bundle, tiny_text, 1, 120)
     ids = load(tiny_bundle).encode(tiny_text)[:120]
     expected, count = naive_perplexity(tiny_bundle, ids, 50)

@@ -102,6 +102,17 @@ def test_the_doctor_runs_there(base_python: Path) -> None:
     assert {row["state"] for row in told["packages"] if row["extra"] == "base"} == {"works"}
 
 
+def test_a_bundle_can_be_evaluated_there(base_python: Path, default_made: Made) -> None:
+    """Perplexity needs no extra; BLEU names the one it needs."""
+    words = [base_python.parent / "edgepipe", "eval", default_made.bundle, "--data", "prose-eval", "--metric"]
+    done = subprocess.run(
+        [*words, "perplexity", "--tokens", "512"], cwd=base_python.parent, capture_output=True, text=True
+    )
+    assert json.loads(done.stdout)["details"]["tokens"] == 511, done.stderr
+    done = subprocess.run([*words, "bleu"], cwd=base_python.parent, capture_output=True, text=True)
+    assert done.returncode == 1 and "pip install 'edgepipe[eval]'" in done.stderr
+
+
 def test_it_loads_within_a_second(found: list[dict[str, Any]]) -> None:
     """Imports included; the quickest of three, since the machine may be busy with something else."""
     assert min(one["load_s"] for one in found) < 1, [one["load_s"] for one in found]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
@@ -86,3 +87,19 @@ def test_perplexity_on_wikitext(default_made: Made, symmetric_made: Made) -> Non
         found.append(float(np.exp(-np.concatenate(scores).mean())))
     assert found[0] == pytest.approx(19.5, abs=0.2)
     assert 23 < found[1] < 27
+
+
+@pytest.mark.skipif(not WIKITEXT.is_file(), reason="WikiText-2 isn't here: set EDGEPIPE_DATA to the folder that has it")
+def test_eval_on_wikitext(default_made: Made) -> None:
+    """`edgepipe eval` gives the figure above; and by divergence from the float32 baseline nothing was lost."""
+    words = [sys.executable, "-m", "edgepipe", "eval", default_made.bundle, "--data", WIKITEXT, "--tokens", "4096"]
+    done = subprocess.run([*words, "--metric", "perplexity"], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert (found["count"], found["details"]["tokens"]) == (8, 8 * 511)
+    assert found["value"] == pytest.approx(19.5, abs=0.2)
+    (baseline,) = default_made.bundle.parent.glob("runs/*/baseline/*-compile/bundle")
+    more = ["--metric", "kl-to-float", "--against", baseline]
+    done = subprocess.run([*words, *more], capture_output=True, text=True, check=True)
+    apart = json.loads(done.stdout)
+    assert apart["details"]["perplexity"] == pytest.approx(found["value"], rel=1e-6)
+    assert 0 < apart["value"] < 1e-4 and apart["details"]["top1_agreement"] > 0.99
