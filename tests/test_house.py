@@ -29,7 +29,15 @@ FLOORS = (
     {"recipe"},
     {"pipeline"},
     {"search"},
-    {"compress", "doctor", "evaluate", "inspect", "measure", "stage_help", "verify"},  # one library function behind each verb
+    {
+        "compress",
+        "doctor",
+        "evaluate",
+        "inspect",
+        "measure",
+        "stage_help",
+        "verify",
+    },  # one library function behind each verb
     {"cli", "__main__"},
 )
 RUNTIME_MAY = {"edgepipe", "jinja2", "numpy", "onnxruntime", "tokenizers", "tvm", *sys.stdlib_module_names}
