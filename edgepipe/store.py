@@ -42,7 +42,10 @@ _ALIGNMENT = 64
 _SEAL = "key.json"
 _PARTS = ("codes", "scale", "zero_points", "minima")
 # what decides the bytes of a result, beside edgepipe's own code
-_PRODUCERS = ("numpy", "onnx", "onnx-ir", "onnxruntime", "torch", "transformers", "gguf", "safetensors", "tokenizers")
+_PRODUCERS = (
+    *("numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "torch", "transformers"),
+    *("gguf", "safetensors", "tokenizers"),
+)
 
 
 def save_weights(store: WeightStore, directory: Path, progress: Callable[[str, int, int], None]) -> WeightStore:
