@@ -22,6 +22,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgepipe.artifacts import QuantizedTensor
+from edgepipe.engines.onnxruntime.decode_whole import decode_whole
 from edgepipe.engines.onnxruntime.names import weight_parts
 from edgepipe.engines.onnxruntime.planned import PlannedTensor, WeightsFile, middle_code, plan_float, plan_part
 from edgepipe.engines.onnxruntime.two_parts import pads, rank, split_groups, split_in_two, sum_of_two
@@ -212,10 +213,17 @@ def _lower_gather(low: _Lowering, node: ir.Node) -> None:
 
 def _whole(low: _Lowering, before: ir.Node, names: tuple[str, ...]) -> ir.Value:
     """Return whole weights, joined along their rows, as float32; the engine decodes them once, when it loads."""
-    if not isinstance(low.weights.load(names[0]), QuantizedTensor):
+    sample = low.weights.load(names[0])
+    if not isinstance(sample, QuantizedTensor):
         return _float32(low, before, low.initializer(plan_float(low.weights, names)))
-    count = sum(low.weights[name].shape[0] for name in names)
-    return _gathered(low, before, names, low.constant(np.arange(count, dtype=np.int64), f"rows_{count}"))
+
+    def part(kind: str) -> ir.Value:
+        return low.initializer(plan_part(low.weights, names, kind, sample))
+
+    parts = {kind: part(kind) for kind in ("scale", "zero_points", "minima") if getattr(sample, kind) is not None}
+    rows = sum(low.weights[name].shape[0] for name in names)
+    nodes = decode_whole(part("codes"), parts, rows, sample, low.constant)
+    return _emit(low, before, nodes)
 
 
 def _gathered(low: _Lowering, before: ir.Node, names: tuple[str, ...], ids: ir.Value) -> ir.Value:
