@@ -1,4 +1,4 @@
-"""Make the conformance bundles and their vectors: `python -m tests.conformance.make`, from the repository's root.
+"""Make conformance bundles and their vectors: `python -m tests.conformance.make [GRID …]`, from the repository's root.
 
 Writes tests/conformance/schema-N/GRID/ with `bundle` and `vectors.json`, where N is the manifest schema of today, and
 touches no other schema: those folders are how old bundles stay readable. docs/bundle.md describes the vectors.
@@ -15,6 +15,7 @@ import dataclasses
 import itertools
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -85,11 +86,12 @@ FILTERS = [
 ]
 
 
-def main() -> None:
-    """Make all sets."""
+def main(names: list[str]) -> None:
+    """Make the sets of the grids that are named, or of all."""
     with tempfile.TemporaryDirectory() as scratch:
         directory = save_trained_model(Path(scratch) / "tiny-llama")
-        for name, (settings, tolerance) in GRIDS.items():
+        for name in names or GRIDS:
+            settings, tolerance = GRIDS[name]
             model = open_model(str(directory))
             if name == "minima":
                 model = changed(model, lambda _name: lambda value: gguf_blocks(value, "Q4_1"))
@@ -295,4 +297,4 @@ def _decoded(tokenizer: Any, ids: list[int]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
