@@ -36,8 +36,8 @@ from benchmarks.genai_models import (
     quantized_folder,
     write_huggingface,
 )
-from benchmarks.intervals import ratio_over_rounds
 from benchmarks.stored import RESULTS, ROOT, markdown_table, provenance, replace_section, write_result
+from edgepipe.measuring.intervals import ratio_over_rounds
 from edgepipe.measuring.run import describe_machine
 from edgepipe.report.terminal import table
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from edgepipe.measuring.worker import peak_memory_bytes
+from edgepipe.measuring.memory import peak_memory_bytes
 
 PROMPT_TOKENS = 128
 NEW_TOKENS = 64

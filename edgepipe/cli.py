@@ -211,20 +211,33 @@ def inspect_command(model: str) -> None:
 @main.command("measure")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--against", type=click.Path(path_type=Path), help="Another bundle, measured in turn with this one.")
+@click.option("--since", type=click.Path(path_type=Path), help="An earlier measurement (what this command printed).")
 @click.option("--text", default="prose-eval", show_default=True, help="Evaluation text of the perplexity.")
 @click.option("--tokens", default=8192, show_default=True, help="Tokens scored at most; 0: the whole text.")
 @click.option("--blocks", default=2, show_default=True, help="Fresh processes per bundle.")
+@click.option("--turns", default=4, show_default=True, help="Turns per process: more make intervals narrower.")
 @click.option("--threads", default=0, help="Threads of the engine.  [default: one per physical core]")
-def measure_command(bundle: Path, against: Path | None, text: str, tokens: int, blocks: int, threads: int) -> None:
+def measure_command(
+    bundle: Path,
+    against: Path | None,
+    since: Path | None,
+    text: str,
+    tokens: int,
+    blocks: int,
+    turns: int,
+    threads: int,
+) -> None:
     """Measure BUNDLE on this machine: TTFT, time per output token, memory, perplexity. The base install is enough."""
     from edgepipe.measure import measure
     from edgepipe.report.progress import Progress
     from edgepipe.report.terminal import measured_table
     from edgepipe.stages.measure import Measure
 
-    options = Measure(text=text, tokens=tokens, blocks=blocks, threads=threads)
-    figures = measure(bundle, options, listener=Progress(), against=against)
+    options = Measure(text=text, tokens=tokens, blocks=blocks, turns=turns, threads=threads)
+    figures = measure(bundle, options, listener=Progress(), against=against, since=since)
     _say(f"\n{measured_table(figures, 'against' if against is not None else '')}\n")
+    for sentence in figures["since"]["sentences"] if since is not None else ():
+        _say(sentence)
     _print_json(figures)
 
 

@@ -178,7 +178,7 @@ def test_commands_work(
     if words[0] == "run" or "--max-new-tokens" in words:
         words += ["--max-new-tokens", "4"]
     if words[0] == "measure":
-        words += ["--blocks", "1", "--tokens", "64"]
+        words += ["--blocks", "1", "--turns", "1", "--tokens", "64"]
     result = CliRunner().invoke(main, words, input="The river\n")
     assert result.exit_code == 0, f"{place}: {result.output}"
     if words[0] != "run":

@@ -16,7 +16,7 @@ from edgepipe.measure import measure
 from edgepipe.stages.measure import Measure
 from tests.listener import Silent
 
-QUICK = Measure(tokens=64, blocks=1)
+QUICK = Measure(tokens=64, blocks=1, turns=1)
 
 
 def test_a_bundle_alone_has_no_baseline(tiny_bundle: Path) -> None:
@@ -31,16 +31,45 @@ def test_a_bundle_alone_has_no_baseline(tiny_bundle: Path) -> None:
 
 def test_two_bundles_are_measured_in_turn(tiny_bundle: Path, exact_bundle: Path) -> None:
     result = CliRunner().invoke(
-        main, ["measure", str(tiny_bundle), "--against", str(exact_bundle), "--tokens", "64", "--blocks", "1"]
+        main, ["measure", str(tiny_bundle), "--against", str(exact_bundle), "--tokens", "64", "--turns", "2"]
     )
     assert result.exit_code == 0, result.output
     figures = json.loads(result.stdout.strip().splitlines()[-1])
     assert figures["baseline"]["perplexity"] == pytest.approx(figures["bundle"]["perplexity"], rel=0.05)
     assert "against bundle ratio" in " ".join(result.stderr.split())
     assert figures["machine"]["cores"] >= 1
+    for ratio in figures["ratios"].values():
+        assert 0.05 < ratio["low"] <= ratio["value"] <= ratio["high"] < 20
+        assert (ratio["verdict"] == "tie") == (ratio["low"] <= 1 <= ratio["high"])
 
 
-@pytest.mark.parametrize("arguments", [("--blocks", "0"), ("--tokens", "1"), ("--text", "no-such-text")])
+def test_what_was_printed_earlier_can_be_compared(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Printed, kept, given back: and the same bundle is known by its manifest."""
+    earlier = tmp_path / "earlier.json"
+    quick = ["measure", str(tiny_bundle), "--tokens", "64", "--blocks", "1", "--turns", "2"]
+    first = CliRunner().invoke(main, quick)
+    assert first.exit_code == 0, first.output
+    earlier.write_text(first.stdout, encoding="utf-8")
+    again = CliRunner().invoke(main, [*quick, "--since", str(earlier)])
+    assert again.exit_code == 0, again.output
+    since = json.loads(again.stdout.strip().splitlines()[-1])["since"]
+    assert since["same_bundle"]
+    assert since["earlier_taken_at"] == json.loads(first.stdout)["taken_at"]
+    assert since["agrees"] == all(found["low"] <= 1 <= found["high"] for found in since["figures"].values())
+    assert all(sentence in again.stderr for sentence in since["sentences"])
+
+
+def test_what_is_no_measurement_is_refused_before_anything_runs(tiny_bundle: Path, tmp_path: Path) -> None:
+    heard = Silent()
+    (tmp_path / "earlier.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ConfigError, match="holds no measurement"):
+        measure(tiny_bundle, QUICK, listener=heard, since=tmp_path / "earlier.json")
+    assert heard.ran == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--blocks", "0"), ("--turns", "0"), ("--tokens", "1"), ("--text", "no-such-text")]
+)
 def test_options_out_of_range(tiny_bundle: Path, arguments: tuple[str, str]) -> None:
     result = CliRunner().invoke(main, ["measure", str(tiny_bundle), *arguments])
     assert result.exit_code == 2

@@ -1,59 +1,166 @@
-"""Measure a bundle beside its uncompressed baseline: interleaved blocks, each in a fresh process, raw samples kept."""
+"""Measure a bundle beside another one: fresh processes that take turns, raw samples kept.
+
+A block is one fresh process of each bundle. Within it they take turns: prompts first, then tokens in bursts of a few,
+so that whatever happens to the machine meets both; who goes first alternates. After each pair of bursts a third process
+times the fixed work of the machine-speed index. Short bursts also make a busy machine matter less: a process that has
+slept a little is let in at once.
+"""
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import platform
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
-from statistics import median
-
-import numpy as np
 
 from edgepipe.artifacts import Json
-from edgepipe.errors import StageError
-from edgepipe.measuring.parent import held_stdin
+from edgepipe.measuring.child import WORKER, Child, answer_of
+from edgepipe.measuring.figures import index_figures, ratios, side_figures
+from edgepipe.measuring.intervals import CONFIDENCE, FLAG_ABOVE
 
-_BLOCK_TIMEOUT_S = 1800
+_PACKAGES = ("edgepipe", "numpy", "onnxruntime", "tokenizers")  # what a measured process runs on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Say how much is measured."""
+
+    threads: int  # of the engine; 0 leaves the number to it
+    blocks: int  # fresh processes per bundle
+    turns: int  # per process
+    tokens: int  # scored for the perplexity at most; 0 is the whole text
 
 
 def measure_bundles(
     bundles: Mapping[str, Path],
     text: str,
+    plan: Plan,
     *,
-    threads: int,
-    blocks: int,
-    tokens: int,
     progress: Callable[[str, int, int], None],
     work_dir: Path | None = None,
-) -> dict[str, Json]:
-    """Return figures for every bundle by its name; blocks of the bundles alternate, so drift meets all alike.
+) -> Json:
+    """Return the figures of the bundles "bundle" and, where there is one, "baseline" (docs/measure.md: their shape).
 
-    `threads` 0 leaves the number to the engine, `tokens` 0 scores the whole text. `work_dir` is where
-    temporary files go (None: the system's folder for them). Raises StageError when a block fails.
+    `work_dir` is where temporary files go (None: the system's folder). Raises StageError when a process fails.
     """
-    samples: dict[str, list[Json]] = {name: [] for name in bundles}
-    perplexity: dict[str, Json] = {}
-    total = len(bundles) * (blocks + 1)
     with tempfile.TemporaryDirectory(dir=work_dir) as folder:
         file = Path(folder) / "text.txt"
         file.write_text(text, encoding="utf-8")
-        for block in range(blocks):
-            for position, (name, path) in enumerate(bundles.items()):
-                progress(f"speed of the {name}", block * len(bundles) + position, total)
-                samples[name].append(_work("speed", path, file, threads, "3"))
-        for position, (name, path) in enumerate(bundles.items()):
-            progress(f"perplexity of the {name}", blocks * len(bundles) + position, total)
-            perplexity[name] = _work("perplexity", path, file, threads, str(tokens))
-    return {name: _figures(path, samples[name], perplexity[name]) for name, path in bundles.items()}
+        steps = iter(range(plan.blocks * plan.turns + 3 * len(bundles)))
+        total = plan.blocks * plan.turns + 3 * len(bundles)
+        samples = take_blocks(bundles, file, plan, lambda what: progress(what, next(steps), total))
+        alone: dict[str, dict[str, Json]] = {name: {} for name in bundles}
+        for kind in ("memory", "limits", "perplexity"):
+            for name, path in bundles.items():
+                progress(f"{kind} of the {name}", next(steps), total)
+                alone[name][kind] = answer_of(kind, path, file, plan.threads, plan.tokens)
+    sides = {name: side_figures(path, samples[name], **alone[name]) for name, path in bundles.items()}
+    first = samples["bundle"][0]
+    return {
+        "schema": 1,
+        "task": "text-generation",
+        "taken_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": describe_machine(plan.threads),
+        "method": {
+            "blocks": plan.blocks,
+            "turns": plan.turns,
+            "bursts": len(first["index_ms"][0]),
+            "counted_tokens": len(first["token_ms"][0]),
+            "prompt_tokens": sorted(first["prompt_tokens"]),
+            "confidence": CONFIDENCE,
+            "flag_above": FLAG_ABOVE,
+        },
+        "index": index_figures(samples["bundle"]),
+        "bundle": sides["bundle"],
+        "baseline": sides.get("baseline"),
+        "ratios": ratios(samples["bundle"], samples["baseline"]) if "baseline" in samples else None,
+        "since": None,
+    }
+
+
+def take_blocks(
+    bundles: Mapping[str, Path],
+    file: Path,
+    plan: Plan,
+    say: Callable[[str], None],
+    programs: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, list[Json]]:
+    """Return the raw samples of every bundle, one record per block.
+
+    `programs` replaces the worker of a bundle by another one that speaks like it, for trials of the method itself.
+    """
+    programs = programs or {}
+    blocks: dict[str, list[Json]] = {name: [] for name in bundles}
+    threads = str(plan.threads)
+    with Child("the index", ["index", str(bundles["bundle"]), str(file), threads]) as clock:
+        for block in range(plan.blocks):
+            with contextlib.ExitStack() as stack:
+                children = {}
+                for name in _order(list(bundles), block):
+                    path = bundles[name]
+                    child = Child(path.name, ["speed", str(path), str(file), threads], programs.get(name, WORKER))
+                    children[name] = stack.enter_context(child)
+                turns: dict[str, list[Json]] = {name: [] for name in bundles}
+                for turn in range(plan.turns):
+                    say(f"block {block + 1} of {plan.blocks}, turn {turn + 1} of {plan.turns}")
+                    number = block * plan.turns + turn
+                    for name, taken in _take_turn(children, clock, number, plan).items():
+                        turns[name].append(taken)
+                for name, child in children.items():
+                    blocks[name].append(_block(child.ready, turns[name]))
+    return blocks
+
+
+def _take_turn(children: Mapping[str, Child], clock: Child, number: int, plan: Plan) -> dict[str, Json]:
+    """Let every bundle run its prompts, then bursts in turn, the index after each pair; return what each took."""
+    names = list(children)
+    taken: dict[str, Json] = {}
+    for name in _order(names, number):
+        answer = children[name].ask({"prompts": number, "of": plan.blocks * plan.turns})
+        taken[name] = {**answer, "token_ms": [], "index_ms": []}
+    bursts = min(child.ready["bursts"] for child in children.values())
+    tokens = min(child.ready["burst_tokens"] for child in children.values())
+    for burst in range(bursts):
+        for name in _order(names, burst):
+            answer = children[name].ask({"tokens": tokens})
+            taken[name]["token_ms"] += answer["token_ms"]
+            taken[name]["memory_peak_bytes"] = answer["memory_peak_bytes"]
+        index_ms = clock.ask({})["index_ms"]
+        for name in names:
+            taken[name]["index_ms"].append(index_ms)
+    return taken
+
+
+def _order(names: list[str], number: int) -> list[str]:
+    return names if number % 2 else names[::-1]
+
+
+def _block(ready: Json, turns: list[Json]) -> Json:
+    """Put a process's turns beside what it said when it was ready: one list per kind of sample."""
+    ttft = {
+        length: {
+            "tokenize_ms": [turn["ttft"][length][0] for turn in turns],
+            "first_step_ms": [turn["ttft"][length][1] for turn in turns],
+        }
+        for length in turns[0]["ttft"]
+    }
+    return {
+        **ready,
+        "ttft_ms": [sum(turn["ttft"][str(ready["prompt_tokens"][-1])]) for turn in turns],
+        "ttft": ttft,
+        "token_ms": [turn["token_ms"] for turn in turns],
+        "index_ms": [turn["index_ms"] for turn in turns],
+        "memory_peak_bytes": turns[-1]["memory_peak_bytes"],
+    }
 
 
 def describe_machine(threads: int) -> Json:
-    """Return what the figures were taken on."""
+    """Return what the figures were taken on, and with which versions."""
     model = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -66,46 +173,5 @@ def describe_machine(threads: int) -> Json:
         "threads": threads,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-    }
-
-
-def _work(kind: str, bundle: Path, file: Path, threads: int, *more: str) -> Json:
-    # -P: a json.py in the directory the user happens to work in must not be taken for Python's
-    python = [sys.executable, "-P", "-m", "edgepipe.measuring.worker"]
-    command = [*python, kind, str(bundle), str(file), str(threads), *more]
-    try:
-        with held_stdin() as stdin:
-            done = subprocess.run(
-                command, stdin=stdin, capture_output=True, text=True, timeout=_BLOCK_TIMEOUT_S, check=False
-            )
-    except subprocess.TimeoutExpired as error:
-        raise StageError(f"measuring {bundle.name} took longer than {_BLOCK_TIMEOUT_S} s: it was stopped") from error
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise StageError(f"measuring {bundle.name} ended with exit code {done.returncode}: {last}")
-    result: Json = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
-
-
-def _figures(bundle: Path, blocks: list[Json], perplexity: Json) -> Json:
-    """Summarise a bundle's blocks; the raw samples stay beside the medians."""
-    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
-    token_ms = np.concatenate([times for block in blocks for times in block["token_ms"]])
-    per_token = float(np.median(token_ms))
-    weights = manifest["weights"]
-    return {
-        "bundle_bytes": sum(f.stat().st_size for f in bundle.iterdir()),
-        "weight_bytes": weights["bytes"],
-        "bits_per_weight": weights["bits_per_weight"],
-        "cache_bytes": manifest["cache"]["bytes"],
-        "load_ms": median(b["load_ms"] for b in blocks),
-        "ttft_ms": median(t for b in blocks for t in b["ttft_ms"]),
-        "token_ms": per_token,
-        "token_ms_p95": float(np.percentile(token_ms, 95)),
-        "tokens_per_second": 1e3 / per_token,
-        "prompt_tokens": blocks[0]["prompt_tokens"],
-        "memory_peak_bytes": max(b["memory_peak_bytes"] for b in blocks),
-        "perplexity": perplexity["perplexity"],
-        "perplexity_tokens": perplexity["tokens"],
-        "samples": blocks,
+        "versions": {name: metadata.version(name) for name in _PACKAGES},
     }

@@ -27,30 +27,86 @@ def megabytes(nbytes: float) -> str:
 
 
 def measured_table(figures: Json, baseline: str = "float32") -> str:
-    """Lay out baseline and bundle side by side, one figure a row, and what changed.
+    """Lay out baseline and bundle side by side, one figure a row, what changed, and below it what limits.
 
     `baseline` names the first; an empty name leaves it out.
     """
     rows = measured_rows(figures)
-    if not baseline:
-        return table(["", "bundle"], [[title, after] for title, _, after, _ in rows])
-    return table(["", baseline, "bundle", "ratio"], rows)
+    if baseline:
+        laid_out = table(["", baseline, "bundle", "ratio"], rows)
+    else:
+        laid_out = table(["", "bundle"], [[title, after] for title, _, after, _ in rows])
+    return "\n".join([laid_out, *measured_notes(figures)])
 
 
 def measured_rows(figures: Json) -> list[list[str]]:
-    """Return what was measured as rows: title, baseline, bundle, ratio."""
+    """Return what was measured as rows: title, baseline, bundle, ratio. A star marks figures that spread too much."""
     before, after = figures["baseline"], figures["bundle"]
+    ratios = figures["ratios"] or {}
+    flagged = {name for one in (before, after) if one is not None for name in one["flagged"]}
     return [
         _row("bundle, MB", before, after, "bundle_bytes", 1e-6, 1),
         _row("bits per weight", before, after, "bits_per_weight", 1, 2),
-        _row(f"TTFT at {after['prompt_tokens']} tokens, ms", before, after, "ttft_ms", 1, 0),
-        _row("time per output token, ms", before, after, "token_ms", 1, 1),
+        *_ttft_rows(before, after, ratios, flagged),
+        _judged("time per output token, ms", before, after, "token_ms", 1, ratios, flagged),
+        _row("  95th percentile, ms", before, after, "token_ms_p95", 1, 1),
+        _row("  99th percentile, ms", before, after, "token_ms_p99", 1, 1),
         _row("tokens/s", before, after, "tokens_per_second", 1, 1),
+        _row("cold start to first token, ms", before, after, "cold_start_ms", 1, 0),
         _row("load, ms", before, after, "load_ms", 1, 0),
         _row("peak memory, MB", before, after, "memory_peak_bytes", 1e-6, 0),
+        _row("  after loading, MB", before, after, "memory_after_load_bytes", 1e-6, 0),
+        _row("  without the model, MB", before, after, "memory_without_model_bytes", 1e-6, 0),
         _row("KV cache when full, MB", before, after, "cache_bytes", 1e-6, 1),
         _row(f"perplexity ({after['perplexity_tokens']} tokens)", before, after, "perplexity", 1, 3),
     ]
+
+
+def measured_notes(figures: Json) -> list[str]:
+    """Return sentences below the table: how sure the times are, and what limits them."""
+    after = figures["bundle"]
+    token, ttft = after["intervals"]["token_ms"], after["intervals"]["ttft_ms"]
+    notes = [
+        f"95 % intervals: time per output token {token['low']:.1f} to {token['high']:.1f} ms, "
+        f"TTFT {ttft['low']:.0f} to {ttft['high']:.0f} ms."
+    ]
+    limits = after["limits"]
+    for title, name in (("An output token", "token"), ("The prompt's first step", "prefill")):
+        limit = limits[name]
+        by = limit["limited_by"]
+        notes.append(
+            f"{title} reads {megabytes(limit['bytes'])} MB, {limit['read_ms']:.1f} ms at "
+            f"{limits['read_bytes_per_second'] / 1e9:.0f} GB/s, and has {limit['multiply_adds'] / 1e6:,.0f} M "
+            f"multiply-adds, {limit['compute_ms']:.1f} ms at {limits['multiply_adds_per_second'] / 1e9:.0f} G/s "
+            f"({limits['precision']}): {limit['share']:.0%} of the time it took; {by} limits it."
+        )
+    if any(one is not None and one["flagged"] for one in (figures["baseline"], after)):
+        notes.append("* spread over more than 10 % of the median: other work on the machine, or a changing clock.")
+    return notes
+
+
+def _ttft_rows(before: Json | None, after: Json, ratios: Json, flagged: set[str]) -> list[list[str]]:
+    """Return a row for every prompt length; the middle one is the headline, and has an interval beside its ratio."""
+    rows = []
+    for number, one in enumerate(after["ttft"]):
+        title = f"TTFT at {one['prompt_tokens']} tokens, ms"
+        if one["prompt_tokens"] == after["prompt_tokens"]:
+            rows.append(_judged(title, before, after, "ttft_ms", 0, ratios, flagged))
+        else:
+            rows.append(_row(title, before and before["ttft"][number], one, "ttft_ms", 1, 0))
+    return rows
+
+
+def _judged(
+    title: str, before: Json | None, after: Json, key: str, digits: int, ratios: Json, flagged: set[str]
+) -> list[str]:
+    """Return the row of a time whose ratio was judged."""
+    row = _row(title + (" *" if key in flagged else ""), before, after, key, 1, digits)
+    if key in ratios:
+        found = ratios[key]
+        tie = ", a tie" if found["verdict"] == "tie" else ""
+        row[-1] = f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]{tie}"
+    return row
 
 
 def evaluated_table(found: Json) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +200,36 @@ def _expected(described: Mapping[str, Any]) -> _Ends:
         )
         for name, facts in described.items()
     }
+
+
+def bind_products(
+    graph: bytes, pairs: Sequence[tuple[np.ndarray, np.ndarray]], dtype: str, threads: int | None
+) -> list[Callable[[], None]]:
+    """Open a graph y = product(a, b) and return, for every pair a [m, k], b [k, n], what computes it once.
+
+    Operands and results are bound beforehand, so nothing is copied: it times this machine, with a decoder's threads.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.enable_cpu_mem_arena = False
+    session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    results: dict[tuple[int, int], np.ndarray] = {}  # nobody reads them: one per shape
+
+    def bound(a: np.ndarray, b: np.ndarray) -> Callable[[], None]:
+        shape = (a.shape[0], b.shape[1])
+        arrays = {"a": a, "b": b, "y": results.setdefault(shape, np.zeros(shape, dtype))}
+        values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
+        binding = session.io_binding()
+        binding.bind_ortvalue_input("a", values["a"])
+        binding.bind_ortvalue_input("b", values["b"])
+        binding.bind_ortvalue_output("y", values["y"])
+
+        def compute(_alive: object = (values, arrays)) -> None:
+            session.run_with_iobinding(binding)
+
+        return compute
+
+    return [bound(a, b) for a, b in pairs]
 
 
 def check_ends(session: ort.InferenceSession, model: dict[str, Any], cache_dtype: str) -> None:

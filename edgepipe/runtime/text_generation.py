@@ -19,7 +19,7 @@ from edgepipe.runtime.chat import ChatTemplate
 from edgepipe.runtime.sampling import Sampling, choose_token, log_softmax, random_generator
 from edgepipe.runtime.tokenizer import StopFilter, Tokenizer
 
-_PROMPT_CHUNK = 128  # tokens of a prompt run at once: bounds activation memory (70 MB less than 512), as fast
+PROMPT_CHUNK = 128  # tokens of a prompt run at once: bounds activation memory (70 MB less than 512), as fast
 _LOGITS_CHUNK = 64  # positions whose logits are held at once: 64 × 150k tokens of vocabulary = 38 MB
 
 Message = dict[str, Any]  # {"role": "user", "content": "…"}
@@ -345,8 +345,8 @@ class Model:
     def _extend(self, slot: Slot, ids: Sequence[int]) -> np.ndarray:
         """Run ids after what the slot holds, in chunks; return the logits [vocab] of the last."""
         logits = np.empty(0, np.float32)
-        for start in range(0, len(ids), _PROMPT_CHUNK):
-            chunk = ids[start : start + _PROMPT_CHUNK]
+        for start in range(0, len(ids), PROMPT_CHUNK):
+            chunk = ids[start : start + PROMPT_CHUNK]
             logits = self._run_chunk(slot, chunk, np.asarray([len(chunk) - 1], np.int64))[-1]
         return logits
 

@@ -17,13 +17,17 @@ class Measure:
 
     text: str = "prose-eval"  # name of an evaluation set in calibration/
     tokens: int = 8192  # perplexity is scored on at most this many tokens, from the text's beginning; 0: all of it
-    blocks: int = 2  # fresh processes per bundle, alternating with the baseline's
+    blocks: int = 2  # fresh processes per bundle; within one, bundle and baseline take turns
+    turns: int = 4  # per process: one prompt of every length and 64 counted output tokens each
     threads: int = 0  # 0 takes the target's
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
-        if self.blocks < 1 or self.threads < 0:
-            raise ConfigError("measure.blocks must be at least 1 and measure.threads must not be negative")
+        if self.blocks < 1 or self.turns < 1 or self.threads < 0:
+            raise ConfigError(
+                "measure.blocks must be at least 1, measure.turns must be at least 1 and "
+                f"measure.threads must not be negative, got {self.blocks}, {self.turns} and {self.threads}"
+            )
         if self.tokens == 1 or self.tokens < 0:
             raise ConfigError(f"measure.tokens: expected at least 2, or 0 for the whole text, got {self.tokens}")
         if describe_set(self.text).purpose != "evaluation":
@@ -50,22 +54,8 @@ class Measure:
     ) -> Json:
         """Measure the directory called "bundle", and the one called "baseline" beside it where there is one."""
         from edgepipe.calibration import open_text
-        from edgepipe.measuring.run import describe_machine, measure_bundles
+        from edgepipe.measuring.run import Plan, measure_bundles
 
         text = open_text(self.text, purpose="evaluation")
-        threads = self.threads or default_threads
-        results = measure_bundles(
-            bundles,
-            text,
-            threads=threads,
-            blocks=self.blocks,
-            tokens=self.tokens,
-            progress=progress,
-            work_dir=work_dir,
-        )
-        return {
-            "bundle": results["bundle"],
-            "baseline": results.get("baseline"),
-            "text": self.text,
-            "machine": describe_machine(threads),
-        }
+        plan = Plan(threads=self.threads or default_threads, blocks=self.blocks, turns=self.turns, tokens=self.tokens)
+        return measure_bundles(bundles, text, plan, progress=progress, work_dir=work_dir) | {"text": self.text}

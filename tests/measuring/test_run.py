@@ -1,4 +1,4 @@
-"""Measuring bundles: blocks alternate, medians are those of the raw samples, and a failing block is a sentence."""
+"""Measuring bundles: they take turns, in processes of their own, and a failing one is a sentence."""
 
 from __future__ import annotations
 
@@ -14,96 +14,109 @@ import pytest
 from edgepipe.artifacts import Json
 from edgepipe.errors import StageError
 from edgepipe.measuring import run
-from edgepipe.measuring.run import describe_machine, measure_bundles
+from edgepipe.measuring.run import Plan, describe_machine, measure_bundles, take_blocks
+
+QUICK = Plan(threads=1, blocks=1, turns=1, tokens=8)
 
 
 def unheard(_what: str, _done: int, _total: int) -> None:
     """Hear nothing."""
 
 
-def block(load_ms: float, ttft_ms: list[float], token_ms: list[list[float]], peak: int) -> Json:
-    """Return what one process of a speed measurement prints."""
-    return {
-        "import_ms": 1.0,
-        "load_ms": load_ms,
-        "ttft_ms": ttft_ms,
-        "token_ms": token_ms,
-        "prompt_tokens": 128,
-        "memory_after_load_bytes": peak - 5,
-        "memory_peak_bytes": peak,
-    }
+class Script:
+    """Stand in for the children: keep who was asked what, in order; answer with numbers that say who and when."""
+
+    def __init__(self) -> None:
+        self.log: list[tuple[str, str]] = []
+        self.texts: set[str] = set()
+
+    def open(self, name: str, arguments: list[str], program: tuple[str, ...] = ()) -> ScriptedChild:
+        """Start a child."""
+        self.texts.add(Path(arguments[2]).read_text(encoding="utf-8"))
+        self.log.append((name, f"open {arguments[0]} {arguments[3]} {' '.join(program)}".strip()))
+        return ScriptedChild(name, self)
 
 
-SPEED = [
-    block(30.0, [100.0, 102.0, 300.0], [[5.0, 7.0], [6.0, 100.0], [4.0, 6.0]], 1000),
-    block(50.0, [101.0, 99.0, 105.0], [[1.0, 2.0], [3.0, 9.0], [8.0, 6.5]], 3000),
-    block(10.0, [98.0, 97.0, 96.0], [[6.0, 6.0], [6.2, 5.0], [5.5, 9.5]], 2000),
-]
+class ScriptedChild:
+    """Answer as a worker does."""
+
+    def __init__(self, name: str, script: Script) -> None:
+        self._name, self._script = name, script
+        self.ready: Json = {"prompt_tokens": [32, 128], "bursts": 2, "burst_tokens": 3 if name == "before" else 4}
+
+    def __enter__(self) -> ScriptedChild:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._script.log.append((self._name, "close"))
+
+    def ask(self, question: Json) -> Json:
+        """Take a turn."""
+        self._script.log.append((self._name, " ".join(f"{key} {value}" for key, value in question.items())))
+        if "prompts" in question:
+            return {"ttft": {"32": [1.0, 2.0], "128": [3.0, 4.0 + question["prompts"]]}}
+        if "tokens" in question:
+            return {"token_ms": [5.0] * (question["tokens"] - 1), "memory_peak_bytes": len(self._script.log)}
+        return {"index_ms": float(len(self._script.log))}
 
 
 @pytest.fixture
-def scripted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
-    """Let blocks return fixed samples instead of running; keep what was asked for."""
-    asked: list[tuple[str, ...]] = []
-
-    def work(kind: str, bundle: Path, file: Path, threads: int, *more: str) -> Json:
-        asked.append((kind, bundle.name, file.read_text(encoding="utf-8"), str(threads), *more))
-        if kind == "perplexity":
-            return {"perplexity": 12.5, "tokens": 77, "window_tokens": 512}
-        return SPEED[sum(a[:2] == ("speed", bundle.name) for a in asked) - 1]
-
-    monkeypatch.setattr(run, "_work", work)
-    return asked
+def script(monkeypatch: pytest.MonkeyPatch) -> Script:
+    """Let a script stand in for the processes."""
+    script = Script()
+    monkeypatch.setattr(run, "Child", script.open)
+    return script
 
 
-def two_bundles(folder: Path) -> dict[str, Path]:
-    """Make two directories with what the figures are read from."""
-    bundles = {"baseline": folder / "before", "bundle": folder / "after"}
-    for factor, path in enumerate(bundles.values(), start=1):
-        path.mkdir()
-        manifest = {"weights": {"bytes": 100 * factor, "bits_per_weight": 4.5}, "cache": {"bytes": 64}}
-        (path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-        (path / "weights.bin").write_bytes(bytes(100 * factor))
-    return bundles
-
-
-def test_blocks_of_the_bundles_alternate(tmp_path: Path, scripted: list[tuple[str, ...]]) -> None:
-    """Whatever drifts on a machine meets both alike; perplexity comes last, once each."""
-    heard: list[tuple[str, int, int]] = []
-    measure_bundles(
-        two_bundles(tmp_path),
-        "grüne Hügel",
-        threads=2,
-        blocks=3,
-        tokens=99,
-        progress=lambda *step: heard.append(step),
-    )
-    speed = [("speed", name, "grüne Hügel", "2", "3") for _ in range(3) for name in ("before", "after")]
-    assert scripted == [*speed, *(("perplexity", name, "grüne Hügel", "2", "99") for name in ("before", "after"))]
-    assert [(done, total) for _, done, total in heard] == [(i, 8) for i in range(8)]
-    assert [what for what, _, _ in heard][-3:] == [
-        "speed of the bundle",
-        "perplexity of the baseline",
-        "perplexity of the bundle",
+def test_bundles_take_turns(tmp_path: Path, script: Script) -> None:
+    """Who goes first alternates, the index comes after every pair of bursts, and every prompt has its own number."""
+    file = tmp_path / "text"
+    file.write_text("grüne Hügel", encoding="utf-8")
+    bundles = {"baseline": Path("before"), "bundle": Path("after")}
+    plan = Plan(threads=2, blocks=1, turns=2, tokens=0)
+    heard: list[str] = []
+    found = take_blocks(bundles, file, plan, heard.append, {"bundle": ("-P", "other.py")})
+    index = ("the index", "")
+    pair = [("before", "tokens 3"), ("after", "tokens 3"), index]  # as many tokens as the one with less room has
+    swapped = [("after", "tokens 3"), ("before", "tokens 3"), index]
+    assert script.log == [
+        ("the index", "open index 2"),
+        ("after", "open speed 2 -P other.py"),
+        ("before", "open speed 2 -P -m edgepipe.measuring.worker"),
+        ("before", "prompts 0 of 2"),
+        ("after", "prompts 0 of 2"),
+        *pair,
+        *swapped,
+        ("after", "prompts 1 of 2"),
+        ("before", "prompts 1 of 2"),
+        *pair,
+        *swapped,
+        ("before", "close"),
+        ("after", "close"),
+        ("the index", "close"),
     ]
+    assert script.texts == {"grüne Hügel"}
+    assert heard == ["block 1 of 1, turn 1 of 2", "block 1 of 1, turn 2 of 2"]
+    (block,) = found["bundle"]
+    assert block["ttft_ms"] == [7.0, 8.0]
+    assert block["ttft"]["32"] == {"tokenize_ms": [1.0, 1.0], "first_step_ms": [2.0, 2.0]}
+    assert block["token_ms"] == [[5.0] * 4, [5.0] * 4]
+    assert block["index_ms"] == found["baseline"][0]["index_ms"] == [[8.0, 11.0], [16.0, 19.0]]
+    assert block["memory_peak_bytes"] == 17  # of the last answer
 
 
-def test_figures_are_the_medians_of_the_samples(tmp_path: Path, scripted: list[tuple[str, ...]]) -> None:
-    bundles = two_bundles(tmp_path)
-    found = measure_bundles(bundles, "text", threads=1, blocks=3, tokens=0, progress=unheard)
-    assert list(found) == ["baseline", "bundle"]
-    figures = found["bundle"]
-    tokens = [t for b in SPEED for times in b["token_ms"] for t in times]
-    assert figures["load_ms"] == 30.0
-    assert figures["ttft_ms"] == 100.0  # of all nine, not of the blocks' medians
-    assert figures["token_ms"] == pytest.approx(statistics.median(tokens)) == 6.0
-    assert figures["tokens_per_second"] == pytest.approx(1000 / 6.0)
-    assert figures["token_ms_p95"] == pytest.approx(statistics.quantiles(tokens, n=20, method="inclusive")[-1])
-    assert figures["memory_peak_bytes"] == 3000
-    assert (figures["perplexity"], figures["perplexity_tokens"], figures["prompt_tokens"]) == (12.5, 77, 128)
-    assert (figures["weight_bytes"], figures["bits_per_weight"], figures["cache_bytes"]) == (200, 4.5, 64)
-    assert figures["bundle_bytes"] == sum(f.stat().st_size for f in bundles["bundle"].iterdir())
-    assert figures["samples"] == SPEED
+def test_every_block_is_a_process_of_its_own(tmp_path: Path, script: Script) -> None:
+    file = tmp_path / "text"
+    file.write_text("text", encoding="utf-8")
+    plan = Plan(threads=0, blocks=3, turns=1, tokens=0)
+    found = take_blocks({"bundle": Path("after")}, file, plan, lambda _: None)
+    assert [what for name, what in script.log if name == "after" and "prompts" in what] == [
+        "prompts 0 of 3",
+        "prompts 1 of 3",
+        "prompts 2 of 3",
+    ]
+    assert sum(what == "close" for name, what in script.log if name == "after") == 3
+    assert len(found["bundle"]) == 3
 
 
 def test_a_bundle_is_measured_in_processes_of_its_own(
@@ -113,41 +126,33 @@ def test_a_bundle_is_measured_in_processes_of_its_own(
     monkeypatch.chdir(tmp_path)
     for name in ("json", "platform", "numpy", "tokenizers"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('shadowed')\n", encoding="utf-8")
-    found = measure_bundles({"bundle": tiny_bundle}, tiny_text, threads=1, blocks=1, tokens=80, progress=unheard)
+    steps: list[tuple[str, int, int]] = []
+    plan = Plan(threads=1, blocks=2, turns=2, tokens=80)
+    found = measure_bundles({"bundle": tiny_bundle}, tiny_text, plan, progress=lambda *step: steps.append(step))
     figures = found["bundle"]
     assert figures["perplexity_tokens"] == 79
     assert 1 < figures["perplexity"] < 1e9
-    (samples,) = figures["samples"]
-    assert len(samples["ttft_ms"]) == len(samples["token_ms"]) == 3
-    assert figures["ttft_ms"] == statistics.median(samples["ttft_ms"])
-    assert 30e6 < figures["memory_peak_bytes"] < 1e9  # without torch: the runtime's own
+    assert [len(block["ttft_ms"]) for block in figures["samples"]] == [2, 2]
+    assert [[len(times) for times in block["token_ms"]] for block in figures["samples"]] == [[48, 48]] * 2
+    assert figures["ttft_ms"] == statistics.median(t for block in figures["samples"] for t in block["ttft_ms"])
+    assert 30e6 < figures["memory_without_model_bytes"] < figures["memory_peak_bytes"] < 1e9  # without torch
+    assert found["method"]["prompt_tokens"] == [32, 68]  # what a context of 128 allows beside 60 new tokens
+    assert found["baseline"] is None and found["ratios"] is None
+    assert 0 < found["index"]["low"] <= found["index"]["ms"] <= found["index"]["high"]
+    assert found["index"]["samples"] == 2 * 2 * 12
+    assert [(done, total) for _, done, total in steps] == [(i, 7) for i in range(7)]
+    assert json.loads(json.dumps(found)) == found
 
 
 def test_a_failing_block_is_a_stage_error(tiny_bundle: Path, tiny_text: str, tmp_path: Path) -> None:
     broken = Path(shutil.copytree(tiny_bundle, tmp_path / "broken"))
     (broken / "weights.bin").write_bytes(b"")
     with pytest.raises(StageError) as caught:
-        measure_bundles({"bundle": broken}, tiny_text, threads=1, blocks=1, tokens=8, progress=unheard)
+        measure_bundles({"bundle": broken}, tiny_text, QUICK, progress=unheard)
     message = str(caught.value)
     assert message.startswith("measuring broken ended with exit code 1: ")
     assert "weights.bin should have" in message
     assert "\n" not in message
-
-
-def test_a_block_that_dies_without_a_word(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Killed for memory, for example."""
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\nkill -9 $$\n", encoding="utf-8")
-    python.chmod(0o755)
-    monkeypatch.setattr(run.sys, "executable", str(python))
-    with pytest.raises(StageError, match=r"ended with exit code -9: no message"):
-        measure_bundles({"bundle": tiny_bundle}, "text", threads=1, blocks=1, tokens=8, progress=unheard)
-
-
-def test_a_block_that_hangs_is_stopped(tiny_bundle: Path, tiny_text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "_BLOCK_TIMEOUT_S", 0.05)
-    with pytest.raises(StageError, match=r"took longer than 0\.05 s: it was stopped"):
-        measure_bundles({"bundle": tiny_bundle}, tiny_text, threads=1, blocks=1, tokens=8, progress=unheard)
 
 
 def test_the_machine_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,13 +160,16 @@ def test_the_machine_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["threads"] == 3
     assert found["cores"] >= 1
     assert all(isinstance(found[key], str) and found[key] for key in ("cpu", "system", "python"))
+    assert set(found["versions"]) == {"edgepipe", "numpy", "onnxruntime", "tokenizers"}
 
 
 def cpuinfo(monkeypatch: pytest.MonkeyPatch, content: str | OSError) -> None:
     """Let /proc/cpuinfo hold this."""
+    read_text = Path.read_text
 
     def read(self: Path, encoding: str | None = None) -> str:
-        assert str(self) == "/proc/cpuinfo"
+        if str(self) != "/proc/cpuinfo":
+            return read_text(self, encoding)  # packages' versions
         if isinstance(content, OSError):
             raise content
         return content
@@ -193,9 +201,9 @@ def test_the_stage_passes_its_options_on(
 
     asked: list[dict[str, Any]] = []
 
-    def measured(bundles: dict[str, Path], text: str, **more: Any) -> dict[str, Json]:
-        asked.append({"bundles": dict(bundles), "text": text, **more})
-        return {name: {"perplexity": 1.0} for name in bundles}
+    def measured(bundles: dict[str, Path], text: str, plan: Plan, **more: Any) -> Json:
+        asked.append({"bundles": dict(bundles), "text": text, "plan": plan, **more})
+        return {"bundle": {"perplexity": 1.0}, "baseline": None}
 
     monkeypatch.setattr(run, "measure_bundles", measured)
     target = Target(
@@ -209,13 +217,13 @@ def test_the_stage_passes_its_options_on(
     notes: list[str] = []
     context = Context(target=target, work_dir=tmp_path, note=notes.append)
     figures = Measure(blocks=4, tokens=100)(compiled, context).figures
-    assert asked[0]["threads"] == 5 and asked[0]["blocks"] == 4 and asked[0]["tokens"] == 100
+    assert asked[0]["plan"] == Plan(threads=5, blocks=4, turns=4, tokens=100)
     assert asked[0]["bundles"] == {"bundle": tiny_bundle}
     assert asked[0]["work_dir"] == tmp_path
     assert figures["baseline"] is None and len(notes) == 1
-    assert figures["machine"]["threads"] == 5
+    assert figures["text"] == "prose-eval"
     beside = Context(target=target, work_dir=tmp_path, note=notes.append, baseline=compiled)
-    figures = Measure(threads=2)(compiled, beside).figures
-    assert asked[1]["threads"] == 2
+    Measure(threads=2, turns=3)(compiled, beside)
+    assert asked[1]["plan"] == Plan(threads=2, blocks=2, turns=3, tokens=8192)
     assert list(asked[1]["bundles"]) == ["baseline", "bundle"]
-    assert figures["baseline"] == {"perplexity": 1.0} and len(notes) == 1
+    assert len(notes) == 1

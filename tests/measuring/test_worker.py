@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import resource
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from edgepipe.measuring import quality, worker
+from edgepipe.measuring import generation, index, memory, quality, worker
+from edgepipe.measuring.child import Child, answer_of
 from edgepipe.runtime import load
-from edgepipe.runtime.tokenizer import Tokenizer
 
 CONTEXT = 128  # of the tiny bundle: shorter than a window of 512
 
@@ -70,15 +72,77 @@ def test_windows_end_at_512_tokens(tiny_bundle: Path, tiny_text: str, monkeypatc
     assert found["perplexity"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_speed_counts_its_samples(tiny_bundle: Path, tiny_text: str) -> None:
-    found = worker.measure_speed(tiny_bundle, tiny_text, 1, 3)
-    assert len(found["ttft_ms"]) == 3
-    assert [len(times) for times in found["token_ms"]] == [CONTEXT // 2] * 3  # 64 new tokens fit
-    assert all(0 < t < 10_000 for t in found["ttft_ms"])
-    assert all(0 < t < 10_000 for times in found["token_ms"] for t in times)
-    assert found["load_ms"] > 0 and found["import_ms"] >= 0
-    assert 0 < CONTEXT - 64 - 4 <= found["prompt_tokens"] <= CONTEXT - 64
-    assert 20e6 < found["memory_after_load_bytes"] <= found["memory_peak_bytes"] < 16e9
+def open_speed(bundle: Path, text: str) -> tuple[dict[str, Any], worker.Turn]:
+    """Load a bundle for turns."""
+    ready, turn = worker.open_block("speed", bundle, text, 1, 0)
+    assert turn is not None
+    return ready, turn
+
+
+def test_a_turn_counts_its_samples(tiny_bundle: Path, tiny_text: str) -> None:
+    ready, turn = open_speed(tiny_bundle, tiny_text)
+    assert ready["prompt_tokens"] == [32, CONTEXT - 12 * 5]  # 512 and 128 do not fit beside 60 new tokens
+    assert (ready["bursts"], ready["burst_tokens"]) == (12, 5)
+    assert ready["import_ms"] >= 0 and ready["load_ms"] > 0 and ready["first_token_ms"] > 0
+    prompts = turn({"prompts": 0, "of": 2})
+    assert list(prompts["ttft"]) == ["32", "68"]
+    assert all(0 < part < 10_000 for parts in prompts["ttft"].values() for part in parts)
+    for _ in range(12):
+        burst = turn({"tokens": 5})
+        assert len(burst["token_ms"]) == 4  # the first found cold caches
+        assert all(0 < time < 10_000 for time in burst["token_ms"])
+    assert 20e6 < ready["memory_after_load_bytes"] <= burst["memory_peak_bytes"] < 16e9
+    turn({"prompts": 1, "of": 2})  # the context was full: a prompt begins anew
+    assert len(turn({"tokens": 5})["token_ms"]) == 4
+
+
+def test_every_prompt_is_another_one_and_starts_from_nothing(
+    tiny_bundle: Path, tiny_text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All prompts of all processes differ, and the cache is rewound for each."""
+    from edgepipe.runtime.onnxruntime import Decoder
+
+    asked: list[tuple[int, tuple[int, ...]]] = []
+    run = Decoder.run
+
+    def heard(self: Decoder, cache: Any, ids: np.ndarray, past: np.ndarray, *more: Any) -> np.ndarray:
+        asked.append((int(past[0]), tuple(ids[0].tolist())))
+        return run(self, cache, ids, past, *more)
+
+    monkeypatch.setattr(Decoder, "run", heard)
+    monkeypatch.setattr(generation, "PROMPT_TOKENS", (16, 24))
+    monkeypatch.setattr(generation, "DECODED_AFTER", 24)
+    _, turn = open_speed(tiny_bundle, tiny_text * 3)
+    for number in range(4):
+        turn({"prompts": number, "of": 4})
+    prompts = [ids for past, ids in asked if len(ids) > 1]
+    assert all(past == 0 for past, ids in asked if len(ids) > 1)
+    assert len(prompts) == 9
+    assert not any(b[: len(a)] == a for a in prompts for b in prompts if a is not b)
+
+
+@pytest.mark.parametrize(
+    ("context", "lengths", "bursts"),
+    [
+        (2048, (32, 512, 128), (16, 5)),
+        (256, (32, 176, 128), (16, 5)),
+        (128, (32, 68), (12, 5)),
+        (40, (20,), (4, 5)),
+        (6, (3,), (1, 3)),
+        (2, (1,), (1, 1)),
+    ],
+)
+def test_lengths_leave_room(context: int, lengths: tuple[int, ...], bursts: tuple[int, int]) -> None:
+    assert generation.prompt_lengths(context) == lengths
+    assert generation.bursts_for(context) == bursts
+
+
+@pytest.mark.parametrize("repeats", [1, 30])
+def test_cuts_differ_and_are_as_long_as_asked(repeats: int) -> None:
+    ids = list(range(50)) * repeats
+    cuts = [tuple(generation.cut_ids(ids, number, 5, 40)) for number in range(5)]
+    assert {len(cut) for cut in cuts} == {40}
+    assert len(set(cuts)) == 5
 
 
 @pytest.mark.parametrize("text", ["Ünïcödé 王伟王伟 – ", "The river carried the timber. "])
@@ -98,24 +162,15 @@ def test_a_prompt_leaves_room_for_the_new_tokens(tiny_bundle: Path, tmp_path: Pa
     manifest["files"]["tokenizer.json"]["bytes"] = len(changed.encode())
     (bundle / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     assert load(bundle).encode("a")[0] == 0
-    found = worker.measure_speed(bundle, text * 40, 1, 2)
-    assert found["prompt_tokens"] == CONTEXT - 64
-    assert [len(times) for times in found["token_ms"]] == [64, 64]
-
-
-@pytest.mark.parametrize("repeats", [1, 30])
-def test_prompts_differ_and_are_as_long_as_asked(tiny_bundle: Path, tiny_text: str, repeats: int) -> None:
-    tokenizer = Tokenizer(tiny_bundle / "tokenizer.json")
-    text = tiny_text[:150] * repeats
-    prompts = worker._prompts(tokenizer, text, 40, 5)
-    assert len(set(prompts)) == 5
-    assert all(35 <= len(tokenizer.encode(prompt)) <= 45 for prompt in prompts)
+    _, turn = open_speed(bundle, text * 40)
+    turn({"prompts": 0, "of": 1})
+    assert [len(turn({"tokens": 5})["token_ms"]) for _ in range(12)] == [4] * 12  # the context holds them all
 
 
 def test_memory_is_the_peak_of_the_process() -> None:
     """60 MB that were there for a moment are in the peak of a fresh process, and stay in it when they are gone."""
     code = (
-        "import numpy as np; from edgepipe.measuring.worker import peak_memory_bytes as peak\n"
+        "import numpy as np; from edgepipe.measuring.memory import peak_memory_bytes as peak\n"
         "before = peak(); held = np.ones(60_000_000, np.uint8); during = peak(); del held\n"
         "print(before, during, peak())"
     )
@@ -128,24 +183,54 @@ def test_memory_is_the_peak_of_the_process() -> None:
 
 def test_memory_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where /proc isn't there, getrusage is asked; both know the same peak."""
-    here = worker.peak_memory_bytes()
+    here = memory.peak_memory_bytes()
 
     def absent(self: Path, encoding: str | None = None) -> str:
         raise FileNotFoundError(2, "No such file or directory")
 
     monkeypatch.setattr(Path, "read_text", absent)
-    there = worker.peak_memory_bytes()
+    there = memory.peak_memory_bytes()
     if sys.platform == "linux":
         assert there == resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     assert 0.5 < there / here < 2
 
 
-def test_the_last_line_of_a_worker_is_json(
-    tiny_bundle: Path, tiny_text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_process_without_the_model_is_smaller(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Packages and tokenizer count, weights don't: a bundle of any size gives the same."""
+    file = tmp_path / "text.txt"
+    file.write_text("text", encoding="utf-8")
+    found = answer_of("memory", tiny_bundle, file, 1)["memory_bytes"]
+    with Child("it", ["speed", str(tiny_bundle), str(file), "1"]) as child:
+        loaded = child.ready["memory_after_load_bytes"]
+    assert 30e6 < found < loaded
+
+
+def test_the_index_times_fixed_work(tiny_bundle: Path) -> None:
+    """Of a burst the fastest piece counts, the first left out."""
+    ready, turn = index.open_index(tiny_bundle, 1)
+    assert ready["read_bytes"] == 1 << 20
+    assert min(turn({})["index_ms"] for _ in range(5)) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("weights", "buffer"), [(0, 1 << 20), (5 << 20, 5 << 20), (100_000_000, 95 << 20), (1 << 40, 256 << 20)]
+)
+def test_the_index_reads_as_much_as_the_weights(weights: int, buffer: int) -> None:
+    assert index.buffer_bytes(weights) == buffer
+
+
+def test_a_worker_prints_a_line_of_json_for_every_question(
+    tiny_bundle: Path,
+    tiny_text: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     file = tmp_path / "text.txt"
     file.write_text(tiny_text, encoding="utf-8")
     worker.main(["perplexity", str(tiny_bundle), str(file), "0", "50"])
     assert json.loads(capsys.readouterr().out)["tokens"] == 49
-    worker.main(["speed", str(tiny_bundle), str(file), "1", "1"])
-    assert len(json.loads(capsys.readouterr().out)["ttft_ms"]) == 1
+    monkeypatch.setattr("sys.stdin", io.StringIO('{"prompts": 0, "of": 1}\n{"tokens": 3}\n'))
+    worker.main(["speed", str(tiny_bundle), str(file), "1"])
+    ready, prompts, tokens = map(json.loads, capsys.readouterr().out.splitlines())
+    assert "load_ms" in ready and "ttft" in prompts and len(tokens["token_ms"]) == 2

@@ -206,7 +206,7 @@ def test_prompt_in_chunks_equals_prompt_at_once(model: Model, monkeypatch: pytes
     text = " ".join(PROMPTS) * 2
     at_once = model.generate(text, max_new_tokens=8, reuse_prefix=False)
     whole = model.logits(text)
-    monkeypatch.setattr(text_generation, "_PROMPT_CHUNK", 7)
+    monkeypatch.setattr(text_generation, "PROMPT_CHUNK", 7)
     monkeypatch.setattr(text_generation, "_LOGITS_CHUNK", 5)
     assert at_once.prompt_tokens > 21
     assert model.generate(text, max_new_tokens=8, reuse_prefix=False) == at_once

@@ -1,0 +1,153 @@
+"""Sum up the samples of a bundle's blocks: medians with intervals, spreads, what limits; the raw samples stay beside.
+
+p50, p95 and p99 are over all tokens; intervals and spreads of one bundle over turns (the median of a turn's tokens, and
+its TTFT).
+What is compared, with another bundle or with the speed index, is the fastest token of each burst against what ran
+beside it: a burst's fastest token is what the machine can do at that moment, other work left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from itertools import chain
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from edgepipe.artifacts import Json
+from edgepipe.measuring.intervals import FLAG_ABOVE, median_over_blocks, ratio_over_blocks, spread
+from edgepipe.measuring.limits import decoder_work, precision, prefill_limit, token_limit
+
+_SEED = 0  # of the bootstrap: the same samples give the same intervals
+_STARTS = ("import_ms", "load_ms", "first_token_ms")  # what a cold start is made of, one figure per block
+TURN_TIMES: dict[str, Callable[[Json], list[float]]] = {  # a block's figures, one per turn
+    "token_ms": lambda block: [median(times) for times in block["token_ms"]],
+    "ttft_ms": lambda block: list(block["ttft_ms"]),
+}
+
+
+def side_figures(bundle: Path, blocks: Sequence[Json], memory: Json, limits: Json, perplexity: Json) -> Json:
+    """Return the figures of one bundle from its blocks and from what three processes of their own found."""
+    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    token_ms = np.concatenate([times for block in blocks for times in block["token_ms"]])
+    p50, p95, p99 = (float(value) for value in np.percentile(token_ms, (50, 95, 99)))
+    weights = manifest["weights"]
+    prompt_tokens = blocks[0]["prompt_tokens"][-1]
+    turns = {name: [take(block) for block in blocks] for name, take in TURN_TIMES.items()}
+    spreads = {name: spread(times) for name, times in turns.items()}
+    figures: Json = {
+        "manifest_sha256": hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest(),
+        "bundle_bytes": sum(f.stat().st_size for f in bundle.iterdir()),
+        "weight_bytes": weights["bytes"],
+        "bits_per_weight": weights["bits_per_weight"],
+        "cache_bytes": manifest["cache"]["bytes"],
+        **{name: median(block[name] for block in blocks) for name in _STARTS},
+        "cold_start_ms": median(_cold_start(block) for block in blocks),
+        "prompt_tokens": prompt_tokens,
+        "ttft_ms": median(time for block in blocks for time in block["ttft_ms"]),
+        "ttft": [_ttft(blocks, length) for length in sorted(blocks[0]["prompt_tokens"])],
+        "token_ms": p50,
+        "token_ms_p95": p95,
+        "token_ms_p99": p99,
+        "tokens_per_second": 1e3 / p50,
+        "memory_after_load_bytes": max(block["memory_after_load_bytes"] for block in blocks),
+        "memory_peak_bytes": max(block["memory_peak_bytes"] for block in blocks),
+        "memory_without_model_bytes": memory["memory_bytes"],
+        "perplexity": perplexity["perplexity"],
+        "perplexity_tokens": perplexity["tokens"],
+        "intervals": {name: _interval(times) for name, times in turns.items()},
+        "per_index": per_index(blocks),
+        "spread": spreads,
+        "flagged": [name for name, value in spreads.items() if value > FLAG_ABOVE],
+        "samples": list(blocks),
+    }
+    graph = (bundle / manifest["graphs"]["decoder"]).read_bytes()
+    return figures | {"limits": _limits(manifest, graph, limits, figures, blocks[0])}
+
+
+def ratios(ours: Sequence[Json], theirs: Sequence[Json]) -> Json:
+    """Return ours ÷ theirs of every time, over bursts or prompts that stood side by side, with interval and verdict."""
+    pairs = {
+        "token_ms": ([fastest_of_bursts(b) for b in ours], [fastest_of_bursts(b) for b in theirs]),
+        "ttft_ms": ([b["ttft_ms"] for b in ours], [b["ttft_ms"] for b in theirs]),
+    }
+    return {name: ratio_over_blocks(a, b, seed=_SEED).to_json(bigger_is_better=False) for name, (a, b) in pairs.items()}
+
+
+def per_index(blocks: Sequence[Json]) -> Json:
+    """Return the times in units of the index beside them: what stays alike when the machine's speed changes."""
+    tokens = [
+        [time / index for time, index in zip(fastest_of_bursts(block), chain(*block["index_ms"]), strict=True)]
+        for block in blocks
+    ]
+    prompts = [
+        [time / median(index) for time, index in zip(block["ttft_ms"], block["index_ms"], strict=True)]
+        for block in blocks
+    ]
+    return {
+        "token_ms": median_over_blocks(tokens, seed=_SEED).to_json(),
+        "ttft_ms": median_over_blocks(prompts, seed=_SEED).to_json(),
+    }
+
+
+def fastest_of_bursts(block: Json) -> list[float]:
+    """Return the fastest token of every burst of a block, ms, in the order they were taken."""
+    return [
+        min(times)
+        for turn, index in zip(block["token_ms"], block["index_ms"], strict=True)
+        for times in np.array(turn).reshape(len(index), -1).tolist()
+    ]
+
+
+def index_figures(blocks: Sequence[Json]) -> Json:
+    """Return the index over a whole measurement."""
+    turns = [[median(index) for index in block["index_ms"]] for block in blocks]
+    found = median_over_blocks(turns, seed=_SEED)
+    samples = sum(len(index) for block in blocks for index in block["index_ms"])
+    return {"ms": found.value, "low": found.low, "high": found.high, "spread": spread(turns), "samples": samples}
+
+
+def _cold_start(block: Json) -> float:
+    return float(sum(block[name] for name in _STARTS))
+
+
+def _interval(turns: list[list[float]]) -> Json:
+    found = median_over_blocks(turns, seed=_SEED)
+    return {"low": found.low, "high": found.high}
+
+
+def _ttft(blocks: Sequence[Json], length: int) -> Json:
+    """Return the row of one prompt length."""
+    parts = [block["ttft"][str(length)] for block in blocks]
+    whole = [[sum(both) for both in zip(p["tokenize_ms"], p["first_step_ms"], strict=True)] for p in parts]
+    found = median_over_blocks(whole, seed=_SEED)
+    return {
+        "prompt_tokens": length,
+        "tokenize_ms": median(time for p in parts for time in p["tokenize_ms"]),
+        "first_step_ms": median(time for p in parts for time in p["first_step_ms"]),
+        "ttft_ms": found.value,
+        "low": found.low,
+        "high": found.high,
+        "spread": spread(whole),
+    }
+
+
+def _limits(manifest: Json, graph: bytes, peaks: Json, figures: Json, block: Json) -> Json:
+    """Set the time per token and the first step of its prompt beside what could be at best."""
+    from edgepipe.runtime.text_generation import PROMPT_CHUNK
+
+    work, arithmetic = decoder_work(manifest), precision(graph)
+    prompt = figures["prompt_tokens"]
+    positions = prompt + block["bursts"] * block["burst_tokens"] // 2  # of the token in the middle
+    first_step = next(row["first_step_ms"] for row in figures["ttft"] if row["prompt_tokens"] == prompt)
+    return {
+        "precision": arithmetic,
+        "threads": peaks["threads"],
+        "read_bytes_per_second": peaks["read_bytes_per_second"],
+        "multiply_adds_per_second": peaks["multiply_adds_per_second"][arithmetic],
+        "token": token_limit(work, positions, peaks, arithmetic, figures["token_ms"]).to_json(),
+        "prefill": prefill_limit(work, prompt, PROMPT_CHUNK, peaks, arithmetic, first_step).to_json(),
+    }

@@ -1,0 +1,129 @@
+"""What a figure could be at best: bytes that must be read and multiply-adds that must be done, over what was measured.
+
+A token can't be faster than reading, once, everything that it needs, nor than its multiply-adds at the machine's peak;
+the larger of the two is the limit (a roofline). Bytes and multiply-adds follow from the manifest alone: no noise.
+Source: Williams, Waterman and Patterson, Roofline (2009).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_NEAR = 0.5  # a figure at less than this share of its limit is limited by something else: overhead
+_CACHE_BYTES = {"float32": 4, "float16": 2}  # of one element of a key or value
+_LEVEL = re.compile(rb"accuracy_level\x18(.)", re.DOTALL)
+_INT8 = 4  # MatMulNBits' accuracy level of int8 activations
+_HEAD_PART = "embedding and head"  # as the manifest's parts name it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """Say what a decoder reads and multiplies."""
+
+    weight_bytes: int  # read for every step: all weights, of an embedding only the rows that are looked up
+    step_multiply_adds: int  # of one token in all matrices but the head
+    head_multiply_adds: int  # of one position's logits
+    position_multiply_adds: int  # of one token's attention, per position that it looks at
+    position_bytes: int  # keys and values of one position, all layers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """Hold a figure beside what could be at best."""
+
+    tokens: int  # positions that the step saw, or prompt tokens
+    bytes: int
+    multiply_adds: int
+    read_ms: float
+    compute_ms: float
+    measured_ms: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as figures keep it: the limit, its share of what was measured, and what limits."""
+        limit_ms = max(self.read_ms, self.compute_ms)
+        share = limit_ms / self.measured_ms
+        by = "overhead" if share < _NEAR else "reading" if self.read_ms >= self.compute_ms else "arithmetic"
+        return {
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "multiply_adds": self.multiply_adds,
+            "read_ms": self.read_ms,
+            "compute_ms": self.compute_ms,
+            "limit_ms": limit_ms,
+            "measured_ms": self.measured_ms,
+            "share": share,
+            "limited_by": by,
+        }
+
+
+def decoder_work(manifest: Mapping[str, Any]) -> Work:
+    """Return the work of a decoder from its manifest."""
+    model, parts = manifest["model"], manifest["weights"]["parts"]
+    head = model["vocab_size"] * model["hidden_size"]
+    matrices = sum(part["parameters"] for part in parts if part["part"] in ("attention", "mlp"))
+    element = _CACHE_BYTES[manifest["cache"]["dtype"]]
+    return Work(
+        weight_bytes=sum(part["bytes"] for part in parts) - _untouched_bytes(parts, head),
+        step_multiply_adds=matrices,
+        head_multiply_adds=head,
+        position_multiply_adds=2 * model["layers"] * model["heads"] * model["head_dim"],
+        position_bytes=2 * model["layers"] * model["kv_heads"] * model["head_dim"] * element,
+    )
+
+
+def _untouched_bytes(parts: list[Mapping[str, Any]], head: int) -> int:
+    """Return the bytes of an embedding that isn't the head as well: of it, one row a token is read.
+
+    Where both are stored differently the larger counts as the embedding, so that the limit stays a limit.
+    """
+    ends = [part for part in parts if part["part"] == _HEAD_PART]
+    if sum(part["parameters"] for part in ends) < 2 * head:
+        return 0  # tied: the head reads it whole
+    if len(ends) == 1:
+        return int(ends[0]["bytes"]) // 2
+    return max(int(part["bytes"]) for part in ends)
+
+
+def precision(graph: bytes) -> str:
+    """Return the arithmetic of most of a lowered graph's products: "int8" where activations are rounded to it.
+
+    A product over packed weights says so in its attribute accuracy_level, written here as protobuf does: the name,
+    then field 3, the integer. All others compute in float32.
+    """
+    levels = [level[0] for level in _LEVEL.findall(graph)]
+    return "int8" if 2 * levels.count(_INT8) > max(len(levels), 1) else "float32"
+
+
+def token_limit(work: Work, positions: int, peaks: Mapping[str, Any], arithmetic: str, measured_ms: float) -> Limit:
+    """Return the limit of one output token that looks at `positions` positions, its own included."""
+    nbytes = work.weight_bytes + positions * work.position_bytes
+    adds = work.step_multiply_adds + work.head_multiply_adds + positions * work.position_multiply_adds
+    return _limit(positions, nbytes, adds, peaks, arithmetic, measured_ms)
+
+
+def prefill_limit(work: Work, tokens: int, chunk: int, peaks: Mapping[str, Any], arithmetic: str, ms: float) -> Limit:
+    """Return the limit of a prompt's first step: weights once per chunk, every token in every matrix, one head.
+
+    Each token looks at itself and those before it; what a kernel computes beyond that and throws away isn't counted.
+    """
+    chunks = -(-tokens // chunk)
+    seen = tokens * (tokens + 1) // 2
+    nbytes = chunks * work.weight_bytes + tokens * work.position_bytes
+    adds = tokens * work.step_multiply_adds + work.head_multiply_adds * chunks + seen * work.position_multiply_adds
+    return _limit(tokens, nbytes, adds, peaks, arithmetic, ms)
+
+
+def _limit(
+    tokens: int, nbytes: int, multiply_adds: int, peaks: Mapping[str, Any], arithmetic: str, measured_ms: float
+) -> Limit:
+    return Limit(
+        tokens=tokens,
+        bytes=nbytes,
+        multiply_adds=multiply_adds,
+        read_ms=1e3 * nbytes / peaks["read_bytes_per_second"],
+        compute_ms=1e3 * multiply_adds / peaks["multiply_adds_per_second"][arithmetic],
+        measured_ms=measured_ms,
+    )

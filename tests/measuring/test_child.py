@@ -1,0 +1,81 @@
+"""Children: a line each way, and every way of failing is one sentence."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from edgepipe.errors import StageError
+from edgepipe.measuring import child
+from edgepipe.measuring.child import Child
+
+ECHO = """
+import json, sys
+print(json.dumps({"arguments": sys.argv[1:]}), flush=True)
+for line in sys.stdin:
+    asked = json.loads(line)
+    if "die" in asked:
+        print("first words", "last words", sep="\\n", file=sys.stderr)
+        sys.exit(asked["die"])
+    if "noise" in asked:
+        sys.stderr.write("x" * asked["noise"])
+    print(json.dumps({"heard": asked}), flush=True)
+"""
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Callable[[str], tuple[str, ...]]:
+    """Return a function that writes a program and says how Python runs it."""
+
+    def write(code: str) -> tuple[str, ...]:
+        (tmp_path / "program.py").write_text(code, encoding="utf-8")
+        return ("-P", str(tmp_path / "program.py"))
+
+    return write
+
+
+def test_a_child_answers_line_by_line(program: Callable[[str], tuple[str, ...]]) -> None:
+    """However much it writes to stderr meanwhile: nobody reads a pipe that could fill up."""
+    with Child("it", ["speed", "größe"], program(ECHO)) as one:
+        assert one.ready == {"arguments": ["speed", "größe"]}
+        assert one.ask({"n": 1}) == {"heard": {"n": 1}}
+        assert one.ask({"noise": 1 << 20}) == {"heard": {"noise": 1 << 20}}
+    assert one._process.returncode == 0
+
+
+def test_what_it_said_last_is_the_message(program: Callable[[str], tuple[str, ...]]) -> None:
+    with (
+        Child("a bundle", [], program(ECHO)) as one,
+        pytest.raises(StageError, match=r"^measuring a bundle ended with exit code 3: last words$"),
+    ):
+        one.ask({"die": 3})
+
+
+def test_a_child_that_ends_without_a_word(program: Callable[[str], tuple[str, ...]]) -> None:
+    """Killed for memory, for example; a question to the dead is one sentence too."""
+    killed = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    with pytest.raises(StageError, match=r"ended with exit code -9: no message"):
+        Child("it", [], program(killed))
+    with Child("it", [], program("print('{}', flush=True)")) as one:
+        one._process.wait()
+        with pytest.raises(StageError, match="exit code 0: no message"):
+            one.ask({})
+
+
+def test_a_child_that_hangs_is_stopped(
+    program: Callable[[str], tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "_TIMEOUT_S", 0.3)
+    with pytest.raises(StageError, match=r"measuring it took longer than 0\.3 s: it was stopped"):
+        Child("it", [], program("import time; time.sleep(60)"))
+
+
+def test_an_error_ends_the_child(program: Callable[[str], tuple[str, ...]]) -> None:
+    """One that would not notice that its input ended is not waited for."""
+    deaf = "import time; print('{}', flush=True); time.sleep(60)"
+    with pytest.raises(KeyError), Child("it", [], program(deaf)) as one:
+        raise KeyError
+    assert one._process.returncode == (-9 if sys.platform != "win32" else 1)
