@@ -97,7 +97,8 @@ def _write_report(path: Path, result: Measured, recipe: Recipe, over: list[str])
 
 
 def _headline(figures: Json) -> Json:
-    keys = ("ttft_ms", "token_ms", "tokens_per_second", "memory_peak_bytes", "perplexity")
+    known = ("ttft_ms", "token_ms", "tokens_per_second", "calls", "memory_peak_bytes", "perplexity")
+    keys = [key for key in known if key in figures["bundle"]]
     line: Json = {key: figures["bundle"][key] for key in keys}
     line["baseline"] = None if figures["baseline"] is None else {key: figures["baseline"][key] for key in keys}
     return line
@@ -109,9 +110,10 @@ def over_budget(summary: Json, recipe: Recipe) -> list[str]:
     if figures is None:
         return []
     after, before, budgets = figures["bundle"], figures["baseline"], recipe.target.budgets
-    checks = [("TTFT in ms", after["ttft_ms"], budgets.ttft_ms)]
+    checks = [("TTFT in ms", after["ttft_ms"], budgets.ttft_ms)] if "ttft_ms" in after else []
     if before is not None:
         checks.append(("shipped ratio", after["bundle_bytes"] / before["bundle_bytes"], budgets.shipped_ratio))
+    if before is not None and "perplexity" in after:
         checks.append(("perplexity ratio", after["perplexity"] / before["perplexity"], budgets.perplexity_ratio))
     return [
         f"over budget: {title} is {value:.3f}, the target {recipe.target.name} allows {allowed:.3f}"

@@ -13,10 +13,11 @@ from typing import Any
 
 from edgepipe.artifacts import Json
 from edgepipe.errors import ConfigError
+from edgepipe.measuring.calls import call_name
 
-_TITLES = {"token_ms": "time per output token", "ttft_ms": "TTFT"}
+_TITLES = {"token_ms": "time per output token", "ttft_ms": "TTFT"}  # others are calls, named by their shape
 _SAME_MACHINE = ("cpu", "cores", "threads", "system")
-_SAME_METHOD = ("bursts", "counted_tokens", "prompt_tokens")
+_SAME_METHOD = ("bursts", "counted_tokens", "prompt_tokens", "calls", "repeats")
 
 
 def read_measurement(file: Path) -> Json:
@@ -30,12 +31,14 @@ def read_measurement(file: Path) -> Json:
     found = _parsed(text) or _parsed((text.splitlines() or [""])[-1])
     figures = found.get("figures", found)
     try:
-        for name in _TITLES:
+        for name in figures["bundle"]["per_index"]:
             low, value, high = (float(figures["bundle"]["per_index"][name][key]) for key in ("low", "value", "high"))
             if not 0 < low <= value <= high:
                 raise ValueError(name)
         complete = all(key in figures["machine"] for key in _SAME_MACHINE) and "taken_at" in figures
-        complete = complete and all(key in figures["method"] for key in _SAME_METHOD)
+        complete = (
+            complete and len(figures["bundle"]["per_index"]) > 0 and any(k in figures["method"] for k in _SAME_METHOD)
+        )
     except (LookupError, TypeError, ValueError, AttributeError):
         complete = False
     if not complete:
@@ -56,12 +59,13 @@ def check_comparable(earlier: Json, machine: Mapping[str, Any]) -> None:
 def compare(now: Json, earlier: Json) -> Json:
     """Return whether two measurements agree, figure by figure, and sentences that say so."""
     for key in _SAME_METHOD:
-        if now["method"][key] != earlier["method"][key]:
+        then, here = earlier["method"].get(key), now["method"].get(key)
+        if here != then:
             raise ConfigError(
-                f"the earlier measurement has {key} {earlier['method'][key]}, but here it is {now['method'][key]}: "
-                "measure a bundle with the same context"
+                f"the earlier measurement has {key} {then}, but here it is {here}: measure a bundle for the same task "
+                "with the same context"
             )
-    figures = {name: _compare_one(name, now, earlier) for name in _TITLES}
+    figures = {name: _compare_one(name, now, earlier) for name in now["bundle"]["per_index"]}
     same = now["bundle"]["manifest_sha256"] == earlier["bundle"].get("manifest_sha256")
     sentences = [_sentence(name, found) for name, found in figures.items()]
     if not same:
@@ -79,10 +83,11 @@ def _compare_one(name: str, now: Json, earlier: Json) -> Json:
     """Compare a figure, raw and per index; the ratio's interval is what both intervals allow."""
     a, b = now["bundle"]["per_index"][name], earlier["bundle"]["per_index"][name]
     low, high = a["low"] / b["high"], a["high"] / b["low"]
+    earlier_ms, now_ms = _ms(earlier["bundle"], name), _ms(now["bundle"], name)
     return {
-        "earlier_ms": earlier["bundle"][name],
-        "now_ms": now["bundle"][name],
-        "raw_ratio": now["bundle"][name] / earlier["bundle"][name],
+        "earlier_ms": earlier_ms,
+        "now_ms": now_ms,
+        "raw_ratio": now_ms / earlier_ms,
         "ratio": a["value"] / b["value"],
         "low": low,
         "high": high,
@@ -90,10 +95,18 @@ def _compare_one(name: str, now: Json, earlier: Json) -> Json:
     }
 
 
+def _ms(side: Json, name: str) -> float:
+    """Return a time of a bundle: its own figure, or that of the calls of a shape."""
+    if name in side:
+        return float(side[name])
+    return next(float(row["ms"]) for row in side["calls"] if call_name(row["batch"], row["tokens"]) == name)
+
+
 def _sentence(name: str, found: Json) -> str:
     verdict = "they agree" if found["agrees"] else "they do NOT agree"
     return (
-        f"{_TITLES[name]}: {found['earlier_ms']:.1f} ms then, {found['now_ms']:.1f} ms now ({found['raw_ratio']:.2f} "
+        f"{_TITLES.get(name, f'a call of {name}')}: {found['earlier_ms']:.1f} ms then, {found['now_ms']:.1f} ms now "
+        f"({found['raw_ratio']:.2f} "
         f"times); beside the speed index {found['ratio']:.2f} times [{found['low']:.2f}, {found['high']:.2f}]: "
         f"{verdict}"
     )

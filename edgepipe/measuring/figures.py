@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from statistics import median
@@ -18,58 +18,78 @@ from statistics import median
 import numpy as np
 
 from edgepipe.artifacts import Json
+from edgepipe.measuring.call_figures import call_figures, call_index, call_ratios
 from edgepipe.measuring.intervals import FLAG_ABOVE, median_over_blocks, ratio_over_blocks, spread
 from edgepipe.measuring.limits import decoder_work, precision, prefill_limit, token_limit
 
 _SEED = 0  # of the bootstrap: the same samples give the same intervals
-_STARTS = ("import_ms", "load_ms", "first_token_ms")  # what a cold start is made of, one figure per block
+_STARTS = ("import_ms", "load_ms", "first_token_ms", "first_call_ms")  # what a cold start is made of, one per block
+_PERPLEXITY = {"perplexity": "perplexity", "perplexity_tokens": "tokens"}
 TURN_TIMES: dict[str, Callable[[Json], list[float]]] = {  # a block's figures, one per turn
     "token_ms": lambda block: [median(times) for times in block["token_ms"]],
     "ttft_ms": lambda block: list(block["ttft_ms"]),
 }
 
 
-def side_figures(bundle: Path, blocks: Sequence[Json], memory: Json, limits: Json, perplexity: Json) -> Json:
-    """Return the figures of one bundle from its blocks and from what three processes of their own found."""
+def side_figures(bundle: Path, blocks: Sequence[Json], alone: Mapping[str, Json]) -> Json:
+    """Return the figures of one bundle from its blocks and from what processes of their own found, by their kind."""
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
-    token_ms = np.concatenate([times for block in blocks for times in block["token_ms"]])
-    p50, p95, p99 = (float(value) for value in np.percentile(token_ms, (50, 95, 99)))
     weights = manifest["weights"]
-    prompt_tokens = blocks[0]["prompt_tokens"][-1]
-    turns = {name: [take(block) for block in blocks] for name, take in TURN_TIMES.items()}
-    spreads = {name: spread(times) for name, times in turns.items()}
+    graphs = [(bundle / file).read_bytes() for file in manifest["graphs"].values()]
+    starts = [name for name in _STARTS if name in blocks[0]]
     figures: Json = {
         "manifest_sha256": hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest(),
         "bundle_bytes": sum(f.stat().st_size for f in bundle.iterdir()),
         "weight_bytes": weights["bytes"],
         "bits_per_weight": weights["bits_per_weight"],
-        "cache_bytes": manifest["cache"]["bytes"],
-        **{name: median(block[name] for block in blocks) for name in _STARTS},
-        "cold_start_ms": median(_cold_start(block) for block in blocks),
-        "prompt_tokens": prompt_tokens,
+        "cache_bytes": (manifest["cache"] or {}).get("bytes"),
+        **{name: median(block[name] for block in blocks) for name in starts},
+        "cold_start_ms": median(float(sum(block[name] for name in starts)) for block in blocks),
+        "memory_after_load_bytes": max(block["memory_after_load_bytes"] for block in blocks),
+        "memory_peak_bytes": max(block["memory_peak_bytes"] for block in blocks),
+        "memory_without_model_bytes": alone["memory"]["memory_bytes"],
+    }
+    arithmetic = precision(b"".join(graphs))
+    if takes_calls(blocks):
+        figures |= call_figures(manifest, blocks, alone["limits"], arithmetic)
+    else:
+        figures |= token_figures(blocks)
+        if "perplexity" in alone:  # a model that continues a text, whose every weight is read for every token
+            figures |= {key: alone["perplexity"][name] for key, name in _PERPLEXITY.items()}
+            figures["limits"] = _limits(manifest, arithmetic, alone["limits"], figures, blocks[0])
+    return figures | {"samples": list(blocks)}
+
+
+def takes_calls(blocks: Sequence[Json]) -> bool:
+    """Say whether blocks are of whole calls (calls.py), not of prompts and tokens (generation.py)."""
+    return "calls" in blocks[0]
+
+
+def token_figures(blocks: Sequence[Json]) -> Json:
+    """Return what is particular to a bundle that generates: TTFT and time per output token."""
+    token_ms = np.concatenate([times for block in blocks for times in block["token_ms"]])
+    p50, p95, p99 = (float(value) for value in np.percentile(token_ms, (50, 95, 99)))
+    turns = {name: [take(block) for block in blocks] for name, take in TURN_TIMES.items()}
+    spreads = {name: spread(times) for name, times in turns.items()}
+    return {
+        "prompt_tokens": blocks[0]["prompt_tokens"][-1],
         "ttft_ms": median(time for block in blocks for time in block["ttft_ms"]),
-        "ttft": [_ttft(blocks, length) for length in sorted(blocks[0]["prompt_tokens"])],
+        "ttft": [_ttft(blocks, length) for length in sorted(set(blocks[0]["prompt_tokens"]))],
         "token_ms": p50,
         "token_ms_p95": p95,
         "token_ms_p99": p99,
         "tokens_per_second": 1e3 / p50,
-        "memory_after_load_bytes": max(block["memory_after_load_bytes"] for block in blocks),
-        "memory_peak_bytes": max(block["memory_peak_bytes"] for block in blocks),
-        "memory_without_model_bytes": memory["memory_bytes"],
-        "perplexity": perplexity["perplexity"],
-        "perplexity_tokens": perplexity["tokens"],
         "intervals": {name: _interval(times) for name, times in turns.items()},
         "per_index": per_index(blocks),
         "spread": spreads,
         "flagged": [name for name, value in spreads.items() if value > FLAG_ABOVE],
-        "samples": list(blocks),
     }
-    graph = (bundle / manifest["graphs"]["decoder"]).read_bytes()
-    return figures | {"limits": _limits(manifest, graph, limits, figures, blocks[0])}
 
 
 def ratios(ours: Sequence[Json], theirs: Sequence[Json]) -> Json:
     """Return ours ÷ theirs of every time, over bursts or prompts that stood side by side, with interval and verdict."""
+    if takes_calls(ours):
+        return call_ratios(ours, theirs)
     pairs = {
         "token_ms": ([fastest_of_bursts(b) for b in ours], [fastest_of_bursts(b) for b in theirs]),
         "ttft_ms": ([b["ttft_ms"] for b in ours], [b["ttft_ms"] for b in theirs]),
@@ -104,14 +124,11 @@ def fastest_of_bursts(block: Json) -> list[float]:
 
 def index_figures(blocks: Sequence[Json]) -> Json:
     """Return the index over a whole measurement."""
-    turns = [[median(index) for index in block["index_ms"]] for block in blocks]
+    by_turn = call_index(blocks) if takes_calls(blocks) else [block["index_ms"] for block in blocks]
+    turns = [[median(index) for index in block] for block in by_turn]
     found = median_over_blocks(turns, seed=_SEED)
-    samples = sum(len(index) for block in blocks for index in block["index_ms"])
+    samples = sum(len(index) for block in by_turn for index in block)
     return {"ms": found.value, "low": found.low, "high": found.high, "spread": spread(turns), "samples": samples}
-
-
-def _cold_start(block: Json) -> float:
-    return float(sum(block[name] for name in _STARTS))
 
 
 def _interval(turns: list[list[float]]) -> Json:
@@ -135,11 +152,11 @@ def _ttft(blocks: Sequence[Json], length: int) -> Json:
     }
 
 
-def _limits(manifest: Json, graph: bytes, peaks: Json, figures: Json, block: Json) -> Json:
+def _limits(manifest: Json, arithmetic: str, peaks: Json, figures: Json, block: Json) -> Json:
     """Set the time per token and the first step of its prompt beside what could be at best."""
     from edgepipe.runtime.text_generation import PROMPT_CHUNK
 
-    work, arithmetic = decoder_work(manifest), precision(graph)
+    work = decoder_work(manifest)
     prompt = figures["prompt_tokens"]
     positions = prompt + block["bursts"] * block["burst_tokens"] // 2  # of the token in the middle
     first_step = next(row["first_step_ms"] for row in figures["ttft"] if row["prompt_tokens"] == prompt)

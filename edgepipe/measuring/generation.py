@@ -41,25 +41,35 @@ def prompt_lengths(context: int) -> tuple[int, ...]:
     return (*sorted({min(length, room) for length in PROMPT_TOKENS} - {middle}), middle)
 
 
+def source_lengths(context: int) -> tuple[int, ...]:
+    """Return the lengths of sources, in the order of a turn: what is answered comes last."""
+    middle = min(DECODED_AFTER, context)
+    return (*sorted({min(length, context) for length in PROMPT_TOKENS} - {middle}), middle)
+
+
 def open_generation(bundle: Path, text: str, threads: int | None, begun: float) -> tuple[Json, Callable[[Json], Json]]:
     """Load a bundle and run its first prompt; return what that took, and what takes turns.
 
     A turn begins with {"prompts": number, "of": how many turns there will be}: one prompt of every length; each
     {"tokens": n} after it continues by n tokens. `begun` is when the process began, on the clock of time.perf_counter.
     """
+    from edgepipe.runtime import open_graphs
     from edgepipe.runtime.bundle import read_bundle
-    from edgepipe.runtime.onnxruntime import open_decoder
     from edgepipe.runtime.text_generation import PROMPT_CHUNK
     from edgepipe.runtime.tokenizer import Tokenizer
 
     imported = time.perf_counter()
     opened = read_bundle(bundle)
+    assert opened.tokenizer is not None, "read_bundle has looked"
     tokenizer = Tokenizer(opened.tokenizer)
-    decoder = open_decoder(opened.path, opened.manifest, threads)
+    decoder = open_graphs(opened, threads)
+    prefix = opened.manifest["model"].get("decoder_prefix_ids")  # of an answer to a source that an encoder reads
     loaded = time.perf_counter()
     after_load = peak_memory_bytes()
     cache = decoder.new_cache(1)
     lengths = prompt_lengths(decoder.context)
+    if prefix is not None:
+        lengths = source_lengths(opened.manifest["model"]["source_context"])
     text_ids = tokenizer.encode(text)
     token, past = 0, 0  # the last token, and how many the cache holds
 
@@ -80,7 +90,11 @@ def open_generation(bundle: Path, text: str, threads: int | None, begun: float) 
         # a cut inside a letter, or a first token that the tokenizer adds, makes more tokens than were cut
         ids = tokenizer.encode(written)[:length]
         encoded = time.perf_counter()
-        token = step(ids, 0)
+        if prefix is None:
+            token = step(ids, 0)
+        else:
+            decoder.read_source(cache, 0, np.array([ids], np.int64))
+            token = step(prefix, 0)
         return 1e3 * (encoded - before), 1e3 * (time.perf_counter() - encoded), token
 
     def decode(count: int) -> list[float]:
@@ -105,11 +119,12 @@ def open_generation(bundle: Path, text: str, threads: int | None, begun: float) 
             number, of = asked["prompts"] * len(lengths) + place, (asked["of"] + 1) * len(lengths)
             tokenize_ms, first_step_ms, token = prompt(number, of, length)
             ttft[str(length)] = [tokenize_ms, first_step_ms]
-        past = lengths[-1]
+        past = start
         return {"ttft": ttft}
 
     tokenize_ms, first_step_ms, token = prompt(len(lengths) - 1, len(lengths), lengths[-1])
-    past = lengths[-1]
+    start = lengths[-1] if prefix is None else len(prefix)
+    past = start
     bursts, burst_tokens = bursts_for(decoder.context)
     decode(min(_WARM_UP_TOKENS, bursts * burst_tokens))
     ready: Json = {
@@ -134,11 +149,12 @@ def cut_ids(ids: list[int], number: int, of: int, length: int) -> list[int]:
 
 def memory_without_model(bundle: Path) -> Json:
     """Import what a process with a model imports and open the tokenizer; return the memory of that alone."""
-    import edgepipe.runtime.onnxruntime
-    import edgepipe.runtime.text_generation  # noqa: F401
+    import edgepipe.runtime
+    import edgepipe.runtime.onnxruntime  # noqa: F401
     from edgepipe.runtime.bundle import read_bundle
     from edgepipe.runtime.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer(read_bundle(bundle).tokenizer)
-    tokenizer.encode("A first text makes the tokenizer build what it needs.")
+    file = read_bundle(bundle).tokenizer
+    if file is not None:
+        Tokenizer(file).encode("A first text makes the tokenizer build what it needs.")
     return {"memory_bytes": peak_memory_bytes()}

@@ -59,6 +59,14 @@ class Limit:
         }
 
 
+def bytes_per_run(manifest: Mapping[str, Any]) -> int:
+    """Return the weight bytes that one run reads: a token's, or a call's of a model without a cache."""
+    if manifest["task"] == "text-generation":
+        return decoder_work(manifest).weight_bytes
+    parts = manifest["weights"]["parts"]
+    return sum(int(part["bytes"]) for part in parts if part["part"] != _HEAD_PART) or int(manifest["weights"]["bytes"])
+
+
 def decoder_work(manifest: Mapping[str, Any]) -> Work:
     """Return the work of a decoder from its manifest."""
     model, parts = manifest["model"], manifest["weights"]["parts"]
@@ -114,6 +122,17 @@ def prefill_limit(work: Work, tokens: int, chunk: int, peaks: Mapping[str, Any],
     nbytes = chunks * work.weight_bytes + tokens * work.position_bytes
     adds = tokens * work.step_multiply_adds + work.head_multiply_adds * chunks + seen * work.position_multiply_adds
     return _limit(tokens, nbytes, adds, peaks, arithmetic, ms)
+
+
+def call_limit(
+    manifest: Mapping[str, Any], batch: int, tokens: int, peaks: Mapping[str, Any], arithmetic: str, ms: float
+) -> Limit:
+    """Return the limit of one call of an encoder: weights once, every token in every matrix, each looking at all."""
+    model, parts = manifest["model"], manifest["weights"]["parts"]
+    matrices = [part for part in parts if part["part"] in ("attention", "mlp")]
+    adds = batch * tokens * sum(part["parameters"] for part in matrices)
+    adds += 2 * batch * tokens * tokens * model["layers"] * model["hidden_size"]
+    return _limit(tokens, bytes_per_run(manifest), adds, peaks, arithmetic, ms)
 
 
 def _limit(

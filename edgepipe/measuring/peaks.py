@@ -26,13 +26,13 @@ _PRODUCT = (512, 1024, 1024)  # m, k, n: large enough that handing out work cost
 
 def measure_peaks(bundle: Path, threads: int | None) -> Json:
     """Return read bandwidth at the bundle's bytes per token and the peaks of matrix products, per second."""
-    from edgepipe.measuring.limits import decoder_work
+    from edgepipe.measuring.limits import bytes_per_run
     from edgepipe.measuring.products import FLOAT32, INT8, float32_operands, int8_operands
     from edgepipe.runtime.bundle import read_manifest
     from edgepipe.runtime.onnxruntime import bind_products
 
     count = threads or os.cpu_count() or 1
-    nbytes = decoder_work(read_manifest(bundle)).weight_bytes
+    nbytes = bytes_per_run(read_manifest(bundle))
     rows, inner, columns = _PRODUCT
     work = rows * inner * columns
     (floats,) = bind_products(FLOAT32, [float32_operands(*_PRODUCT)], "float32", threads)

@@ -19,9 +19,12 @@ from importlib import metadata
 from pathlib import Path
 
 from edgepipe.artifacts import Json
+from edgepipe.errors import ConfigError
+from edgepipe.measuring.calls import call_name
 from edgepipe.measuring.child import WORKER, Child, answer_of
 from edgepipe.measuring.figures import index_figures, ratios, side_figures
 from edgepipe.measuring.intervals import CONFIDENCE, FLAG_ABOVE
+from edgepipe.runtime.bundle import read_manifest
 
 _PACKAGES = ("edgepipe", "numpy", "onnxruntime", "tokenizers")  # what a measured process runs on
 
@@ -48,30 +51,30 @@ def measure_bundles(
 
     `work_dir` is where temporary files go (None: the system's folder). Raises StageError when a process fails.
     """
+    task = _task(bundles)
     with tempfile.TemporaryDirectory(dir=work_dir) as folder:
         file = Path(folder) / "text.txt"
         file.write_text(text, encoding="utf-8")
-        steps = iter(range(plan.blocks * plan.turns + 3 * len(bundles)))
-        total = plan.blocks * plan.turns + 3 * len(bundles)
+        kinds = ["memory", "limits", *(["perplexity"] if task == "text-generation" else [])]
+        total = plan.blocks * plan.turns + len(kinds) * len(bundles)
+        steps = iter(range(total))
         samples = take_blocks(bundles, file, plan, lambda what: progress(what, next(steps), total))
         alone: dict[str, dict[str, Json]] = {name: {} for name in bundles}
-        for kind in ("memory", "limits", "perplexity"):
+        for kind in kinds:
             for name, path in bundles.items():
                 progress(f"{kind} of the {name}", next(steps), total)
                 alone[name][kind] = answer_of(kind, path, file, plan.threads, plan.tokens)
-    sides = {name: side_figures(path, samples[name], **alone[name]) for name, path in bundles.items()}
+    sides = {name: side_figures(path, samples[name], alone[name]) for name, path in bundles.items()}
     first = samples["bundle"][0]
     return {
         "schema": 1,
-        "task": "text-generation",
+        "task": task,
         "taken_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": describe_machine(plan.threads),
         "method": {
             "blocks": plan.blocks,
             "turns": plan.turns,
-            "bursts": len(first["index_ms"][0]),
-            "counted_tokens": len(first["token_ms"][0]),
-            "prompt_tokens": sorted(first["prompt_tokens"]),
+            **_method(first),
             "confidence": CONFIDENCE,
             "flag_above": FLAG_ABOVE,
         },
@@ -80,6 +83,25 @@ def measure_bundles(
         "baseline": sides.get("baseline"),
         "ratios": ratios(samples["bundle"], samples["baseline"]) if "baseline" in samples else None,
         "since": None,
+    }
+
+
+def _task(bundles: Mapping[str, Path]) -> str:
+    """Return the task that all bundles have; ConfigError when they differ."""
+    tasks = {name: read_manifest(path)["task"] for name, path in bundles.items()}
+    if len(set(tasks.values())) > 1:
+        raise ConfigError(f"bundles of one task can be compared, but these are for {' and '.join(tasks.values())}")
+    return str(tasks["bundle"])
+
+
+def _method(block: Json) -> Json:
+    """Return what a turn was made of."""
+    if "calls" in block:
+        return {"calls": list(block["calls"]), "repeats": block["repeats"]}
+    return {
+        "bursts": len(block["index_ms"][0]),
+        "counted_tokens": len(block["token_ms"][0]),
+        "prompt_tokens": sorted(set(block["prompt_tokens"])),
     }
 
 
@@ -109,10 +131,12 @@ def take_blocks(
                 for turn in range(plan.turns):
                     say(f"block {block + 1} of {plan.blocks}, turn {turn + 1} of {plan.turns}")
                     number = block * plan.turns + turn
-                    for name, taken in _take_turn(children, clock, number, plan).items():
+                    take = _take_calls if _takes_calls(children) else _take_turn
+                    for name, taken in take(children, clock, number, plan).items():
                         turns[name].append(taken)
                 for name, child in children.items():
-                    blocks[name].append(_block(child.ready, turns[name]))
+                    put = _call_block if _takes_calls(children) else _block
+                    blocks[name].append(put(child.ready, turns[name]))
     return blocks
 
 
@@ -134,6 +158,51 @@ def _take_turn(children: Mapping[str, Child], clock: Child, number: int, plan: P
         for name in names:
             taken[name]["index_ms"].append(index_ms)
     return taken
+
+
+def _takes_calls(children: Mapping[str, Child]) -> bool:
+    return all("calls" in child.ready for child in children.values())
+
+
+def _take_calls(children: Mapping[str, Child], clock: Child, number: int, plan: Plan) -> dict[str, Json]:
+    """Let every bundle run calls of every shape in turn, the index after each pair; return what each took."""
+    names = list(children)
+    first = children[names[0]].ready
+    shapes = [call_name(*shape) for shape in first["calls"]]
+    taken: dict[str, Json] = {
+        name: {shape: {"tokenize_ms": [], "run_ms": [], "index_ms": []} for shape in shapes} for name in names
+    }
+    for place, shape in enumerate(shapes):
+        for repeat in range(first["repeats"]):
+            asked = {
+                "call": place,
+                "number": number * first["repeats"] + repeat,
+                "of": plan.blocks * plan.turns * first["repeats"],
+            }
+            for name in _order(names, repeat):
+                answer = children[name].ask(asked)
+                for part in ("tokenize_ms", "run_ms"):
+                    taken[name][shape][part].append(answer[part])
+                taken[name]["memory_peak_bytes"] = answer["memory_peak_bytes"]
+            index_ms = clock.ask({})["index_ms"]
+            for name in names:
+                taken[name][shape]["index_ms"].append(index_ms)
+    return taken
+
+
+def _call_block(ready: Json, turns: list[Json]) -> Json:
+    """Put a process's turns of calls beside what it said when it was ready: one list per kind of sample and shape."""
+    shapes = [call_name(*shape) for shape in ready["calls"]]
+    return {
+        **ready,
+        "shapes": ready["calls"],
+        "calls": {
+            shape: {part: [turn[shape][part] for turn in turns] for part in ("tokenize_ms", "run_ms")}
+            for shape in shapes
+        },
+        "index_ms": {shape: [turn[shape]["index_ms"] for turn in turns] for shape in shapes},
+        "memory_peak_bytes": turns[-1]["memory_peak_bytes"],
+    }
 
 
 def _order(names: list[str], number: int) -> list[str]:

@@ -4,7 +4,8 @@
 
 Every kind prints one line of JSON when it is ready; kinds that take turns then answer every line on stdin with another:
 
-    speed        load the bundle, run a first prompt; then prompts and bursts of tokens (generation.py)
+    speed        load the bundle, run a first prompt; then prompts and bursts of tokens (generation.py), or calls of a
+                 bundle that embeds or classifies (calls.py)
     index        make ready; then the fixed piece of work of the machine-speed index (index.py)
     memory       the same process without the model: packages and tokenizer alone
     limits       what this machine can read at the bundle's size, and multiply (peaks.py)
@@ -22,18 +23,27 @@ from typing import Any
 
 _BEGUN = time.perf_counter()  # before numpy and the engine are imported: a cold start pays for them
 
+GENERATION = ("text-generation", "text2text-generation")  # as runtime.bundle has them: imported only when timed
 TURNS = ("speed", "index")  # kinds that answer questions
 
 Json = dict[str, Any]
 Turn = Callable[[Json], Json]
 
 
+def task_of(bundle: Path) -> str:
+    """Return a bundle's task; its manifest is checked when the bundle is opened."""
+    return str(json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))["task"])
+
+
 def measure_perplexity(bundle: Path, text: str, threads: int | None, tokens: int) -> Json:
     """Return the perplexity of a text through the bundle's runtime, with the tokens it was counted over."""
+    from edgepipe.errors import ConfigError
     from edgepipe.measuring.quality import WINDOW_TOKENS, cut_windows, perplexity, score_windows
-    from edgepipe.runtime import load
+    from edgepipe.runtime import Model, load
 
     model = load(bundle, threads=threads, callers=1)
+    if not isinstance(model, Model):
+        raise ConfigError(f"{model.name} is for {model.manifest['task']}: perplexity is of models that continue a text")
     ids = model.encode(text)[: tokens or None]
     window = min(WINDOW_TOKENS, model.context)
     rows = score_windows(model, cut_windows(ids, window))
@@ -43,9 +53,13 @@ def measure_perplexity(bundle: Path, text: str, threads: int | None, tokens: int
 def open_block(kind: str, bundle: Path, text: str, threads: int | None, tokens: int) -> tuple[Json, Turn | None]:
     """Return what a kind says when it is ready, and what takes its turns, if it has any."""
     if kind == "speed":
-        from edgepipe.measuring.generation import open_generation
+        if task_of(bundle) in GENERATION:
+            from edgepipe.measuring.generation import open_generation
 
-        return open_generation(bundle, text, threads, _BEGUN)
+            return open_generation(bundle, text, threads, _BEGUN)
+        from edgepipe.measuring.calls import open_calls
+
+        return open_calls(bundle, text, threads, _BEGUN)
     if kind == "index":
         from edgepipe.measuring.index import open_index
 

@@ -40,6 +40,11 @@ class Encoder:
         return str(self._bundle.manifest["name"])
 
     @property
+    def tokenizer(self) -> Tokenizer | None:
+        """Return the tokenizer; None for a model that reads no text."""
+        return self._tokenizer
+
+    @property
     def manifest(self) -> Mapping[str, Any]:
         """Return the bundle's manifest."""
         return self._bundle.manifest
@@ -104,8 +109,7 @@ class Encoder:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ConfigError(f"batch_size must be a whole number of at least 1, but is {batch_size!r}")
         rows, is_single = _split(texts)
-        assert self._tokenizer is not None
-        encoded = self._tokenizer.encode_rows(rows)
+        encoded = self._encoded(rows)
         order = sorted(range(len(rows)), key=lambda row: len(encoded[row][0]))
         found: dict[int, np.ndarray] = {}
         for start in range(0, len(order), batch_size):
@@ -114,6 +118,16 @@ class Encoder:
             found |= zip(chosen, outputs, strict=True)
         stacked = np.stack([found[row] for row in range(len(rows))])
         return stacked[0] if is_single else stacked
+
+    def feeds(self, texts: Sequence[Text], tokens: int | None = None) -> dict[str, np.ndarray]:
+        """Return what `run` takes for texts that run as one batch, each cut after `tokens` tokens if asked."""
+        return self._padded([(ids[:tokens], kinds[:tokens]) for ids, kinds in self._encoded(texts)])
+
+    def _encoded(self, texts: Sequence[Text]) -> list[tuple[list[int], list[int]]]:
+        """Return ids and types of every text; ConfigError when the model reads none."""
+        if self._tokenizer is None:
+            raise ConfigError(f"{self.name} reads no text: give `run` its arrays, {', '.join(self.inputs)}")
+        return self._tokenizer.encode_rows(texts)
 
     def _padded(self, rows: Sequence[tuple[list[int], list[int]]]) -> dict[str, np.ndarray]:
         """Return ids, mask and types of some rows, padded on the right to the longest."""
