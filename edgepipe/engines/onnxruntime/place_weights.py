@@ -22,7 +22,6 @@ import numpy as np
 import onnx_ir as ir
 
 from edgepipe.artifacts import QuantizedTensor
-from edgepipe.engines.onnxruntime.decode_whole import decode_whole
 from edgepipe.engines.onnxruntime.names import weight_parts
 from edgepipe.engines.onnxruntime.planned import PlannedTensor, WeightsFile, middle_code, plan_float, plan_part
 from edgepipe.engines.onnxruntime.two_parts import pads, rank, split_groups, split_in_two, sum_of_two
@@ -212,18 +211,30 @@ def _lower_gather(low: _Lowering, node: ir.Node) -> None:
 
 
 def _whole(low: _Lowering, before: ir.Node, names: tuple[str, ...]) -> ir.Value:
-    """Return whole weights, joined along their rows, as float32; the engine decodes them once, when it loads."""
+    """Return whole weights, joined along their rows, as float32.
+
+    8-bit codes become DequantizeLinear, which the engine folds when it loads if the session asks for it; others, which
+    only small tables have, are gathered whole at every run.
+    """
     sample = low.weights.load(names[0])
     if not isinstance(sample, QuantizedTensor):
         return _float32(low, before, low.initializer(plan_float(low.weights, names)))
 
-    def part(kind: str) -> ir.Value:
-        return low.initializer(plan_part(low.weights, names, kind, sample))
-
-    parts = {kind: part(kind) for kind in ("scale", "zero_points", "minima") if getattr(sample, kind) is not None}
     rows = sum(low.weights[name].shape[0] for name in names)
-    nodes = decode_whole(part("codes"), parts, rows, sample, low.constant)
-    return _emit(low, before, nodes)
+    if sample.bits != 8 or sample.minima is not None:
+        return _gathered(low, before, names, low.constant(np.arange(rows, dtype=np.int64), f"rows_{rows}"))
+    codes = low.initializer(plan_part(low.weights, names, "codes", sample))
+    scale = _float32(low, before, low.initializer(plan_part(low.weights, names, "scale", sample)))
+    if sample.zero_points is None:
+        dims = low.constant(np.array([rows, sample.groups], np.int64), f"shape_{rows}x{sample.groups}")
+        middle = ir.tensor(np.array([middle_code(sample)], np.uint8))
+        zeros = _emit(low, before, [ir.node("ConstantOfShape", [dims], {"value": middle})])
+    else:
+        zeros = low.initializer(plan_part(low.weights, names, "zero_points", sample))
+    x = _emit(
+        low, before, [ir.node("DequantizeLinear", [codes, scale, zeros], {"axis": 1, "block_size": sample.group})]
+    )
+    return _cut(low, before, x, sample)
 
 
 def _gathered(low: _Lowering, before: ir.Node, names: tuple[str, ...], ids: ir.Value) -> ir.Value:
@@ -245,10 +256,15 @@ def _gathered(low: _Lowering, before: ir.Node, names: tuple[str, ...], ids: ir.V
     if value.minima is not None:
         minima = low.initializer(plan_part(low.weights, names, "minima", value))
         x = _gather_minima(low, before, x, ids, (scale, _float32(low, before, minima)), value)
-    if value.shape[1] % value.group:
-        bounds = [low.constant(np.array([v], np.int64), f"int_{v}") for v in (0, value.shape[1], -1)]
-        x = _emit(low, before, [ir.node("Slice", [x, *bounds])])
-    return x
+    return _cut(low, before, x, value)
+
+
+def _cut(low: _Lowering, before: ir.Node, x: ir.Value, value: QuantizedTensor) -> ir.Value:
+    """Return x [..., groups · group] without what pads its rows to whole groups."""
+    if value.shape[1] % value.group == 0:
+        return x
+    bounds = [low.constant(np.array([v], np.int64), f"int_{v}") for v in (0, value.shape[1], -1)]
+    return _emit(low, before, [ir.node("Slice", [x, *bounds])])
 
 
 def _gather_minima(
