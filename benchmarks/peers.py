@@ -243,7 +243,11 @@ def run_child(command: list[str], job: Json, timeout_s: float = _BLOCK_TIMEOUT_S
         return {"error": f"couldn't be started: {error.strerror}"}
     if done.returncode != 0:
         return {"error": how_it_ended(done.returncode, done.stderr)}
-    answer: Json = json.loads(done.stdout.strip().splitlines()[-1])
+    last = (done.stdout.strip().splitlines() or ["nothing"])[-1]
+    try:
+        answer: Json = json.loads(last)
+    except ValueError:
+        return {"error": f"ended without an answer: {last[:200]}"}
     return answer
 
 
