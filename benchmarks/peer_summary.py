@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.intervals import ratio_over_rounds
 from benchmarks.stored import markdown_table
+from edgepipe.measuring.intervals import ratio_over_rounds
 
 MOVED = 1.15  # a round in which the machine's speed changed by more is flagged
 SPEED_HEADER = (
