@@ -29,11 +29,12 @@ lint: $(VENV)/.dev ## check style, formatting, types and the Dockerfile
 	$(BIN)/mypy
 	$(BIN)/hadolint Dockerfile
 
-bench: $(VENV)/.bench ## run edgepipe beside onnxruntime-genai on the same model
-	$(BIN)/python benchmarks/genai.py
+bench: $(VENV)/.bench ## run edgepipe beside its peers on the same model (an hour; the first time also their set-up)
+	$(BIN)/python benchmarks/peer_setup.py
+	$(BIN)/python benchmarks/peers.py
 
-clean: ## remove .venv, caches and builds; runs/ stays
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## remove environments, caches and builds; runs/ stays
+	rm -rf $(VENV) .venv-peers build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp per set of extras: later ones hold the earlier ones, so no set-up takes away what another brought.

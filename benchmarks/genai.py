@@ -1,4 +1,4 @@
-"""Run edgepipe beside onnxruntime-genai on the same 4-bit weights, interleaved. Linux only; `make bench` runs it.
+"""Run edgepipe beside onnxruntime-genai on the same 4-bit weights, interleaved. Linux only.
 
     python benchmarks/genai.py [--rounds 7] [--seed 0]  build both, run, store results/genai-CPU.json, rewrite README.md
     python benchmarks/genai.py --table                  print the table of the stored runs
@@ -250,7 +250,7 @@ def provenance_sentence(result: dict[str, Any]) -> str:
 def show(files: list[Path]) -> None:
     """Print the tables of stored runs to stderr and their ratios as JSON to stdout."""
     if not files:
-        raise SystemExit("no run is stored yet: run `make bench` first")
+        raise SystemExit("no run is stored yet: run `python benchmarks/genai.py` first")
     ratios = {}
     for file in files:
         result = json.loads(file.read_text(encoding="utf-8"))
