@@ -216,3 +216,13 @@ def rouge_l_naively(answer: str, reference: str) -> float:
     a, b = tuple(answer.split()), tuple(reference.split())
     shared = longest(a, b)
     return 2 * shared / (len(a) + len(b))
+
+
+def pooled(hidden: np.ndarray, mask: np.ndarray, pooling: str, *, normalize: bool) -> np.ndarray:
+    """Pool hidden [rows, tokens, width] over the tokens where mask [rows, tokens] is 1, a row at a time."""
+    rows = []
+    for states, kept in zip(hidden.astype(np.float64), mask, strict=True):
+        tokens = states[: int(kept.sum())]
+        vector = {"mean": tokens.mean(0), "cls": tokens[0], "last": tokens[-1], "max": tokens.max(0)}[pooling]
+        rows.append(vector / np.sqrt((vector**2).sum()) if normalize else vector)
+    return np.stack(rows)

@@ -68,7 +68,9 @@ def _check_model(task: str, ends: Mapping[str, Any], model: Mapping[str, Any]) -
     if not ends["inputs"] or not ends["outputs"]:
         raise ConfigError("manifest.json: ends.model must have inputs and outputs, but has none")
     if ("embedding" in ends["outputs"]) != (model["pooling"] is not None):
-        raise ConfigError("manifest.json: ends.model.outputs must have an embedding where model.pooling is set, only there")
+        raise ConfigError(
+            "manifest.json: ends.model.outputs must have an embedding where model.pooling is set, only there"
+        )
     if task == "text-classification":
         if model["context"] is None or not model["labels"]:
             raise ConfigError("manifest.json: a model for text-classification must have model.context and model.labels")

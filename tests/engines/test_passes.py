@@ -519,15 +519,6 @@ def test_5_bit_codes_lie_around_the_middle_of_8_bits() -> None:
     assert (codes.min(), codes.max()) == (112, 143)
 
 
-def test_a_transposed_view_with_another_use_is_an_error() -> None:
-    g = GraphBuilder("odd")
-    x = g.input("x", ir.DataType.FLOAT, [WIDTH, ROWS])
-    g.output("y", g.op("Mul", [x, g.weight("q", [WIDTH, ROWS], transposed=True)]), ir.DataType.FLOAT, [WIDTH, ROWS])
-    model = opened_graph(g.finish())
-    with pytest.raises(ContractError, match="weight q is used by Mul, which has no lowering"):
-        place_weights(model.graph, store(q=matrix(0)), WeightsFile(), 0)
-
-
 def test_every_pass_leaves_a_graph_without_its_operators_alone() -> None:
     g = GraphBuilder("plain")
     x = g.input("x", ir.DataType.FLOAT, ["batch", "sequence", WIDTH])

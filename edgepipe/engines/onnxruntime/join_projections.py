@@ -26,7 +26,11 @@ def join_projections(graph: ir.Graph, weights: WeightStore) -> None:
     """Join every group of sibling projections of `graph` in place."""
     siblings: dict[tuple[ir.Value, Kind], list[ir.Node]] = defaultdict(list)
     for node in graph:
-        if node.op_type == "MatMul" and is_transposed(node.inputs[1]) and not (_bias(node) or node).outputs[0].is_graph_output():
+        if (
+            node.op_type == "MatMul"
+            and is_transposed(node.inputs[1])
+            and not (_bias(node) or node).outputs[0].is_graph_output()
+        ):
             x = node.inputs[0]
             assert x is not None
             siblings[x, _kind(node, weights)].append(node)
