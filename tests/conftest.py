@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.families import FAMILIES, save_family
 from tests.tiny_models import TINY_TEXT, save_tiny_model
 
 
@@ -25,12 +26,13 @@ def build_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     from edgepipe.recipe import resolve
     from tests.listener import Silent
 
-    def build(model: Path, *settings: tuple[str, str, object]) -> Path:
+    def build(model: Path, *settings: tuple[str, str, object], task: str | None = None) -> Path:
         folder = tmp_path_factory.mktemp("built")
         recipe_file = folder / "recipe.toml"
         recipe_file.write_text('stages = ["quantize", "export", "compile"]\n', encoding="utf-8")
         recipe = resolve(target="cpu", file=recipe_file, settings=[("export", "context", 128), *settings])
-        summary = compress(str(model), recipe, listener=Silent(), out=folder / "bundle", runs=folder / "runs")
+        listener, runs = Silent(), folder / "runs"
+        summary = compress(str(model), recipe, listener=listener, out=folder / "bundle", runs=runs, task=task)
         return Path(summary["bundle"])
 
     return build
@@ -52,6 +54,32 @@ def exact_bundle(tiny_model_dir: Path, build_tiny: Callable[..., Path]) -> Path:
 def float_bundle(tiny_model_dir: Path, build_tiny: Callable[..., Path]) -> Path:
     """Make a bundle of the tiny model with 16-bit weights: what others are compared with."""
     return build_tiny(tiny_model_dir, ("quantize", "bits", 16), ("quantize", "embedding_bits", 16))
+
+
+@pytest.fixture(scope="session")
+def family_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function that gives the directory of a tiny model of a family, made on first use."""
+    made: dict[str, Path] = {}
+
+    def give(name: str) -> Path:
+        if name not in made:
+            made[name] = save_family(tmp_path_factory.mktemp("family") / name.replace(" ", "-"), name)
+        return made[name]
+
+    return give
+
+
+@pytest.fixture(scope="session")
+def family_bundle(family_dir: Callable[[str], Path], build_tiny: Callable[..., Path]) -> Callable[[str], Path]:
+    """Return a function that gives the 8-bit bundle of a tiny model of a family, made on first use."""
+    made: dict[str, Path] = {}
+
+    def give(name: str) -> Path:
+        if name not in made:
+            made[name] = build_tiny(family_dir(name), ("quantize", "bits", 8), task=FAMILIES[name].task)
+        return made[name]
+
+    return give
 
 
 @pytest.fixture(scope="session")

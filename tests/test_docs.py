@@ -257,10 +257,17 @@ def test_python_snippets_compile(block: Block) -> None:
     "block", [b for b in blocks("python") if b.page in RUN], ids=ids([b for b in blocks("python") if b.page in RUN])
 )
 def test_runtime_snippets_run(
-    block: Block, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    block: Block,
+    tiny_bundle: Path,
+    family_bundle: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """What a page shows an app's author works as it stands, in a folder that holds `bundle`."""
+    """What a page shows an app's author works as it stands, in a folder that holds `bundle` and `encoder`."""
     shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    if '"encoder"' in block.text:
+        shutil.copytree(family_bundle("bert"), tmp_path / "encoder")
     monkeypatch.chdir(tmp_path)
     exec(compile(block.text, block.place, "exec"), {"__name__": "snippet"})
     assert not capsys.readouterr().err
