@@ -29,7 +29,8 @@ def adopt(
 ) -> bytes:
     """Return a traced model (onnx_ir.Model) as a serialized graph of the dialect.
 
-    `names` maps initializers to entries of `weights`, `dims` gives the inputs their shapes, varying axes by name.
+    `names` maps initializers that a checkpoint must hold to entries of `weights`; `dims` gives the inputs their shapes,
+    varying axes by name.
     Raises ConfigError when the graph reads a parameter that the store lacks.
     """
     graph = traced.graph
@@ -71,8 +72,8 @@ def _name_weights(graph: ir.Graph, weights: WeightStore, names: Mapping[str, str
         if stored is None:
             continue
         if stored not in weights:
-            if value.dtype is None or not value.dtype.is_floating_point() or _is_buffer(value):
-                continue
+            if value.dtype is None or not value.dtype.is_floating_point():
+                continue  # positions and the like, which a module numbers itself
             raise ConfigError(
                 f"the model's files have no {stored}, which this task needs: name the task they were saved for with "
                 "--task"
@@ -84,11 +85,6 @@ def _name_weights(graph: ir.Graph, weights: WeightStore, names: Mapping[str, str
         value.replace_all_uses_with(inputs[real])
         del graph.initializers[name]
     graph.inputs.extend(inputs.values())
-
-
-def _is_buffer(value: ir.Value) -> bool:
-    """Say whether an initializer is a table the model computes from its config, by what the exporter noted."""
-    return not value.metadata_props.get("pkg.torch.onnx.original_node_name", "").startswith("p_")
 
 
 def _split_gemms(graph: ir.Graph) -> None:

@@ -121,8 +121,12 @@ def _shape_of(value: Any, varying: dict[int, str]) -> Any:
 
 
 def _names(module: Any, whole: Any) -> dict[str, str]:
-    """Map every name that a traced parameter or buffer can have to its name in the whole model."""
-    known = {id(t): name for name, t in [*whole.named_parameters(), *whole.named_buffers()]}
+    """Map the names of a traced part to those of the whole model, for all that a checkpoint holds.
+
+    Buffers that a module computes from its config (rotary tables) are in no checkpoint, and stay constants.
+    """
+    held = set(whole.state_dict())
+    known = {id(t): name for name, t in [*whole.named_parameters(), *whole.named_buffers()] if name in held}
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     return {name: known[id(tensor)] for name, tensor in tensors if id(tensor) in known}
 

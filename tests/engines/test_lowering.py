@@ -44,9 +44,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def loaded(model: OnnxModel, directory: Path, *, level: int = 0, cache_dtype: str = "float32") -> Decoder:
     """Lower a model into a directory and open it with the runtime."""
-    graph, file = engine.lower(model, accuracy_level=level, cache_dtype=cache_dtype)
-    name, _ = engine.write(graph, file, directory, lambda _done, _total: None)
-    manifest = {"graphs": {"decoder": name}, "model": model.spec, "cache": {"dtype": cache_dtype}}
+    graphs, file = engine.lower(model, accuracy_level=level, cache_dtype=cache_dtype)
+    engine.write(graphs, file, directory, lambda _done, _total: None)
+    manifest = {"graphs": {"decoder": "decoder.onnx"}, "model": model.spec, "cache": {"dtype": cache_dtype}}
     return open_decoder(directory, manifest, 1)
 
 
@@ -154,9 +154,9 @@ def test_the_same_model_is_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     found = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        graph, file = engine.lower(model, accuracy_level=4, cache_dtype="float16")
-        engine.write(graph, file, tmp_path / name, lambda _done, _total: None)
-        found.append((graph, (tmp_path / name / "weights.bin").read_bytes()))
+        graphs, file = engine.lower(model, accuracy_level=4, cache_dtype="float16")
+        engine.write(graphs, file, tmp_path / name, lambda _done, _total: None)
+        found.append((graphs, (tmp_path / name / "weights.bin").read_bytes()))
     assert found[0] == found[1]
 
 

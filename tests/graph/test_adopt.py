@@ -103,7 +103,7 @@ def test_a_buffer_that_the_store_has_is_read_from_there() -> None:
 
 def test_a_parameter_that_the_store_lacks_is_refused() -> None:
     """Random values must never ship."""
-    with pytest.raises(ConfigError, match="have no table, which this task needs: name the task .* --task"):
+    with pytest.raises(ConfigError, match=r"have no table, which this task needs: name the task .* --task"):
         adopt(traced(table_kind="p"), "model", store(), NAMES, DIMS)
 
 
