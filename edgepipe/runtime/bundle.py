@@ -163,7 +163,7 @@ def _check_graphs(manifest: Mapping[str, Any], files: Mapping[str, Any]) -> None
     graphs = _object(manifest, "graphs")
     for role in ROLES.get(manifest["task"], ("model",)):
         if role not in graphs:
-            raise ConfigError(f"manifest.json: graphs must name a {role}, but does not")
+            raise ConfigError(f"manifest.json: graphs must name {role}, but does not")
     for role in graphs:
         _listed(files, _text(graphs, role, "graphs."), f"graphs.{role}")
     for role, ends in _object(manifest, "ends").items():

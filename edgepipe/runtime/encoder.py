@@ -127,11 +127,14 @@ class Encoder:
         """Return ids and types of every text; ConfigError when the model reads none."""
         if self._tokenizer is None:
             raise ConfigError(f"{self.name} reads no text: give `run` its arrays, {', '.join(self.inputs)}")
-        return self._tokenizer.encode_rows(texts)
+        rows = self._tokenizer.encode_rows(texts)
+        if empty := [number for number, (ids, _) in enumerate(rows, start=1) if not ids]:
+            raise ConfigError(f"text {empty[0]} of {len(rows)} has no tokens: give it some words")
+        return rows
 
     def _padded(self, rows: Sequence[tuple[list[int], list[int]]]) -> dict[str, np.ndarray]:
         """Return ids, mask and types of some rows, padded on the right to the longest."""
-        shape = (len(rows), max(1, *(len(ids) for ids, _ in rows)))
+        shape = (len(rows), max(len(ids) for ids, _ in rows))
         ids = np.full(shape, self._model["pad_token_id"] or 0, np.int64)
         mask, types = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         for number, (row, kinds) in enumerate(rows):

@@ -17,7 +17,8 @@ DTYPES = ("float32", "float16", "int64", "int32", "bool")
 _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _FREE = "*"  # an axis of any length: a name in the manifest
 
-Ends = dict[str, tuple[str, tuple[int | str, ...]]]
+End = tuple[str, tuple[int | str, ...]]
+Ends = dict[str, End]
 
 
 def check_ends(manifest: Mapping[str, Any]) -> None:
@@ -40,10 +41,10 @@ def check_ends(manifest: Mapping[str, Any]) -> None:
 def _generation(model: Mapping[str, Any], *, has_source: bool) -> dict[str, tuple[Ends, Ends]]:
     """Return inputs and outputs of the graphs of a model whose cache grows."""
     layers = [f"{kind}.{layer}" for layer in range(model["layers"]) for kind in ("key", "value")]
-    cache = ("float32", (_FREE, model["kv_heads"], _FREE, model["head_dim"]))
-    ids = ("int64", (_FREE, _FREE))
-    inputs = {"input_ids": ids, **{f"past_{layer}": cache for layer in layers}}
-    outputs = {"logits": ("float32", (_FREE, _FREE, model["vocab_size"]))}
+    cache: End = ("float32", (_FREE, model["kv_heads"], _FREE, model["head_dim"]))
+    ids: End = ("int64", (_FREE, _FREE))
+    inputs: Ends = {"input_ids": ids, **{f"past_{layer}": cache for layer in layers}}
+    outputs: Ends = {"logits": ("float32", (_FREE, _FREE, model["vocab_size"]))}
     outputs |= {f"present_{layer}": cache for layer in layers}
     if not has_source:
         return {"decoder": (inputs, outputs)}
@@ -64,7 +65,8 @@ def _check_model(task: str, ends: Mapping[str, Any], model: Mapping[str, Any]) -
                 f"manifest.json: ends.model.inputs of a model that reads texts are among {', '.join(_TEXT_INPUTS)}, "
                 f"but are {found}"
             )
-        _compare(ends["inputs"], dict.fromkeys(ends["inputs"], ("int64", (_FREE, _FREE))), "ends.model.inputs")
+        texts: Ends = dict.fromkeys(ends["inputs"], ("int64", (_FREE, _FREE)))
+        _compare(ends["inputs"], texts, "ends.model.inputs")
     if not ends["inputs"] or not ends["outputs"]:
         raise ConfigError("manifest.json: ends.model must have inputs and outputs, but has none")
     if ("embedding" in ends["outputs"]) != (model["pooling"] is not None):
@@ -74,7 +76,7 @@ def _check_model(task: str, ends: Mapping[str, Any], model: Mapping[str, Any]) -
     if task == "text-classification":
         if model["context"] is None or not model["labels"]:
             raise ConfigError("manifest.json: a model for text-classification must have model.context and model.labels")
-        logits = {"logits": ("float32", (_FREE, len(model["labels"])))}
+        logits: Ends = {"logits": ("float32", (_FREE, len(model["labels"])))}
         _compare(ends["outputs"], logits, "ends.model.outputs")
 
 

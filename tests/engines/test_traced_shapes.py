@@ -1,4 +1,4 @@
-"""Lowering of what only traced graphs hold: other ranks, biases at the end, weights as stored, whole tables, two graphs."""
+"""Lowering of what only traced graphs hold: other ranks, biases at the end, weights as stored, whole tables."""
 
 from __future__ import annotations
 
@@ -88,16 +88,16 @@ def product(dims: list[int | str], *, bias: bool, transposed: bool = True) -> by
 @pytest.mark.parametrize("role", ["model", "decoder"])
 def test_a_product_of_any_rank_that_ends_a_graph(role: str, rank: int, grid: str, bias: bool, tmp_path: Path) -> None:
     """A classifier's logits are a product and a bias with nothing behind them; heads of attention have four axes."""
-    dims: list[int | str] = ["batch", "sequence", 2][: rank - 1] + [WIDTH]
+    dims: list[int | str] = [*["batch", "sequence", 2][: rank - 1], WIDTH]
     values: dict[str, Value] = {"w": GRIDS[grid](matrix(1)), "b": matrix(2, 1, ROWS)[0]}
-    x = np.random.default_rng(9).standard_normal((3, 5, 2)[: rank - 1] + (WIDTH,), np.float32)
+    x = np.random.default_rng(9).standard_normal((*(3, 5, 2)[: rank - 1], WIDTH), np.float32)
     check(role, product(dims, bias=bias), values, tmp_path, x)
 
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("shape", [(WIDTH, ROWS), (WIDTH, WIDTH)])
 def test_a_weight_that_is_multiplied_as_stored(grid: str, shape: tuple[int, int], tmp_path: Path) -> None:
-    """GPT-2 keeps [in, out]: its groups run along the outputs, so no packed product may read it, not even a square one."""
+    """GPT-2 keeps [in, out], its groups run along the outputs: no packed product may read it, not even a square one."""
     g = GraphBuilder("conv1d")
     x = g.input("x", ir.DataType.FLOAT, ["batch", "sequence", WIDTH])
     first, second = (g.op("MatMul", [x, g.weight(name, list(shape))]) for name in ("w", "v"))

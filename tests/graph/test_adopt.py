@@ -1,4 +1,4 @@
-"""From a traced graph to the dialect: weights by name, views, folded constants, nothing of the machine that traced it."""
+"""From a traced graph to the dialect: weights by name, views, folded constants, nothing of the tracing machine."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from tests.decoders import stored
 W = np.random.default_rng(0).standard_normal((4, 6), np.float32)
 B = np.random.default_rng(1).standard_normal(4).astype(np.float32)
 X = np.random.default_rng(2).standard_normal((2, 6)).astype(np.float32)
-NAMES = {"model.fc.weight": "fc.weight", "model.fc.bias": "fc.bias", "model.tied": "tied", "model.table": "table"}
+NAMES = {"model.fc.weight": "fc.weight", "model.fc.bias": "fc.bias", "model.tied": "tied"}
+STORED = {**NAMES, "model.table": "table"}
 DIMS = {"features": ["batch", 6]}
 
 
-def initializer(name: str, value: np.ndarray, kind: str = "p") -> ir.Value:
-    """Return what the exporter writes for a parameter (p) or a buffer (b); its values mean nothing."""
+def initializer(name: str, value: np.ndarray) -> ir.Value:
+    """Return what the exporter writes for a parameter or a buffer; its values mean nothing."""
     made = ir.Value(name=name, const_value=ir.tensor(np.zeros_like(value), name=name))
     made.type, made.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(value.shape)
-    made.metadata_props["pkg.torch.onnx.original_node_name"] = f"{kind}_{name.replace('.', '_')}"
     return made
 
 
-def traced(*, table_kind: str = "b", extra: int = 0, trans_b: int = 1) -> ir.Model:
+def traced(*, extra: int = 0, trans_b: int = 1) -> ir.Model:
     """Return y = Gemm(x, W, b) + tied Wᵀ product + table, as an exporter would write it."""
     x = ir.Value(name="arg0", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["s0", 6]))
     weight, bias = initializer("model.fc.weight", W), initializer("model.fc.bias", B)
-    tied, table = initializer("model.tied", W), initializer("model.table", B, table_kind)
+    tied, table = initializer("model.tied", W), initializer("model.table", B)
     unused = initializer("model.unused", W)
     constants = [weight, bias, tied, table, unused]
     operand = weight
@@ -95,7 +95,7 @@ def test_a_buffer_that_the_store_lacks_stays_a_constant() -> None:
 
 def test_a_buffer_that_the_store_has_is_read_from_there() -> None:
     """The running mean of a batch norm was trained."""
-    graph = adopt(traced(), "model", store(table=B), NAMES, DIMS)
+    graph = adopt(traced(), "model", store(table=B), STORED, DIMS)
     assert "weight/table" in {value.name for value in onnx.load_model_from_string(graph).graph.input}
     (y,) = evaluate(graph, store(table=B), {"features": X}).values()
     np.testing.assert_allclose(y, 2 * X @ W.T + 2 * B, rtol=1e-5, atol=1e-5)
@@ -104,7 +104,7 @@ def test_a_buffer_that_the_store_has_is_read_from_there() -> None:
 def test_a_parameter_that_the_store_lacks_is_refused() -> None:
     """Random values must never ship."""
     with pytest.raises(ConfigError, match=r"have no table, which this task needs: name the task .* --task"):
-        adopt(traced(table_kind="p"), "model", store(), NAMES, DIMS)
+        adopt(traced(), "model", store(), STORED, DIMS)
 
 
 def test_large_constants_are_refused() -> None:

@@ -150,7 +150,7 @@ def _lower_matmul(low: _Lowering, node: ir.Node) -> None:
 
 
 def _take_bias(low: _Lowering, node: ir.Node) -> ir.Value | None:
-    """Move the bias that follows a MatMul into it, as the kernel adds it for nothing; the node takes the sum's place."""
+    """Move the bias that follows a MatMul into it: the kernel adds it for nothing, the node is the sum then."""
     users = node.outputs[0].consumers()
     if len(users) != 1 or users[0].op_type != "Add" or node.outputs[0].is_graph_output():
         return None
