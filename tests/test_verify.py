@@ -147,7 +147,7 @@ MANIFESTS: list[tuple[str, str, Callable[[dict[str, Any]], object]]] = [
     ("origin", "history.key", lambda m: m["history"][0].update(key="x")),
     ("origin", "versions", lambda m: m.update(versions={})),
     ("origin", "versions.numpy", lambda m: m["versions"].update(numpy=2)),
-    ("manifest", "graphs must name a model", lambda m: m.update(task="speech")),
+    ("manifest", "graphs must name model", lambda m: m.update(task="speech")),
 ]
 
 

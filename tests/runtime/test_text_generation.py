@@ -332,7 +332,7 @@ def test_chat_without_template_is_refused(tiny_bundle: Path, tmp_path: Path) -> 
     ("key", "value", "error", "words"),
     [
         ("engine", "tvm", TargetError, "is for 'tvm'"),
-        ("task", "feature-extraction", ConfigError, "graphs must name a model"),
+        ("task", "feature-extraction", ConfigError, "graphs must name model"),
         ("schema", 3, ConfigError, "update edgepipe"),
     ],
 )
