@@ -86,6 +86,11 @@ def _value(name: str, values: Mapping[str, np.ndarray], weights: WeightStore) ->
 def _run_node(node: onnx.NodeProto, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     if node.op_type == "MatMul":  # the bulk of the work: straight to BLAS
         return [np.matmul(inputs[node.input[0]], inputs[node.input[1]])]
+    if node.op_type == "GatherElements":  # onnx's reference takes no indices that are shorter than the data
+        data, indices = (inputs[name] for name in node.input)
+        axis = next((a.i for a in node.attribute if a.name == "axis"), 0) % data.ndim
+        read = tuple(slice(None if a == axis else size) for a, size in enumerate(indices.shape))
+        return [np.take_along_axis(data[read], indices, axis)]
     graph = onnx.helper.make_graph(
         [node],
         node.op_type,

@@ -99,11 +99,16 @@ def trace(part: Part, whole: Any, weights: WeightStore) -> bytes:
             exporter: Any = OnnxExporter
             traced, _ = exporter().export_program(part.module, dict(part.example), config)
     except Exception as error:  # torch.export raises dozens of classes
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise StageError(
-            f"the framework's exporter can't trace the graph {part.name}: {reason.strip()[:300]}"
-        ) from error
+        raise StageError(f"the framework's exporter can't trace the graph {part.name}: {_reason(error)}") from error
     return adopt(traced, part.name, weights, _names(part.module, whole), _dims(part))
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first line of what an exporter's error goes back to; the outer ones give advice to its developers."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {line[:300]}"
 
 
 def _shape_of(value: Any, varying: dict[int, str]) -> Any:

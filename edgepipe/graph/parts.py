@@ -129,8 +129,8 @@ def _plan_decoder(info: ModelInfo, module: Any, context: int) -> Plan:
     import torch
 
     with torch.inference_mode():
-        caches = module(input_ids=torch.ones(1, 2, dtype=torch.int64), use_cache=True).past_key_values
-    past = _pairs(caches, _PAST)
+        result = module(input_ids=torch.ones(1, 2, dtype=torch.int64), use_cache=True)
+    past = _pairs(getattr(result, "past_key_values", None), _PAST)
     example = {"input_ids": _new_ids(module.config), "past": past}
     varying = {"input_ids": {0: "batch", 1: "sequence"}, "past": {0: "batch", 2: "past"}}
     part = Part(
@@ -236,7 +236,10 @@ def _positions(config: Any) -> int | None:
     return positions - offset
 
 
-_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer")
+_OFFSET_POSITIONS = (
+    *("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "esm", "data2vec-text", "ibert"),
+    *("roberta-prelayernorm", "xlm-roberta-xl", "xmod"),
+)
 
 
 def _limited(asked: int, usual: int, limit: int | None) -> int:

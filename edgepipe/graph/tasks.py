@@ -86,6 +86,10 @@ _ENCODERS = frozenset({
     "albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "modernbert", "mpnet",
     "nomic_bert", "roberta", "xlm-roberta",
 })
+_HEARERS = frozenset({  # their …ForSequenceClassification judges sound
+    "data2vec-audio", "hubert", "sew", "sew-d", "unispeech", "unispeech-sat", "wav2vec2", "wav2vec2-bert",
+    "wav2vec2-conformer", "wavlm",
+})
 # fmt: on
 _LISTENERS = frozenset({"whisper"})  # encoder-decoders whose source isn't text: their encoder is what is taken
 
@@ -108,7 +112,8 @@ def task_of(config: Json, source: str, wanted: str | None = None) -> str:
         return "text-generation"
     for task in TASKS.values():
         if any(name.endswith(task.architectures) for name in names if task.architectures):
-            return task.name
+            hears = model_type in _HEARERS and task.name == "text-classification"
+            return "audio-classification" if hears else task.name
     if model_type in _ENCODERS:
         return "feature-extraction"
     what = ", ".join(names) or f"model_type {model_type!r}"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from edgepipe.errors import ConfigError, ContractError
+from edgepipe.runtime.ends import DTYPES, ROLES, check_ends
 
 MANIFEST = "manifest.json"
 SCHEMA = 2  # the newest manifest layout this code reads; `_newest` says what the older ones lack
@@ -34,7 +35,6 @@ _MOST_VOCABULARY = 1 << 24
 _MOST_CONTEXT = 1 << 26
 
 GENERATION = ("text-generation", "text2text-generation")  # tasks with a cache of keys and values
-_ROLES = {"text-generation": ("decoder",), "text2text-generation": ("encoder", "decoder")}  # graphs; else: model
 _CACHE_KINDS = ("preallocated", "growing")
 _CACHE_DTYPES = ("float32", "float16")
 _NOT_PLAIN = re.compile(r"[\\:\x00-\x1f\x7f\ud800-\udfff]")  # in a file's name
@@ -142,6 +142,7 @@ def _check_manifest(manifest: object) -> dict[str, Any]:
         _check_generation(manifest)
     else:
         _check_model(manifest)
+    check_ends(manifest)
     _check_tokenizer(manifest, files)
     if _key(manifest, "preprocessor") is not None:
         _listed(files, _text(manifest, "preprocessor"), "preprocessor", _MOST_TEMPLATE_BYTES)
@@ -160,7 +161,7 @@ def _newest(manifest: dict[str, Any], schema: int) -> dict[str, Any]:
 def _check_graphs(manifest: Mapping[str, Any], files: Mapping[str, Any]) -> None:
     """Check graphs and weights."""
     graphs = _object(manifest, "graphs")
-    for role in _ROLES.get(manifest["task"], ("model",)):
+    for role in ROLES.get(manifest["task"], ("model",)):
         if role not in graphs:
             raise ConfigError(f"manifest.json: graphs must name a {role}, but does not")
     for role in graphs:
@@ -180,10 +181,12 @@ def _check_graphs(manifest: Mapping[str, Any], files: Mapping[str, Any]) -> None
 def _check_end(described: Mapping[str, Any], name: str, where: str) -> None:
     """Check the dtype and shape of one input or output."""
     facts = _object(described, name, where)
-    _text(facts, "dtype", f"{where}{name}.")
-    shape = _key(facts, "shape", f"{where}{name}.")
+    where = f"{where}{name[:80]}."
+    if _text(facts, "dtype", where) not in DTYPES:
+        raise ConfigError(f"manifest.json: {where}dtype must be one of {', '.join(DTYPES)}")
+    shape = _key(facts, "shape", where)
     if not isinstance(shape, list) or not all(isinstance(size, str) or _is_whole(size) for size in shape):
-        raise ConfigError(f"manifest.json: {where}{name}.shape must be a list of numbers and names")
+        raise ConfigError(f"manifest.json: {where}shape must be a list of numbers and names")
 
 
 def _check_model(manifest: Mapping[str, Any]) -> None:
@@ -194,8 +197,8 @@ def _check_model(manifest: Mapping[str, Any]) -> None:
         _whole(model, "vocab_size", 1, _MOST_VOCABULARY, "model.")
         if _key(manifest, "tokenizer") is None:
             raise ConfigError("manifest.json: the model has a context of tokens, but no tokenizer")
-        if "model" not in _object(manifest, "ends"):
-            raise ConfigError("manifest.json: ends must describe the graph model, but does not")
+    if _key(model, "pad_token_id", "model.") is not None:
+        _whole(model, "pad_token_id", 0, _MOST_VOCABULARY, "model.")
     labels = _key(model, "labels", "model.")
     if labels is not None and not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
         raise ConfigError("manifest.json: model.labels must be a list of texts, or null")
@@ -233,7 +236,7 @@ def _check_generation(manifest: Mapping[str, Any]) -> None:
     kind = _text(cache, "kind", "cache.")
     if kind not in _CACHE_KINDS:
         raise ConfigError(f"manifest.json: cache.kind must be one of {', '.join(_CACHE_KINDS)}, but is {kind!r}")
-    if (kind == "growing") != ("decoder" in _object(manifest, "ends")):
+    if (kind == "growing") != bool(_object(manifest, "ends")):
         raise ConfigError("manifest.json: ends must describe a decoder whose cache grows, and no other")
     _whole(cache, "bytes", 0, _MOST_CACHE_BYTES, "cache.")
     if _text(cache, "dtype", "cache.") not in _CACHE_DTYPES:

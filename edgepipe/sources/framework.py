@@ -45,6 +45,7 @@ def read_framework(directory: Path, config: Json, task: str) -> FrameworkWeights
     Raises ConfigError when transformers has no such class for the model, or the files lack a weight of it.
     """
     with compress_extra("opening a model"):
+        import safetensors  # noqa: F401  what transformers reads the files with
         import torch
         import transformers
     auto = getattr(transformers, TASKS[task].auto_class)
@@ -137,9 +138,13 @@ def read_sentence_settings(directory: Path) -> Json | None:
             raise ConfigError(f"{pooling_path} asks for {', '.join(chosen) or 'no pooling'}; edgepipe builds one of "
                               f"{', '.join(_POOLINGS.values())}")  # fmt: skip
         settings["pooling"] = _POOLINGS[chosen[0]]
-    limits = directory / "sentence_bert_config.json"
-    if limits.is_file() and isinstance(tokens := read_json(limits).get("max_seq_length"), int):
+    limits_path = directory / "sentence_bert_config.json"
+    limits = read_json(limits_path) if limits_path.is_file() else {}
+    if isinstance(tokens := limits.get("max_seq_length"), int):
         settings["max_tokens"] = tokens
+    if limits.get("do_lower_case"):
+        raise ConfigError(f"{limits_path} asks for small letters before the tokenizer, which edgepipe doesn't do: let "
+                          "the tokenizer's normalizer do it and take do_lower_case out")  # fmt: skip
     return settings
 
 

@@ -56,8 +56,11 @@ class Export:
             self._shape(model)
         else:
             check_model(model.info)
-        if model.info.sentence is None and model.info.task != "feature-extraction" and self.pooling != "auto":
-            raise ConfigError(f"export.pooling is for sentence encoders, but the task is {model.info.task}")
+        embeds = model.info.task == "feature-extraction" and model.info.tokenizer
+        for name, value in (("pooling", self.pooling), ("normalize", self.normalize)):
+            if value != "auto" and not embeds:
+                what = f"the task is {model.info.task}" if model.info.tokenizer else "this model reads no text"
+                raise ConfigError(f"export.{name} is for encoders of texts, but {what}: leave it out")
 
     def __call__(self, model: TorchModel, ctx: Context) -> OnnxModel:
         """Return the model as graphs over the same weight store."""
@@ -165,6 +168,9 @@ class Export:
 
             count = min(self.check_tokens, exported.spec["context"])
             ids = np.random.default_rng(ctx.seed).integers(0, vocab, (2, count))
+            # Some families give padding no position, and can't know of it any more when it is in the cache
+            pad = getattr(module.config, "pad_token_id", None)
+            ids = ids if pad is None else np.where(ids == pad, (pad + 1) % vocab, ids)
             source = None
             if "encoder" in exported.graphs:
                 source = seeded_feeds(exported.spec["ends"]["encoder"]["inputs"], vocab, ctx.seed)

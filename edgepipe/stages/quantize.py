@@ -75,7 +75,9 @@ class Quantize:
                 narrower += GRIDS[weight.grid or ""].width < grid.bits
             else:
                 changed[name] = (
-                    _on_grid(weight, grid) if grid.bits < 16 and len(weight.shape) == 2 else _as_float(weight)
+                    _on_grid(weight, grid)
+                    if grid.bits < 16 and len(weight.shape) == 2 and not _is_vector(weight)
+                    else _as_float(weight)
                 )
         if imported:
             ctx.note(f"{imported} tensors kept the grid they came on, exactly")
@@ -137,7 +139,7 @@ def _on_grid(weight: Weight, grid: Grid) -> Weight:
 
 def _as_float(weight: Weight) -> Weight:
     """Return a matrix in 16 bits (bfloat16 stays so), or a vector as it is: vectors are small and delicate."""
-    if weight.grid is None and (len(weight.shape) < 2 or weight.dtype in ("float16", "bfloat16")):
+    if weight.grid is None and (_is_vector(weight) or weight.dtype in ("float16", "bfloat16")):
         return weight
 
     def load() -> np.ndarray:
@@ -149,6 +151,11 @@ def _as_float(weight: Weight) -> Weight:
         return value.astype(np.float16)
 
     return dataclasses.replace(weight, dtype="float16", nbytes=2 * weight.size, load=load, grid=None)
+
+
+def _is_vector(weight: Weight) -> bool:
+    """Say whether a weight has one axis at most that counts: a bias [1, vocab] of logits is no matrix."""
+    return weight.size == max(weight.shape, default=1)
 
 
 def _floats(weight: Weight) -> np.ndarray:

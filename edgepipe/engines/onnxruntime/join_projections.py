@@ -3,7 +3,8 @@
     q = x·Wq (+ bq) ; k = x·Wk (+ bk) ; v = x·Wv (+ bv)   →   q, k, v = Split(x·[Wq|Wk|Wv] (+ [bq|bk|bv]))
 
 One kernel call instead of three: at one token a call costs as much as its arithmetic. Weights are joined only when
-they lie on grids of one kind (bits, group, offset) and either all or none have a bias; others stay as they are.
+they lie on grids of one kind (bits, group, offset) and either all or none have a bias; others stay as they are, and so
+do weights that are multiplied as stored (GPT-2) and products that are the graph's own outputs.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgepipe.artifacts import QuantizedTensor
-from edgepipe.engines.onnxruntime.names import joined_name, weight_parts
+from edgepipe.engines.onnxruntime.names import is_transposed, joined_name, weight_parts
 from edgepipe.engines.onnxruntime.planned import middle_code
 from edgepipe.weights import WeightStore
 
@@ -25,7 +26,11 @@ def join_projections(graph: ir.Graph, weights: WeightStore) -> None:
     """Join every group of sibling projections of `graph` in place."""
     siblings: dict[tuple[ir.Value, Kind], list[ir.Node]] = defaultdict(list)
     for node in graph:
-        if node.op_type == "MatMul" and node.inputs[1] is not None and weight_parts(node.inputs[1]):
+        if (
+            node.op_type == "MatMul"
+            and is_transposed(node.inputs[1])
+            and not (_bias(node) or node).outputs[0].is_graph_output()
+        ):
             x = node.inputs[0]
             assert x is not None
             siblings[x, _kind(node, weights)].append(node)

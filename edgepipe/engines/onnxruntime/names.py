@@ -17,6 +17,11 @@ def weight_parts(value: ir.Value) -> tuple[str, ...]:
     return tuple(named[0].split(_JOIN)) if named else ()
 
 
+def is_transposed(value: ir.Value | None) -> bool:
+    """Say whether a value is the view [in, out] of a weight, or of several that are joined."""
+    return value is not None and bool(weight_parts(value)) and (value.name or "").endswith(".T")
+
+
 def joined_name(views: Sequence[ir.Value]) -> str:
     """Name the join of several views of one kind (all transposed or none)."""
     transposed = (views[0].name or "").endswith(".T")

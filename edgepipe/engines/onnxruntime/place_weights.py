@@ -5,6 +5,7 @@
                      runs many rows at a time → FusedMatMul on the decoded weight, which the engine folds when it loads
                      minima                   → the same on symmetric codes, + groupsum(x) · (minima + middle·scale)ᵀ
                      float                    → FusedMatMul(x, Cast(W), transB)
+    MatMul(x, W)     as stored (GPT-2's Conv1D) → MatMul(x, decoded W): its groups lie along the other axis
     Gather(W, ids)   quantized                → GatherBlockQuantized, sliced to the width where rows were padded
                      float                    → Cast(Gather(W, ids))
 
@@ -22,7 +23,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgepipe.artifacts import QuantizedTensor
-from edgepipe.engines.onnxruntime.names import weight_parts
+from edgepipe.engines.onnxruntime.names import is_transposed, weight_parts
 from edgepipe.engines.onnxruntime.planned import PlannedTensor, WeightsFile, middle_code, plan_float, plan_part
 from edgepipe.engines.onnxruntime.two_parts import pads, rank, split_groups, split_in_two, sum_of_two
 from edgepipe.weights import WeightStore
@@ -70,7 +71,7 @@ def place_weights(
     """
     low = _Lowering(graph=graph, weights=weights, file=file, accuracy_level=accuracy_level, many_rows=many_rows)
     for node in list(graph):
-        if node.op_type == "MatMul" and _parts(node, 1):
+        if node.op_type == "MatMul" and is_transposed(node.inputs[1]):
             _lower_matmul(low, node)
         elif node.op_type == "Gather" and _parts(node, 0) and node.attributes.get_int("axis", 0) == 0:
             _lower_gather(low, node)
@@ -148,16 +149,19 @@ def _lower_matmul(low: _Lowering, node: ir.Node) -> None:
 
 
 def _take_bias(low: _Lowering, node: ir.Node) -> ir.Value | None:
-    """Move the bias that follows a MatMul into it: the kernel adds it for nothing."""
+    """Move the bias that follows a MatMul into it, as the kernel adds it for nothing; the node takes the sum's place."""
     users = node.outputs[0].consumers()
-    if len(users) != 1 or users[0].op_type != "Add":
+    if len(users) != 1 or users[0].op_type != "Add" or node.outputs[0].is_graph_output():
         return None
     add = users[0]
     parts = _parts(add, 1)
     if not parts or any(len(low.weights[name].shape) != 1 for name in parts):
         return None
     bias = _float32(low, node, low.initializer(plan_float(low.weights, parts)))
-    add.outputs[0].replace_all_uses_with(node.outputs[0])
+    total, product = add.outputs[0], node.outputs[0]
+    total.replace_all_uses_with(product, replace_graph_outputs=True)
+    product.name, total.name = total.name, None
+    product.type, product.shape = total.type, total.shape
     low.graph.remove([add], safe=True)
     return bias
 
@@ -301,9 +305,9 @@ def _lower_rest(low: _Lowering, value: ir.Value) -> None:
     """
     if value.uses():
         names = weight_parts(value)
-        before = next(node for node in low.graph if value in node.inputs)
+        before = next(iter(low.graph))  # a branch or loop may be the only reader, and sees what stands before it
         whole = _whole(low, before, names)
-        if (value.name or "").endswith(".T"):
+        if is_transposed(value):
             whole = _emit(low, before, [ir.node("Transpose", [whole], {"perm": [1, 0]})])
         value.replace_all_uses_with(whole)
     low.graph.inputs.remove(value)
