@@ -270,7 +270,7 @@ def test_damaged_directory(save_llama: SaveLlama, damage: Callable[[Path], None]
     [
         (
             {"architectures": ["OneForDepthEstimation"], "model_type": "one"},
-            "OneForDepthEstimation, which says no task",
+            "OneForDepthEstimation, which says",
         ),
         ({"architectures": "LlamaForCausalLM"}, "should be a list"),
         ({"quantization_config": {"quant_method": "gptq"}}, "already quantized by gptq"),
