@@ -45,6 +45,7 @@ def read_framework(directory: Path, config: Json, task: str) -> FrameworkWeights
     Raises ConfigError when transformers has no such class for the model, or the files lack a weight of it.
     """
     with compress_extra("opening a model"):
+        import safetensors  # noqa: F401  what transformers reads the files with
         import torch
         import transformers
     auto = getattr(transformers, TASKS[task].auto_class)

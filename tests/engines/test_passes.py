@@ -24,6 +24,7 @@ from edgepipe.engines.onnxruntime.planned import FILE_NAME, WeightsFile
 from edgepipe.errors import ContractError
 from edgepipe.graph.dialect import GraphBuilder
 from edgepipe.graph.evaluate import evaluate
+from edgepipe.numerics.grids import round_to_nearest
 from edgepipe.weights import Value, WeightStore
 from tests.decoders import (
     CHANGES,
@@ -517,6 +518,20 @@ def test_5_bit_codes_lie_around_the_middle_of_8_bits() -> None:
     (codes,) = [tensor.load() for tensor in file.tensors if tensor.name == "q:codes"]
     assert (value.codes.min(), value.codes.max()) == (0, 31)
     assert (codes.min(), codes.max()) == (112, 143)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_a_transposed_view_with_another_use_is_decoded_whole(tmp_path: Path, bits: int) -> None:
+    value: Value = matrix(0)
+    if bits < 16:
+        value = round_to_nearest(matrix(0), bits=bits, group=32, symmetric=True)
+    weights = store(q=value)
+    g = GraphBuilder("odd")
+    x = g.input("x", ir.DataType.FLOAT, [WIDTH, ROWS])
+    g.output("y", g.op("Mul", [x, g.weight("q", [WIDTH, ROWS], transposed=True)]), ir.DataType.FLOAT, [WIDTH, ROWS])
+    ones = np.ones((WIDTH, ROWS), np.float32)
+    (y,) = run(opened_graph(g.finish()), weights, tmp_path, ones)
+    np.testing.assert_allclose(y, weights.float32("q").T, rtol=1e-6, atol=1e-7)
 
 
 def test_every_pass_leaves_a_graph_without_its_operators_alone() -> None:

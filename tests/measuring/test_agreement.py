@@ -76,7 +76,7 @@ def test_another_machine_is_refused(key: str, value: object) -> None:
 def test_other_prompts_are_refused() -> None:
     earlier = measurement()
     earlier["method"]["prompt_tokens"] = [32, 128, 512]
-    with pytest.raises(ConfigError, match="measure a bundle with the same context"):
+    with pytest.raises(ConfigError, match="measure a bundle for the same task with the same context"):
         compare(measurement(), earlier)
 
 

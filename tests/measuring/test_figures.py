@@ -55,9 +55,12 @@ def bundle(tmp_path: Path) -> Path:
     return tmp_path
 
 
+ALONE = {"memory": {"memory_bytes": 77}, "limits": PEAKS, "perplexity": {"perplexity": 12.5, "tokens": 99}}
+
+
 def figures_of(bundle: Path, blocks: list[Json]) -> dict[str, Any]:
     """Sum up blocks beside what the other processes found."""
-    return side_figures(bundle, blocks, {"memory_bytes": 77}, PEAKS, {"perplexity": 12.5, "tokens": 99})
+    return side_figures(bundle, blocks, ALONE)
 
 
 def test_figures_are_those_of_the_samples(bundle: Path) -> None:

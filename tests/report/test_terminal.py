@@ -135,7 +135,7 @@ def test_the_measured_table_sets_both_side_by_side() -> None:
 def test_what_limits_is_said_below() -> None:
     notes = measured_notes({"baseline": None, "bundle": figures(1.0), "ratios": None})
     assert notes == [
-        "95 % intervals: time per output token 19.0 to 21.5 ms, TTFT 150 to 170 ms.",
+        "95 % intervals: time per output token 19.0 to 21.5 ms, TTFT 150.0 to 170.0 ms.",
         "An output token reads 100.0 MB, 10.0 ms at 10 GB/s, and has 135 M multiply-adds, 1.5 ms at 90 G/s (float32): "
         "50% of the time it took; reading limits it.",
         "The prompt's first step reads 100.0 MB, 10.0 ms at 10 GB/s, and has 135 M multiply-adds, 1.5 ms at 90 G/s "
