@@ -22,7 +22,12 @@ def compare(materials: Sequence[Material]) -> Comparison:
     """Return the figures of several bundles side by side, and sentences on what may be compared."""
     sides = [measured_rows({"bundle": _side(one)}) for one in materials]
     rows = [*_measured(sides), *_per_index(materials)]
-    return Comparison(labels=tuple(m.label for m in materials), rows=tuple(rows), sentences=tuple(_said(materials)))
+    return Comparison(
+        labels=tuple(m.label for m in materials),
+        rows=tuple(rows),
+        verdict=tuple(_verdicts(materials)),
+        notes=tuple(_notes(materials, rows)),
+    )
 
 
 def compared_cells(row: ComparedRow) -> list[str]:
@@ -80,7 +85,7 @@ def _per_index(materials: Sequence[Material]) -> Iterator[ComparedRow]:
             key=f"{key}_per_index",
             title=f"{time_title(key)} ÷ index",
             unit="",
-            digits=3,
+            digits=_digits([one["high"] for one in found if one]),
             values=tuple(one.get("value") for one in found),
             lows=tuple(one.get("low") for one in found),
             highs=tuple(one.get("high") for one in found),
@@ -89,23 +94,31 @@ def _per_index(materials: Sequence[Material]) -> Iterator[ComparedRow]:
         )
 
 
-def _said(materials: Sequence[Material]) -> Iterator[str]:
+def _digits(values: Sequence[float]) -> int:
+    """Return digits after the point that leave about four in all: an index may be far above or below a time."""
+    return max(0, 3 - len(str(int(max(values)))) + (max(values) < 1))
+
+
+def _verdicts(materials: Sequence[Material]) -> Iterator[str]:
+    """Yield what is known of every pair: a judged ratio, or once for all others why there is none."""
     apart = []
     for first, second in combinations(materials, 2):
         if first.figures is None or second.figures is None:
             continue
         judged = _judged(first, second) or _judged(second, first)
-        if judged:
-            yield from judged
-        else:
+        yield from judged
+        if not judged:
             apart.append((first.figures, second.figures))
     if apart:
         yield _apart(apart)
-    texts = {((m.figures or {}).get("text"), _side(m).get("perplexity_tokens")) for m in materials if m.figures}
-    scored = {pair for pair in texts if pair[1] is not None}
-    if len(scored) > 1:
+
+
+def _notes(materials: Sequence[Material], rows: Sequence[ComparedRow]) -> Iterator[str]:
+    """Yield what to mind when the table is read."""
+    texts = {(m.figures.get("text"), _side(m).get("perplexity_tokens")) for m in materials if m.figures is not None}
+    if len({text for text in texts if text[1] is not None}) > 1:
         yield "Perplexities were taken over other texts or other tokens: they can't be compared."
-    if any(any(row.flagged) for row in _measured([measured_rows({"bundle": _side(m)}) for m in materials])):
+    if any(any(row.flagged) for row in rows):
         yield SPREAD
 
 
@@ -127,6 +140,12 @@ def _verdict(verdict: str) -> str:
 
 
 def _apart(pairs: Sequence[tuple[Json, Json]]) -> str:
+    sides = [figures for pair in pairs for figures in pair]
+    if not all(figures["bundle"].get("per_index") for figures in sides):
+        return (
+            "Some were measured by an older version, without the speed index: their times can't be compared with the "
+            "others'; measure those again."
+        )
     if any(one["machine"].get(key) != other["machine"].get(key) for one, other in pairs for key in _MACHINE):
         return (
             "Some were measured on different machines, or with other threads or versions: their times can't be "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ RUN = "run.json"
 _RUN_ABOVE = 3  # a run's baseline lies at baseline/NN-compile/bundle, below its run.json
 _BESIDE = "the other bundle"  # what a baseline is called that `edgepipe measure --against` measured
 _SIDES = ("bundle", "baseline")
+_COMPILED = re.compile(r"\d\d-compile")  # the stage's directory, whose bundle is the one that was published
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,5 +200,9 @@ def _labels(paths: Sequence[Path]) -> list[str]:
 
 
 def _name(path: Path) -> str:
+    """Return the name of a bundle's own directory, or of the run that it is the bundle or the baseline of."""
     place = path.resolve()
-    return place.parent.name if place.name == "bundle" and place.parent.name else place.name
+    if place.name != "bundle":
+        return place.name
+    run = place.parent.parent if _COMPILED.fullmatch(place.parent.name) else place.parent
+    return f"{run.parent.name} {run.name}" if run.name == "baseline" else run.name

@@ -20,6 +20,7 @@ def render_markdown(report: Report) -> str:
     if report.comparison is None:
         lines += _bundle(report.bundles[0], "##")
     else:
+        lines += _sentences(report.comparison.verdict)
         lines += _section(comparison_section(report.comparison), "##")
         for one in report.bundles:
             lines += [f"## {escape(one.label)}", "", *_bundle(one, "###")]

@@ -41,14 +41,18 @@ def histograms(latency: Sequence[Latency]) -> list[Json]:
             for i, height in enumerate(heights)
             if height > 0
         ]
-        drawn.append({"side": one.side, "bars": bars, "end_ms": f"{one.end_ms:,.0f}", "p50": one.p50_ms / one.end_ms})
+        drawn.append({"side": one.side, "bars": bars, "end_ms": f"{one.end_ms:,.0f}"})
     return drawn
 
 
 def limit_bars(one: BundleReport) -> list[Json]:
     """Lay out, for the bundle's own limits, how much of the measured time the limit explains, in percent."""
     return [
-        {"title": limit_title(limit.figure), "share": round(100 * min(1.0, limit.share), 1), "by": limit.limited_by}
+        {
+            "title": limit_title(limit.figure),
+            "share": round(100 * min(1.0, limit.share), 1),
+            "said": f"{limit.share:.0%}",
+        }
         for limit in one.limits
         if limit.side == "bundle"
     ]

@@ -145,7 +145,8 @@ class Comparison:
 
     labels: tuple[str, ...]
     rows: tuple[ComparedRow, ...]
-    sentences: tuple[str, ...]  # judged ratios of those measured in turn; why others have none
+    verdict: tuple[str, ...]  # judged ratios of those measured in turn; why others have none
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

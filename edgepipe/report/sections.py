@@ -68,7 +68,7 @@ def comparison_section(found: Comparison) -> Section:
         title="Side by side",
         key="comparison",
         table=Table(header=("", *found.labels), rows=rows),
-        sentences=found.sentences,
+        sentences=found.notes,
     )
 
 
