@@ -31,7 +31,7 @@ def _bundle_report(material: Material) -> BundleReport:
     manifest, figures = material.manifest, material.figures
     weights, licence = manifest["weights"], manifest["licence"]
     recipe = material.recipe or manifest["recipe"]
-    static = static_figures(manifest)
+    static = static_figures(manifest, material.manifest_bytes)
     target = str(recipe["target"])
     sides = _sides(material)
     return BundleReport(

@@ -40,7 +40,9 @@ def compared_cells(row: ComparedRow) -> list[str]:
 
 
 def _side(material: Material) -> Json:
-    return static_figures(material.manifest) if material.figures is None else material.figures["bundle"]
+    if material.figures is None:
+        return static_figures(material.manifest, material.manifest_bytes)
+    return dict(material.figures["bundle"])
 
 
 def _measured(sides: Sequence[Sequence[Row]]) -> Iterator[ComparedRow]:

@@ -47,7 +47,7 @@ def gather(paths: Sequence[Path], files: Sequence[Path] = ()) -> Report:
     Raises ConfigError for a path that is neither or comes twice, and for a file without figures of any of the bundles;
     ContractError for a damaged bundle.
     """
-    bundles = [_bundle_in(path) for path in paths]
+    bundles = [bundle_in(path) for path in paths]
     _refuse_twins(paths, bundles)
     printed = [_read_printed(file) for file in files]
     runs = [_run_of(path, bundle) for path, bundle in zip(paths, bundles, strict=True)]
@@ -88,23 +88,29 @@ def _material(
     bundle: Path, sha256: str, own: _Taken | None, known: Sequence[_Taken], *, label: str, path: Path
 ) -> Material:
     """Choose the figures of a bundle: printed ones first, then its run's, then those of another one's baseline."""
-    chosen = next(((one, side) for one in known if (side := _side_of(one, sha256))), None)
-    if chosen is None and own is not None and own.figures["bundle"].get("manifest_sha256") is None:
-        chosen = (own, "bundle")  # versions before kept no hash: what lies beside the bundle is taken for its own
+    chosen = next(((one, side) for one in known if (side := _side_of(one, sha256, older=one is own))), None)
     manifest = read_bundle(bundle).manifest
     if chosen is None:
         remarks = _how_to_measure(bundle, own)
-        return Material(label=label, path=str(path), manifest=manifest, manifest_sha256=sha256, remarks=remarks)
+        return Material(
+            label=label,
+            path=str(path),
+            manifest=manifest,
+            manifest_sha256=sha256,
+            manifest_bytes=(bundle / MANIFEST).stat().st_size,
+            remarks=remarks,
+        )
     taken, side = chosen
     figures = taken.figures
     if side == "baseline":
         figures = figures | {"bundle": figures["baseline"], "baseline": None, "ratios": None}
-    run = own.record if own is not None and _side_of(own, sha256) == "bundle" else {}
+    run = own.record if own is not None and _side_of(own, sha256, older=True) == "bundle" else {}
     return Material(
         label=label,
         path=str(path),
         manifest=manifest,
         manifest_sha256=sha256,
+        manifest_bytes=(bundle / MANIFEST).stat().st_size,
         figures=figures,
         beside=_BESIDE if taken.printed else "float32",
         recipe=run.get("recipe"),
@@ -120,7 +126,7 @@ def _how_to_measure(bundle: Path, own: _Taken | None) -> tuple[str, ...]:
     return (*other, f"Not measured yet: keep what {command} prints in a file, and give that with --figures.")
 
 
-def _bundle_in(path: Path) -> Path:
+def bundle_in(path: Path) -> Path:
     """Return the bundle that is meant: `path` itself, or that of the run in it. The bundle is checked."""
     places = [path]
     if not (path / MANIFEST).exists() and (path / RUN).is_file():
@@ -175,9 +181,13 @@ def _with_figures(file: Path, record: object) -> Json:
     return record
 
 
-def _side_of(taken: _Taken, sha256: str) -> str | None:
-    """Return as what the measurement has the bundle with this manifest: "bundle", "baseline" or None."""
-    return next((s for s in _SIDES if (taken.figures.get(s) or {}).get("manifest_sha256") == sha256), None)
+def _side_of(taken: _Taken, sha256: str, *, older: bool = False) -> str | None:
+    """Return as what the measurement has the bundle with this manifest: "bundle", "baseline" or None.
+
+    Versions before kept no hash; `older` takes such figures for the bundle's own, as what lies beside it.
+    """
+    found = next((s for s in _SIDES if (taken.figures.get(s) or {}).get("manifest_sha256") == sha256), None)
+    return "bundle" if found is None and older and "manifest_sha256" not in taken.figures["bundle"] else found
 
 
 def _manifest_sha256(bundle: Path) -> str:

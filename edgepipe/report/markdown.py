@@ -10,7 +10,7 @@ from edgepipe.report.sections import Section, Table, bundle_sections, comparison
 
 # What Markdown, or the HTML in it, would take as its own: names come from models. An underscore inside a word and a
 # bracket that begins no link are text anyway, and read better as they are.
-_SPECIAL = re.compile(r"([\\`*<>|~#&]|(?<!\w)_|_(?!\w)|\](?=[(\[:]))")
+_SPECIAL = re.compile(r"([\\`*<>|~#&]|(?<!\w)_|_(?!\w)|\](?=[(\[])|^\[)")
 _OURS = re.compile(r"(`edgepipe [^`|<>]*`)")  # a command that a sentence of ours names
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgepipe.errors import ConfigError
-from edgepipe.report.gather import gather, report_of_run
+from edgepipe.report.gather import bundle_in, gather, report_of_run
 from edgepipe.report.markdown import render_markdown
 from edgepipe.report.page import render_page
 from edgepipe.report.record import Report
@@ -50,6 +50,6 @@ def _check_output(file: Path, bundles: list[Path]) -> None:
     if file.is_dir() or not file.parent.is_dir():
         what = "is a directory" if file.is_dir() else f"would lie in {file.parent}, which is no directory"
         raise ConfigError(f"--out {file} {what}: name a file in a directory that is there")
-    for bundle in bundles:
-        if (bundle / "manifest.json").exists() and bundle.resolve() in file.resolve().parents:
+    for bundle in map(bundle_in, bundles):
+        if bundle.resolve() in file.resolve().parents:
             raise ConfigError(f"--out {file} would lie in the bundle {bundle}, which may hold no more: name another")

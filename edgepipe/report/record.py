@@ -24,6 +24,7 @@ class Material:
     path: str
     manifest: Json
     manifest_sha256: str
+    manifest_bytes: int
     figures: Json | None = None  # of the stage `measure`
     beside: str = "float32"  # what the figures' baseline is called
     recipe: Json | None = None  # as a run resolved it; None: the manifest's
