@@ -17,6 +17,8 @@ from edgepipe.compress import compress
 from edgepipe.errors import ConfigError, StageError
 from edgepipe.pipeline import run
 from edgepipe.recipe import Recipe, resolve
+from edgepipe.report import outputs
+from edgepipe.report.record import Report
 from edgepipe.runtime import load
 from edgepipe.sources import open_model
 from edgepipe.stages.compile import Compile

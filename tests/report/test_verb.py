@@ -15,7 +15,7 @@ from edgepipe.cli import main
 from edgepipe.measure import measure
 from edgepipe.stages.measure import Measure
 from tests.listener import Silent
-from tests.report.conftest import as_older, change_run, measured_run, run  # noqa: F401 - fixtures
+from tests.report.conftest import as_older, measured_run
 
 QUICK = Measure(tokens=64, blocks=1, turns=2)
 
@@ -48,7 +48,7 @@ def printed(tiny_bundle: Path, float_bundle: Path, tmp_path_factory: pytest.Temp
     return file
 
 
-def test_one_run_as_page_markdown_and_json(run: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_one_run_as_page_markdown_and_json(run: Path, tmp_path: Path) -> None:
     files = [tmp_path / f"all.{ending}" for ending in ("html", "md", "json")]
     result = cli(run, *(word for file in files for word in ("--out", file)))
     found = document(result)
@@ -58,20 +58,20 @@ def test_one_run_as_page_markdown_and_json(run: Path, tmp_path: Path) -> None:  
     assert json.loads(files[2].read_text(encoding="utf-8")) == found
 
 
-def test_a_run_and_its_bundle_are_the_same(run: Path) -> None:  # noqa: F811
+def test_a_run_and_its_bundle_are_the_same(run: Path) -> None:
     by_run, by_bundle = (document(cli(path))["bundles"][0] for path in (run, run / "bundle"))
     assert by_run | {"path": ""} == by_bundle | {"path": ""}
     assert by_run["measured"] is not None
 
 
-def test_a_run_whose_bundle_went_elsewhere(run: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_run_whose_bundle_went_elsewhere(run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "kept"
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("bundle", "baseline"))
     shutil.copytree(run / "bundle", copy / "03-compile" / "bundle", dirs_exist_ok=True)
     assert document(cli(copy))["bundles"][0]["measured"] is not None
 
 
-def test_a_run_s_baseline_has_its_figures(run: Path) -> None:  # noqa: F811
+def test_a_run_s_baseline_has_its_figures(run: Path) -> None:
     """Measured in turn with the bundle, so the pair is judged."""
     baseline = run / "baseline" / "02-compile" / "bundle"
     found = document(cli(run, baseline))
@@ -146,7 +146,7 @@ def test_printed_figures_find_their_bundles(tiny_bundle: Path, float_bundle: Pat
     assert all(", measured in turn: " in sentence for sentence in found["comparison"]["verdict"])
 
 
-def test_figures_of_another_build_are_not_shown(change_run: Callable[..., Path]) -> None:  # noqa: F811
+def test_figures_of_another_build_are_not_shown(change_run: Callable[..., Path]) -> None:
     def edit(record: dict[str, Any]) -> None:
         record["figures"]["bundle"]["manifest_sha256"] = "0" * 64
 
@@ -182,14 +182,14 @@ def test_bad_requests(
 
 
 @pytest.mark.parametrize("spoil", ["machine", "bundle"])
-def test_a_damaged_record_is_one_sentence(change_run: Callable[..., Path], spoil: str) -> None:  # noqa: F811
+def test_a_damaged_record_is_one_sentence(change_run: Callable[..., Path], spoil: str) -> None:
     def edit(record: dict[str, Any]) -> None:
         record["figures"][spoil] = {"manifest_sha256": record["figures"]["bundle"]["manifest_sha256"]}
 
     assert "lack what a report needs" in refused(cli(change_run(edit)))
 
 
-def test_a_record_that_is_no_json(change_run: Callable[..., Path]) -> None:  # noqa: F811
+def test_a_record_that_is_no_json(change_run: Callable[..., Path]) -> None:
     changed = change_run(lambda _record: None)
     (changed / "run.json").write_text("{", encoding="utf-8")
     assert "holds no figures of a bundle" in refused(cli(changed))
