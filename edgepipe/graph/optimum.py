@@ -39,6 +39,7 @@ PYTHON_VARIABLE = "EDGEPIPE_OPTIMUM_PYTHON"
 _HOME = Path(".venv-optimum")  # where `make optimum` puts the environment
 _PROGRAM = Path("Scripts", "python.exe") if os.name == "nt" else Path("bin", "python")
 _CHILD = Path(__file__).with_name("optimum_child.py")
+_OPTIONAL = ("token_type_ids",)  # zeros where nobody gives them: some of optimum's graphs have these inside
 _LIMIT_S = 3600  # tracing takes seconds to minutes; a child that takes longer hangs
 
 
@@ -85,6 +86,7 @@ def trace_with_optimum(
     if spec["pooling"] is not None:
         add_embedding(traced.graph, spec["pooling"], normalize=bool(spec["normalize"]))
     graph = to_dialect(_to_opset(traced), part.name)
+    _check_operators(traced.graph)
     made_by = ", ".join(f"{name} {version}" for name, version in sorted(found["versions"].items()))
     return graph, f"traced by {made_by}; {by_name} weights found by name, {by_content} by content"
 
@@ -107,23 +109,23 @@ def run_child(python: Path, arguments: Sequence[str], directory: Path) -> Json:
     except subprocess.TimeoutExpired as error:
         raise StageError(f"optimum's exporter took longer than {_LIMIT_S // 60} minutes and was stopped") from error
     except OSError as error:
-        raise TargetError(f"{python} can't be started ({error.strerror}): `make optimum` sets it up again") from error
+        raise TargetError(f"{python} can't be started ({error.strerror}): `make optimum` sets one up that can") from error
     told = directory / "result.json"
     if child.returncode or not told.is_file():
         last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no message"])[-1]
-        raise TargetError(
-            f"optimum's exporter ended with exit code {child.returncode} ({last[:300]}): `make optimum` sets its "
-            "environment up again"
-        )
+        raise StageError(f"optimum's exporter ended with exit code {child.returncode}: {last[:300]}")
     found: Json = json.loads(told.read_text(encoding="utf-8"))
+    if "missing" in found:
+        raise TargetError(f"{python} can't run optimum's exporter ({found['missing']}): `make optimum` sets one up that can")
     if "error" in found:
         raise StageError(found["error"])
     return found
 
 
 def _fit_inputs(graph: ir.Graph, dims: Mapping[str, Sequence[int | str]]) -> None:
-    """Give the graph's inputs the shapes of the contract; those it has beyond them are made zeros inside."""
+    """Give the graph's inputs the shapes of the contract; those it has beyond that are made zeros inside."""
     inputs = {value.name or "": value for value in graph.inputs if not (value.name or "").startswith("weight/")}
+    dims = {name: shape for name, shape in dims.items() if name in inputs or name not in _OPTIONAL}
     lacking = [name for name in dims if name not in inputs]
     if lacking:
         raise StageError(f"optimum's graph doesn't take {lacking[0]}: it takes {', '.join(inputs)}")
@@ -188,8 +190,13 @@ def _to_opset(traced: Any) -> Any:
 
     with quiet():
         convert_version(traced, OPSET, fallback=True)
-    left = {node.op_type for node in traced.graph.all_nodes() if node.domain not in ("", "ai.onnx")}
-    left |= {node.op_type for node in traced.graph.all_nodes() if any(a.type.name in ("GRAPH", "GRAPHS") for a in node.attributes.values())}
-    if left:
-        raise StageError(f"optimum's graph has {', '.join(sorted(left))}, which the portable dialect doesn't")
     return traced
+
+
+def _check_operators(graph: ir.Graph) -> None:
+    """Refuse what the dialect can't say: operators of other domains, and branches that folding left."""
+    nodes = list(graph.all_nodes())
+    left = {node.op_type for node in nodes if node.domain not in ("", "ai.onnx")}
+    left |= {node.op_type for node in nodes if node.op_type in ("If", "Loop", "Scan")}
+    if left:
+        raise StageError(f"optimum's graph has {', '.join(sorted(left))}, which the portable dialect hasn't")

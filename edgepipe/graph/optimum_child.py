@@ -3,7 +3,8 @@
     python -I optimum_child.py MODEL_DIRECTORY OUTPUT_DIRECTORY TASK AUTO_CLASS
 
 That environment has an older transformers and no edgepipe need be there, so nothing of edgepipe is imported. What came
-out is told in OUTPUT_DIRECTORY/result.json: {"graph", "versions"}, or {"error"} with one sentence.
+out is told in OUTPUT_DIRECTORY/result.json: {"graph", "versions"}, {"missing"} when a package is, or {"error"} with one
+sentence.
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ def main(arguments: list[str]) -> None:
     end_with_parent()
     try:
         result = export(*arguments)
+    except ImportError as error:
+        result = {"missing": str(error)}
     except Exception as error:  # torch.onnx and transformers raise dozens of classes
         reason = " ".join(str(error).split())[:300]
         result = {"error": f"optimum's exporter failed: {reason or type(error).__name__}"}
