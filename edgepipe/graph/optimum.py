@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,7 +99,10 @@ def run_child(python: Path, arguments: Sequence[str], directory: Path) -> Json:
     command = [str(python), "-I", str(_CHILD), *arguments]
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
     try:
-        with log.open("wb") as file, subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file, stderr=file, env=env) as child:
+        with (
+            log.open("wb") as file,
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file, stderr=file, env=env) as child,
+        ):
             try:
                 child.wait(timeout=_LIMIT_S)
             except BaseException:
@@ -109,14 +111,18 @@ def run_child(python: Path, arguments: Sequence[str], directory: Path) -> Json:
     except subprocess.TimeoutExpired as error:
         raise StageError(f"optimum's exporter took longer than {_LIMIT_S // 60} minutes and was stopped") from error
     except OSError as error:
-        raise TargetError(f"{python} can't be started ({error.strerror}): `make optimum` sets one up that can") from error
+        raise TargetError(
+            f"{python} can't be started ({error.strerror}): `make optimum` sets one up that can"
+        ) from error
     told = directory / "result.json"
     if child.returncode or not told.is_file():
         last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no message"])[-1]
         raise StageError(f"optimum's exporter ended with exit code {child.returncode}: {last[:300]}")
     found: Json = json.loads(told.read_text(encoding="utf-8"))
     if "missing" in found:
-        raise TargetError(f"{python} can't run optimum's exporter ({found['missing']}): `make optimum` sets one up that can")
+        raise TargetError(
+            f"{python} can't run optimum's exporter ({found['missing']}): `make optimum` sets one up that can"
+        )
     if "error" in found:
         raise StageError(found["error"])
     return found
@@ -150,7 +156,7 @@ def _fit_inputs(graph: ir.Graph, dims: Mapping[str, Sequence[int | str]]) -> Non
 def _zero_input(graph: ir.Graph, extra: ir.Value, like: ir.Value, renamed: Mapping[str, str]) -> None:
     """Replace an input by zeros of its shape, whose first dimensions are those of the input `like`.
 
-    transformers takes zeros, or what comes to the same, where nobody gives these; the numeric check sees whether it does.
+    transformers takes zeros, or the same in effect, where nobody gives these; the numeric check sees whether it does.
     """
     shape = [renamed.get(d.value or "", d.value) if isinstance(d, ir.SymbolicDim) else d for d in extra.shape or ()]
     lead = list(like.shape or ())

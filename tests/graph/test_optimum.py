@@ -33,26 +33,24 @@ def test_without_its_environment(encoder: TorchModel, tmp_path: Path, monkeypatc
     """One sentence says what to do, before any work."""
     monkeypatch.delenv(optimum.PYTHON_VARIABLE, raising=False)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(TargetError, match="there is no .venv-optimum.* here: `make optimum` in a checkout"):
+    with pytest.raises(TargetError, match=r"there is no .venv-optimum.* here: `make optimum` in a checkout"):
         Export(exporter="optimum").check(encoder)
     monkeypatch.setenv(optimum.PYTHON_VARIABLE, str(tmp_path / "nothing"))
-    with pytest.raises(TargetError, match="EDGEPIPE_OPTIMUM_PYTHON names .*nothing, which is no file: `make optimum`"):
+    with pytest.raises(TargetError, match=r"EDGEPIPE_OPTIMUM_PYTHON names .*nothing, which is no file: `make optimum`"):
         Export(exporter="optimum").check(encoder)
 
 
-def test_an_environment_without_optimum(
-    encoder: TorchModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_environment_without_optimum(encoder: TorchModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any Python can be named; one that lacks the packages says so. Here it is that of edgepipe itself."""
     monkeypatch.setenv(optimum.PYTHON_VARIABLE, sys.executable)
-    with pytest.raises(TargetError, match="can't run optimum's exporter .No module named 'optimum.*`make optimum`"):
+    with pytest.raises(TargetError, match=r"can't run optimum's exporter .No module named 'optimum.*`make optimum`"):
         Export(exporter="optimum")(encoder, context(tmp_path))
 
 
 def test_what_cannot_be_started(encoder: TorchModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "python").write_text("no program")
     monkeypatch.setenv(optimum.PYTHON_VARIABLE, str(tmp_path / "python"))
-    with pytest.raises(TargetError, match="can't be started .Permission denied"):
+    with pytest.raises(TargetError, match=r"can't be started .Permission denied"):
         Export(exporter="optimum")(encoder, context(tmp_path))
 
 
@@ -67,7 +65,7 @@ def test_models_of_several_graphs(encoder: TorchModel, tmp_path: Path) -> None:
 
 
 def test_an_unknown_exporter() -> None:
-    with pytest.raises(ConfigError, match="export.exporter: expected one of auto, framework, optimum, got 'onnx'"):
+    with pytest.raises(ConfigError, match=r"export.exporter: expected one of auto, framework, optimum, got 'onnx'"):
         Export(exporter="onnx")
 
 
@@ -118,7 +116,7 @@ def test_inputs_that_transformers_fills_itself() -> None:
 def test_inputs_that_nobody_can_fill(shape: list[int | str]) -> None:
     graph = traced()
     graph.inputs.append(ir.Value(name="odd", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(shape)))
-    with pytest.raises(StageError, match="optimum's graph takes odd .*which edgepipe can't feed"):
+    with pytest.raises(StageError, match=r"optimum's graph takes odd .*which edgepipe can't feed"):
         optimum._fit_inputs(graph, DIMS)
 
 
