@@ -97,7 +97,7 @@ def test_a_lie_is_refused(name: str, where: str, value: Any, sentence: str, copy
     with pytest.raises(EdgepipeError):
         load(bundle)
     checks = verify_bundle(bundle)["checks"]
-    assert [check["name"] for check in checks if check["ok"] is False][0] == "manifest"
+    assert next(check["name"] for check in checks if check["ok"] is False) == "manifest"
 
 
 @pytest.mark.parametrize("where", ["ends", "preprocessor", "cache/kind", "model/source_context", "ends/decoder/inputs"])
@@ -122,7 +122,7 @@ def test_graphs_that_changed_places_are_refused(copy: Callable[[str], Path]) -> 
     """The files are whole, the roles are not theirs."""
     bundle = copy("t5")
     put("graphs", {"encoder": "decoder.onnx", "decoder": "encoder.onnx"})(bundle, random.Random(0))
-    with pytest.raises(EdgepipeError, match="the graph's input .* build the bundle again"):
+    with pytest.raises(EdgepipeError, match=r"the graph's input .* build the bundle again"):
         load(bundle)
     failed = [check for check in verify_bundle(bundle)["checks"] if check["ok"] is False]
     assert [check["name"] for check in failed] == ["graph"]

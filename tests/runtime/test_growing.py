@@ -106,7 +106,7 @@ def test_a_source_is_not_scored(bundles: dict[str, Path]) -> None:
     for call in (model.logits, model.token_logprobs):
         with pytest.raises(ConfigError, match="answers a source: it scores no text by itself"):
             call("The river")
-    with pytest.raises(ConfigError, match="shorten it to 128 .that is what its encoder reads"):
+    with pytest.raises(ConfigError, match=r"shorten it to 128 .that is what its encoder reads"):
         model.generate("river " * 500)
 
 

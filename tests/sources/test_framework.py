@@ -162,7 +162,7 @@ def test_settings_without_a_graph_are_refused(
 def test_damaged_lists_are_refused(content: str, tmp_path: Path) -> None:
     """modules.json is a list of objects."""
     (tmp_path / "modules.json").write_text(content, encoding="utf-8")
-    with pytest.raises(ConfigError, match="modules.json .*take the file from its source again"):
+    with pytest.raises(ConfigError, match=r"modules.json .*take the file from its source again"):
         read_sentence_settings(tmp_path)
 
 
