@@ -3,8 +3,8 @@
     python benchmarks/encoders.py --data FILE [--repeats 5]   run, store results/encoders.json, rewrite the page's table
     python benchmarks/encoders.py --page-only                 rewrite the table from the stored run
 
-FILE holds pairs of sentences with a score that people gave, as the dev set of STS-B has. Speed is that of embedding all
-its sentences in batches of 32; the bundles take turns, each in every turn, so that a busy machine slows all of them.
+FILE holds pairs of sentences with a score that people gave, such as the dev set of STS-B. Speed is that of embedding
+all its sentences in batches of 32; the bundles take turns, so that a busy machine slows all of them.
 """
 
 from __future__ import annotations

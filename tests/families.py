@@ -161,11 +161,12 @@ FAMILIES: dict[str, Family] = {
         d_inner=72,
         block_sizes=[1, 1],
         num_decoder_layers=1,
+        architectures=["FunnelModel"],
     ),
     # pictures
     "vit": _row("vit", EMBED, _VIT),
     "vit as classifier": _row("vit", "image-classification", _VIT, num_labels=4),
-    "deit": _row("deit", "image-classification", _VIT, num_labels=4),
+    "deit": _row("deit", "image-classification", _VIT, num_labels=4, architectures=["DeiTForImageClassification"]),
     "beit": _row("beit", "image-classification", _VIT, num_labels=4),
     "dinov2": _row("dinov2", EMBED, _VIT),
     "convnext": _row(

@@ -48,7 +48,7 @@ def vit(family_bundle: Callable[[str], Path]) -> Encoder:
 
 
 def test_embeddings_are_torch_s(bert: Encoder, family_dir: Callable[[str], Path]) -> None:
-    """The mean over a text's tokens, of length 1, from the original weights: what 8 bits cost is all that differs."""
+    """The mean over a text's own tokens, of length 1, from the original weights: 8 bits are all that differs."""
     import torch
     import transformers
 

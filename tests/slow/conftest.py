@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from edgepipe.sources import open_model
 from tests.slow.watch import Watched, watch
 
 SYMMETRIC = ("--set", "quantize.import=false", "--embedding-bits", "4")
-UNMEASURED = 'stages = ["quantize", "export", "compile"]\n'
+ROOT = Path(__file__).parents[2]
+UNMEASURED = ("quantize", "export", "compile")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,11 +33,11 @@ class Made:
 def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Made]:
     """Return a function that runs `edgepipe compress` in a folder of its own."""
 
-    def make(*arguments: str, measured: bool = True) -> Made:
+    def make(*arguments: str, measured: bool = True, stages: Sequence[str] = UNMEASURED) -> Made:
         folder = tmp_path_factory.mktemp("made")
         command = [sys.executable, "-m", "edgepipe", "compress", *arguments, "--out", "bundle"]
         if not measured:
-            (folder / "recipe.toml").write_text(UNMEASURED, encoding="utf-8")
+            (folder / "recipe.toml").write_text(f"stages = {json.dumps(stages)}\n", encoding="utf-8")
             command += ["--recipe", "recipe.toml"]
         watched = watch(command, cwd=folder)
         assert watched.code == 0, watched.stderr
@@ -43,6 +45,17 @@ def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Made]
         return Made(bundle=folder / "bundle", summary=summary, watched=watched)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def base_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Install the package without extras in a fresh environment and return its Python."""
+    folder = tmp_path_factory.mktemp("base")
+    subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
+    python = folder / "venv" / "bin" / "python"
+    install = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+    subprocess.run([*install, "--constraint", ROOT / "constraints.txt", str(ROOT)], cwd=folder, check=True)
+    return python
 
 
 @pytest.fixture(scope="session")

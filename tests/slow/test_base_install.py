@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +35,6 @@ loaded = sorted({"torch", "onnx", "transformers"} & set(sys.modules))
 print(json.dumps({"load_s": load_s, "ids": answer.token_ids, "filled": long.prompt_tokens + len(long.token_ids),
                   "peak": peak, "loaded": loaded}))
 """
-
-
-@pytest.fixture(scope="module")
-def base_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Install the package without extras in a fresh environment and return its Python."""
-    folder = tmp_path_factory.mktemp("base")
-    subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
-    python = folder / "venv" / "bin" / "python"
-    install = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-    subprocess.run([*install, "--constraint", ROOT / "constraints.txt", str(ROOT)], cwd=folder, check=True)
-    return python
 
 
 def run_child(python: Path, bundle: Path) -> dict[str, Any]:

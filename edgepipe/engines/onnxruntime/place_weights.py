@@ -57,7 +57,8 @@ class _Lowering:
     def constant(self, array: np.ndarray, name: str) -> ir.Value:
         """Return a small embedded constant, made on first use."""
         if name not in self.graph.initializers:
-            value = ir.Value(name=name, shape=ir.Shape(array.shape), const_value=ir.tensor(array, name=name))
+            tensor = ir.tensor(array, name=name)
+            value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
             self.graph.initializers[name] = value
         return self.graph.initializers[name]
 
