@@ -12,7 +12,7 @@ from itertools import combinations
 
 from edgepipe.artifacts import Json
 from edgepipe.report.record import ComparedRow, Comparison, Material
-from edgepipe.report.rows import Row, between, measured_rows, show, static_figures
+from edgepipe.report.rows import Row, between, in_order, measured_rows, show, static_figures
 from edgepipe.report.sentences import SPREAD, time_title
 
 _MACHINE = ("cpu", "cores", "threads", "system", "versions")
@@ -51,7 +51,7 @@ def _measured(sides: Sequence[Sequence[Row]]) -> Iterator[ComparedRow]:
     order: dict[str, Row] = {}
     for rows in sides:
         order |= {row.key: row for row in rows if row.key not in order}
-    for key in _in_order([[row.key for row in rows] for rows in sides]):
+    for key in _merged([[row.key for row in rows] for rows in sides]):
         found = [rows.get(key) for rows in by_key]
         titles = {row.title for row in found if row is not None}
         yield ComparedRow(
@@ -67,7 +67,7 @@ def _measured(sides: Sequence[Sequence[Row]]) -> Iterator[ComparedRow]:
         )
 
 
-def _in_order(lists: Sequence[Sequence[str]]) -> list[str]:
+def _merged(lists: Sequence[Sequence[str]]) -> list[str]:
     """Merge lists of keys: each new key stands behind the one before it in its own list."""
     merged: list[str] = []
     for keys in lists:
@@ -81,7 +81,7 @@ def _in_order(lists: Sequence[Sequence[str]]) -> list[str]:
 
 def _per_index(materials: Sequence[Material]) -> Iterator[ComparedRow]:
     indexed = [_side(material).get("per_index") or {} for material in materials]
-    for key in _in_order([list(one) for one in indexed]):
+    for key in _merged([in_order(_side(m), one) for m, one in zip(materials, indexed, strict=True)]):
         found = [one.get(key) or {} for one in indexed]
         yield ComparedRow(
             key=f"{key}_per_index",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from importlib import resources
 
@@ -12,6 +13,7 @@ from edgepipe.report.record import BundleReport, Latency, Report
 from edgepipe.report.sections import bundle_sections, comparison_section
 from edgepipe.report.sentences import limit_title
 
+_TOGETHER = re.compile(r"\[[^\]]*\]|, a tie| \*$")
 _CHART_WIDTH, _CHART_HEIGHT = 640, 120  # units of the drawing; it scales with the page
 
 
@@ -21,6 +23,7 @@ def render_page(report: Report) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["unbroken"] = unbroken
     return environment.from_string(template).render(
         report=report,
         comparison=None if report.comparison is None else comparison_section(report.comparison),
@@ -28,6 +31,11 @@ def render_page(report: Report) -> str:
         width=_CHART_WIDTH,
         height=_CHART_HEIGHT,
     )
+
+
+def unbroken(cell: str) -> str:
+    """Return a figure whose interval, verdict and star stay on one line where its cell has to break."""
+    return _TOGETHER.sub(lambda found: found[0].replace(" ", "\N{NO-BREAK SPACE}"), cell)
 
 
 def histograms(latency: Sequence[Latency]) -> list[Json]:

@@ -7,7 +7,7 @@ and what older versions measured lacks some.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,6 +133,12 @@ def cells(row: Row) -> list[str]:
     """Return a row as it is shown: title, baseline, bundle, ratio; details stand two spaces in."""
     title = ("  " if row.detail else "") + shown_title(row.title, row.unit, row.flagged)
     return [title, show(row.baseline, row.unit, row.digits), show(row.bundle, row.unit, row.digits), _ratio(row.ratio)]
+
+
+def in_order(side: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+    """Return names of times in the order they are shown in; a stored record has sorted them."""
+    shown = [shape_of(call) for call in side.get("calls") or ()]
+    return sorted(keys, key=lambda key: shown.index(key) if key in shown else -1)
 
 
 def between(low: float, high: float, digits: int) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from edgepipe.artifacts import Json
-from edgepipe.report.rows import between, figure, shape_of
+from edgepipe.report.rows import between, figure, in_order, shape_of
 
 _NO_WORSE = 1.01  # perplexity ratio up to which the verdict says that nothing was lost
 _TIMES = {"token_ms": "time per output token", "ttft_ms": "TTFT"}  # others are calls, named by their shape
@@ -80,7 +80,10 @@ def certainty(figures: Json) -> list[str]:
 def intervals(figures: Json) -> list[str]:
     """Say between which times the bundle's lie."""
     found = figures["bundle"].get("intervals") or {}
-    said = [f"{time_title(key)} {one['low']:,.1f} to {one['high']:,.1f} ms" for key, one in found.items()]
+    said = [
+        f"{time_title(key)} {found[key]['low']:,.1f} to {found[key]['high']:,.1f} ms"
+        for key in in_order(figures["bundle"], found)
+    ]
     return [f"95 % intervals: {', '.join(said)}."] if said else []
 
 
@@ -103,7 +106,10 @@ def limit_title(key: str) -> str:
 def limits_of(side: Json) -> dict[str, Json]:
     """Return the limits of one side by what they are of: "token", "prefill" or the shape of a call."""
     limits = side.get("limits") or {}
-    return {name: limits[name] for name in _LIMITED if name in limits} | (limits.get("calls") or {})
+    calls = limits.get("calls") or {}
+    return {name: limits[name] for name in _LIMITED if name in limits} | {
+        key: calls[key] for key in in_order(side, calls)
+    }
 
 
 def limit_sentences(side: Json) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from edgepipe.report.gather import gather
-from edgepipe.report.page import histograms, render_page
+from edgepipe.report.page import histograms, render_page, unbroken
 from edgepipe.report.record import Report
 from edgepipe.report.rows import cells
 from edgepipe.report.sections import bundle_sections
@@ -59,8 +59,8 @@ def parsed(html: str) -> _Checker:
 
 
 def spaced(text: str) -> str:
-    """Return text as a parsed page has it."""
-    return " ".join(text.split())
+    """Return text as a parsed page has it: single spaces, code marks become code of its own."""
+    return " ".join(text.replace("`", " ").split())
 
 
 @pytest.fixture
@@ -136,6 +136,16 @@ def test_what_comes_from_elsewhere_is_text(run: Path) -> None:
     html = render_page(Report(bundles=(one,)))
     assert "<script>" not in html
     assert parsed(html).said.count("<script>alert(1)</script>") >= 6
+
+
+def test_commands_in_sentences_are_code(tiny_bundle: Path) -> None:
+    assert f"<code>edgepipe measure {tiny_bundle}</code>" in render_page(gather([tiny_bundle]))
+
+
+def test_intervals_stay_on_one_line() -> None:
+    kept = "\N{NO-BREAK SPACE}"
+    assert unbroken("1.24 [0.95, 1.30], a tie") == f"1.24 [0.95,{kept}1.30],{kept}a{kept}tie"
+    assert unbroken("1,639 *") == f"1,639{kept}*"
 
 
 def test_a_broken_budget_is_said_with_the_verdict(change_run: Callable[..., Path]) -> None:
