@@ -137,7 +137,7 @@ def test_everything_installed_is_pinned() -> None:
 
 
 def test_optimum_s_environment_differs_where_it_must() -> None:
-    """The pins of the extra `optimum` fit what it and the base ask for, and are the main ones but for a few."""
+    """The pins of the extra `optimum` fit it and the base, and are the main ones but for transformers' kin."""
     from packaging.requirements import Requirement
 
     main, own = pins(), pins("constraints-optimum.txt")

@@ -39,7 +39,7 @@ def adopt(
 
 
 def to_dialect(model: Any, name: str) -> bytes:
-    """Return a model (onnx_ir, opset 23) whose weights have their names as a serialized graph of the dialect."""
+    """Return a model (onnx_ir.Model of opset 23), whose weights are named, as a serialized graph of the dialect."""
     graph = model.graph
     _split_gemms(graph)
     _simplify(model)

@@ -99,7 +99,10 @@ def trace(part: Part, whole: Any, weights: WeightStore) -> bytes:
             exporter: Any = OnnxExporter
             traced, _ = exporter().export_program(part.module, dict(part.example), config)
     except Exception as error:  # torch.export raises dozens of classes
-        raise StageError(f"the framework's exporter can't trace the graph {part.name}: {_reason(error)}") from error
+        other = "; --set export.exporter=optimum might (docs/optimum.md)" if part.name == "model" else ""
+        raise StageError(
+            f"the framework's exporter can't trace the graph {part.name}: {_reason(error)}{other}"
+        ) from error
     return adopt(traced, part.name, weights, _names(part.module, whole), dims_of(part))
 
 

@@ -14,6 +14,8 @@ Tasks with one graph only: optimum's caches aren't laid out as edgepipe's.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -39,6 +41,7 @@ _HOME = Path(".venv-optimum")  # where `make optimum` puts the environment
 _PROGRAM = Path("Scripts", "python.exe") if os.name == "nt" else Path("bin", "python")
 _CHILD = Path(__file__).with_name("optimum_child.py")
 _OPTIONAL = ("token_type_ids",)  # zeros where nobody gives them: some of optimum's graphs have these inside
+_ADVICE = "`make optimum` sets one up that can"
 _LIMIT_S = 3600  # tracing takes seconds to minutes; a child that takes longer hangs
 
 
@@ -74,7 +77,7 @@ def trace_with_optimum(
     """
     model, result = work_dir / "optimum-model", work_dir / "optimum-graph"
     result.mkdir()
-    with quiet():
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):  # a progress bar, which no setting of quiet's reaches
         module.save_pretrained(model)
     (model / "config.json").write_text(json.dumps(info.config), encoding="utf-8")  # as the model's source wrote it
     found = run_child(environment_python(), [str(model), str(result), info.task, TASKS[info.task].auto_class], result)
@@ -98,11 +101,9 @@ def run_child(python: Path, arguments: Sequence[str], directory: Path) -> Json:
     log = directory / "log.txt"
     command = [str(python), "-I", str(_CHILD), *arguments]
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    pipe = subprocess.PIPE
     try:
-        with (
-            log.open("wb") as file,
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file, stderr=file, env=env) as child,
-        ):
+        with log.open("wb") as file, subprocess.Popen(command, stdin=pipe, stdout=file, stderr=file, env=env) as child:
             try:
                 child.wait(timeout=_LIMIT_S)
             except BaseException:
@@ -111,9 +112,7 @@ def run_child(python: Path, arguments: Sequence[str], directory: Path) -> Json:
     except subprocess.TimeoutExpired as error:
         raise StageError(f"optimum's exporter took longer than {_LIMIT_S // 60} minutes and was stopped") from error
     except OSError as error:
-        raise TargetError(
-            f"{python} can't be started ({error.strerror}): `make optimum` sets one up that can"
-        ) from error
+        raise TargetError(f"{python} can't be started ({error.strerror}): {_ADVICE}") from error
     told = directory / "result.json"
     if child.returncode or not told.is_file():
         last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no message"])[-1]
@@ -156,7 +155,7 @@ def _fit_inputs(graph: ir.Graph, dims: Mapping[str, Sequence[int | str]]) -> Non
 def _zero_input(graph: ir.Graph, extra: ir.Value, like: ir.Value, renamed: Mapping[str, str]) -> None:
     """Replace an input by zeros of its shape, whose first dimensions are those of the input `like`.
 
-    transformers takes zeros, or the same in effect, where nobody gives these; the numeric check sees whether it does.
+    transformers takes zeros, or what comes to the same, where nobody gives these; the check against torch sees whether.
     """
     shape = [renamed.get(d.value or "", d.value) if isinstance(d, ir.SymbolicDim) else d for d in extra.shape or ()]
     lead = list(like.shape or ())

@@ -56,11 +56,11 @@ def test_what_cannot_be_started(encoder: TorchModel, tmp_path: Path, monkeypatch
 
 def test_models_of_several_graphs(encoder: TorchModel, tmp_path: Path) -> None:
     """A cache, or an encoder and a decoder, aren't taken from optimum."""
-    with pytest.raises(ConfigError, match="models of one graph, but this is the task text-generation"):
+    with pytest.raises(ConfigError, match=r"models of one graph, but this is the task text-generation"):
         Export(exporter="optimum").check(opened(tmp_path, "llama"))
     config = {**encoder.info.config, "is_encoder_decoder": True}
     info = dataclasses.replace(encoder.info, config=config)
-    with pytest.raises(ConfigError, match="but this is an encoder-decoder for feature-extraction"):
+    with pytest.raises(ConfigError, match=r"but this is an encoder-decoder for feature-extraction"):
         optimum.check_optimum(info)
 
 
@@ -121,7 +121,7 @@ def test_inputs_that_nobody_can_fill(shape: list[int | str]) -> None:
 
 
 def test_ends_that_are_missing() -> None:
-    with pytest.raises(StageError, match="doesn't take pixel_values: it takes input_ids"):
+    with pytest.raises(StageError, match=r"doesn't take pixel_values: it takes input_ids"):
         optimum._fit_inputs(traced(), {"pixel_values": ["batch", 3, 8, 8]})
-    with pytest.raises(StageError, match="doesn't give logits: it gives last_hidden_state"):
+    with pytest.raises(StageError, match=r"doesn't give logits: it gives last_hidden_state"):
         optimum._fit_outputs(traced(), ("logits",))
