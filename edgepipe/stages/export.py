@@ -173,7 +173,7 @@ class Export:
 
     def _check_traced(self, parts: tuple[Part, ...], module: Any, exported: OnnxModel, ctx: Context) -> None:
         """Compare every graph with torch on seeded inputs, and decoding in pieces with torch's run without a cache."""
-        from edgepipe.graph.evaluate import evaluate, logits_in_pieces
+        from edgepipe.graph.evaluate import evaluate
         from edgepipe.graph.framework import run_part
         from edgepipe.graph.parts import seeded_feeds
 
@@ -193,22 +193,28 @@ class Export:
                 errors.append(self._error(f" {part.name}, {name},", got[name], expected, "output"))
         ctx.note(f"agrees with torch to {max(errors):.1e} of the largest output")
         if "decoder" in exported.graphs:
-            from edgepipe.graph.framework import whole_logits
+            self._check_cache(module, exported, ctx)
 
-            count = min(self.check_tokens, exported.spec["context"])
-            ids = np.random.default_rng(ctx.seed).integers(0, vocab, (2, count))
-            # Some families give padding no position, and can't know of it any more when it is in the cache
-            pad = getattr(module.config, "pad_token_id", None)
-            ids = ids if pad is None else np.where(ids == pad, (pad + 1) % vocab, ids)
-            source = None
-            if "encoder" in exported.graphs:
-                source = seeded_feeds(exported.spec["ends"]["encoder"]["inputs"], vocab, ctx.seed)
-                source = {name: value[:2] for name, value in source.items()}
-            steps = min(4, count - 1)
-            logits = logits_in_pieces(exported, ids, [count - steps, *[1] * steps], source)
-            expected = whole_logits(module, ids, source)
-            error = self._error(" decoder with a cache", logits, expected, "logit")
-            ctx.note(f"decoding token by token agrees with torch without a cache to {error:.1e} of the largest logit")
+    def _check_cache(self, module: Any, exported: OnnxModel, ctx: Context) -> None:
+        """Compare decoding token by token over a cache with torch's run of the whole without one."""
+        from edgepipe.graph.evaluate import logits_in_pieces
+        from edgepipe.graph.framework import whole_logits
+        from edgepipe.graph.parts import seeded_feeds
+
+        vocab = exported.spec["vocab_size"]
+        count = min(self.check_tokens, exported.spec["context"])
+        ids = np.random.default_rng(ctx.seed).integers(0, vocab, (2, count))
+        # Some families give padding no position, and can't know of it any more when it is in the cache
+        pad = getattr(module.config, "pad_token_id", None)
+        ids = ids if pad is None else np.where(ids == pad, (pad + 1) % vocab, ids)
+        source = None
+        if "encoder" in exported.graphs:
+            source = seeded_feeds(exported.spec["ends"]["encoder"]["inputs"], vocab, ctx.seed)
+            source = {name: value[:2] for name, value in source.items()}
+        steps = min(4, count - 1)
+        logits = logits_in_pieces(exported, ids, [count - steps, *[1] * steps], source)
+        error = self._error(" decoder with a cache", logits, whole_logits(module, ids, source), "logit")
+        ctx.note(f"decoding token by token agrees with torch without a cache to {error:.1e} of the largest logit")
 
     def _error(self, what: str, got: np.ndarray, expected: np.ndarray, unit: str) -> float:
         """Return the largest difference relative to the largest value; ContractError when it is too large."""
