@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 SETUP := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench clean
+.PHONY: help demo test test-slow lint bench optimum clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -33,8 +33,10 @@ bench: $(VENV)/.bench ## run edgepipe beside its peers on the same model (an hou
 	$(BIN)/python benchmarks/peer_setup.py
 	$(BIN)/python benchmarks/peers.py
 
+optimum: .venv-optimum/.stamp ## set up optimum's exporter in .venv-optimum, for --set export.exporter=optimum
+
 clean: ## remove environments, caches and builds; runs/ stays
-	rm -rf $(VENV) .venv-peers build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-peers .venv-optimum build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp per set of extras: later ones hold the earlier ones, so no set-up takes away what another brought.
@@ -54,6 +56,13 @@ $(VENV)/.bench: $(VENV)/bin/python
 	@touch $@ $(VENV)/.compress
 
 $(VENV)/.compress $(VENV)/.dev $(VENV)/.bench: $(SETUP)
+
+# Beside .venv, never in it: optimum-onnx wants an older transformers.
+.venv-optimum/.stamp: pyproject.toml constraints-optimum.txt
+	$(MAKE) --no-print-directory VENV=.venv-optimum .venv-optimum/bin/python
+	@echo "Setting up .venv-optimum with [optimum]: torch and an older transformers, some minutes the first time"
+	$(subst $(VENV),.venv-optimum,$(subst constraints.txt,constraints-optimum.txt,$(PIP))) --editable ".[optimum]"
+	@touch $@
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "edgepipe needs Python 3.11 or newer, and none is on the PATH: install python3.11" >&2; exit 1; }

@@ -308,6 +308,20 @@ def eval_command(
     _print_json(found)
 
 
+@main.command("report")
+@click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE…", type=click.Path(path_type=Path))
+@click.option("--figures", multiple=True, type=click.Path(path_type=Path), help="What `edgepipe measure` printed.")
+@click.option("--out", multiple=True, type=click.Path(path_type=Path), help="A file that ends in .html, .md or .json.")
+def report_command(bundles: tuple[Path, ...], figures: tuple[Path, ...], out: tuple[Path, ...]) -> None:
+    """Report on BUNDLE, a bundle or a run's directory; several are set side by side."""
+    from edgepipe.report.markdown import render_markdown
+    from edgepipe.report.outputs import report
+
+    found = report(list(bundles), figures=list(figures), out=list(out))
+    _say(render_markdown(found))
+    _print_json(found.to_json())
+
+
 @main.command("verify")
 @click.argument("bundle", type=click.Path(path_type=Path))
 def verify_command(bundle: Path) -> None:

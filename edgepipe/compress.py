@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,23 +31,23 @@ def compress(
     work begins, StageError or TargetError when a stage fails.
     """
     from edgepipe.pipeline import check_output, run, run_name
+    from edgepipe.report.budgets import over_budget
     from edgepipe.sources import open_model
 
     if out is not None:
         check_output(out)
     source = open_model(model, task)
-    target = out if out is not None else runs / run_name(source, recipe) / "bundle"
-    before = _manifest_sha256(target)
-    report = runs / run_name(source, recipe) / "report.html"
+    directory = runs / run_name(source, recipe)
+    before = _manifest_sha256(out if out is not None else directory / "bundle")
     summary: Json = {}
 
     def finish(result: CompiledModel | Measured) -> None:
-        """Sum up and write the page before another run may change what they speak of."""
+        """Sum up and write the report before another run may change what they speak of."""
         summary.update(_summary(result, before))
         if isinstance(result, Measured):
-            summary["over_budget"] = over_budget(summary, recipe)
-            _write_report(report, result, recipe, summary["over_budget"])
-            summary["report"] = str(report)
+            budgets, name = dataclasses.asdict(recipe.target.budgets), recipe.target.name
+            summary["over_budget"] = over_budget(result.figures, budgets, name)
+            summary["report"] = str(_write_report(directory, result.model.path))
 
     run(source, recipe, out=out, runs=runs, fresh=fresh, listener=listener, finish=finish)
     return summary
@@ -78,22 +79,14 @@ def _manifest_sha256(bundle: Path) -> str | None:
     return file_sha256(manifest) if manifest.is_file() else None
 
 
-def _write_report(path: Path, result: Measured, recipe: Recipe, over: list[str]) -> None:
-    """Write the run's page; StageError when the disk doesn't take it: the bundle is there all the same."""
-    from edgepipe.report.page import Page, render
-    from edgepipe.store import write_text
+def _write_report(directory: Path, bundle: Path) -> Path:
+    """Write the run's report; StageError when the disk doesn't take it: the bundle is there all the same."""
+    from edgepipe.report.outputs import write_run_report
 
-    page = Page(
-        figures=result.figures,
-        manifest=result.model.manifest,
-        recipe=recipe.to_json(),
-        history=result.history,
-        over_budget=tuple(over),
-    )
     try:
-        write_text(path, render(page))
+        return write_run_report(directory, bundle)
     except OSError as error:
-        raise StageError(f"the bundle is at {result.model.path}, but not its report: {error.strerror}") from error
+        raise StageError(f"the bundle is at {bundle}, but not its report: {error.strerror}") from error
 
 
 def _headline(figures: Json) -> Json:
@@ -102,21 +95,3 @@ def _headline(figures: Json) -> Json:
     line: Json = {key: figures["bundle"][key] for key in keys}
     line["baseline"] = None if figures["baseline"] is None else {key: figures["baseline"][key] for key in keys}
     return line
-
-
-def over_budget(summary: Json, recipe: Recipe) -> list[str]:
-    """Return one sentence for every budget of the target that the result breaks."""
-    figures = summary.get("figures")
-    if figures is None:
-        return []
-    after, before, budgets = figures["bundle"], figures["baseline"], recipe.target.budgets
-    checks = [("TTFT in ms", after["ttft_ms"], budgets.ttft_ms)] if "ttft_ms" in after else []
-    if before is not None:
-        checks.append(("shipped ratio", after["bundle_bytes"] / before["bundle_bytes"], budgets.shipped_ratio))
-    if before is not None and "perplexity" in after:
-        checks.append(("perplexity ratio", after["perplexity"] / before["perplexity"], budgets.perplexity_ratio))
-    return [
-        f"over budget: {title} is {value:.3f}, the target {recipe.target.name} allows {allowed:.3f}"
-        for title, value, allowed in checks
-        if allowed is not None and not value <= allowed  # a perplexity that is no number is over budget too
-    ]

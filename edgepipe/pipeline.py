@@ -38,7 +38,7 @@ from edgepipe.store import (
 )
 from edgepipe.weights import WeightStore
 
-_OWN_NAMES = r"\d\d-\w+|run\.json|report\.html"  # what a run puts into its directory, beside the bundle
+_OWN_NAMES = r"\d\d-\w+|run\.json|report\.(html|md|json)"  # what a run puts into its directory, beside the bundle
 _BASELINE_STAGES = ("export", "compile")  # what is left of the river when nothing is compressed
 # Above this a float32 baseline is not built: it would need more memory than the compression itself, on any machine.
 BASELINE_LIMIT_BYTES = 2 << 30
@@ -139,11 +139,21 @@ def _run(
     if isinstance(finished, Measured):
         finished = dataclasses.replace(finished, model=compiled)
         try:
-            write_json(directory / "run.json", {"recipe": recipe.to_json(), "figures": finished.figures})
+            write_json(directory / "run.json", _record(finished, recipe))
         except OSError as error:
             raise StageError(f"the bundle is at {target}, but not its run.json: {_describe(error)}") from error
         return finished
     return compiled
+
+
+def _record(finished: Measured, recipe: Recipe) -> Json:
+    """Return what run.json keeps: all that a report needs besides the bundle's manifest."""
+    return {
+        "recipe": recipe.to_json(),
+        "budgets": dataclasses.asdict(recipe.target.budgets),
+        "history": [dataclasses.asdict(record) for record in finished.history],
+        "figures": finished.figures,
+    }
 
 
 def _uncompressed(name: str, stage: Stage) -> Stage:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 import os
 import signal
 import subprocess
@@ -18,10 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from edgepipe.cli import _forget_the_beginning, main
-from edgepipe.compress import over_budget
-from edgepipe.recipe import resolve
 from edgepipe.runtime import Model, load
-from edgepipe.target import Budgets
 
 QUICK = ("--context", "96", "--set", "measure.blocks=1", "--set", "measure.tokens=64")
 
@@ -112,39 +107,6 @@ def test_over_budget_is_exit_code_three(cli: Callable[..., Result], tiny_model_d
     summary = json.loads(result.stdout.strip().splitlines()[-1])
     assert len(summary["over_budget"]) == 1
     assert (tmp_path / "out" / "manifest.json").is_file()
-
-
-@pytest.mark.parametrize(
-    ("bundle", "baseline", "broken"),
-    [
-        ({"ttft_ms": 99.0, "bundle_bytes": 30, "perplexity": 10.4}, {"bundle_bytes": 100, "perplexity": 10.0}, []),
-        ({"ttft_ms": 100.0, "bundle_bytes": 30, "perplexity": 10.5}, {"bundle_bytes": 100, "perplexity": 10.0}, []),
-        (
-            {"ttft_ms": 100.1, "bundle_bytes": 31, "perplexity": 10.6},
-            {"bundle_bytes": 100, "perplexity": 10.0},
-            ["TTFT in ms is 100.100", "shipped ratio is 0.310", "perplexity ratio is 1.060"],
-        ),
-        (
-            {"ttft_ms": 1.0, "bundle_bytes": 3, "perplexity": math.nan},
-            {"bundle_bytes": 100, "perplexity": 10.0},
-            ["perplexity ratio is nan"],
-        ),
-        ({"ttft_ms": 101.0, "bundle_bytes": 31, "perplexity": 99.0}, None, ["TTFT in ms is 101.000"]),
-    ],
-)
-def test_budgets_that_are_broken(
-    tmp_path: Path, bundle: dict[str, float], baseline: dict[str, float] | None, broken: list[str]
-) -> None:
-    """At the limit is within it; a perplexity that is no number is not."""
-    budgets = Budgets(shipped_ratio=0.3, perplexity_ratio=1.05, ttft_ms=100)
-    recipe = resolve(target=None)
-    recipe = dataclasses.replace(recipe, target=dataclasses.replace(recipe.target, budgets=budgets))
-    found = over_budget({"figures": {"bundle": bundle, "baseline": baseline}}, recipe)
-    assert len(found) == len(broken)
-    for sentence, words in zip(found, broken, strict=True):
-        assert sentence.startswith(f"over budget: {words}, the target cpu allows ")
-    assert over_budget({}, recipe) == []
-    assert over_budget({"figures": {"bundle": bundle, "baseline": baseline}}, resolve(target=None)) == []
 
 
 def test_a_failing_stage_says_what_is_kept(

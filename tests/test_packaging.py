@@ -41,9 +41,9 @@ def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def pins() -> dict[str, str]:
-    """Read constraints.txt: normalised name → version."""
-    lines = [x for x in (ROOT / "constraints.txt").read_text().splitlines() if x and not x.startswith("#")]
+def pins(file: str = "constraints.txt") -> dict[str, str]:
+    """Read a file of constraints: normalised name → version."""
+    lines = [x for x in (ROOT / file).read_text().splitlines() if x and not x.startswith("#")]
     found = [PINNED.fullmatch(line) for line in lines]
     assert all(found), f"not a plain pin: {[line for line, match in zip(lines, found, strict=True) if not match]}"
     return {normal(match[1]): match[2] for match in found if match}
@@ -112,6 +112,7 @@ def test_everything_installed_is_pinned() -> None:
     pinned = pins()
     extras: dict[str, list[str]] = project()["optional-dependencies"]  # type: ignore[assignment]
     base: list[str] = project()["dependencies"]  # type: ignore[assignment]
+    del extras["optimum"]  # never beside the others
     waiting = [Requirement(text) for text in [*base, *(text for extra in extras.values() for text in extra)]]
     seen: set[tuple[str, frozenset[str]]] = set()
     loose = set()
@@ -133,6 +134,20 @@ def test_everything_installed_is_pinned() -> None:
             if marker is None or any(marker.evaluate({"extra": extra}) for extra in (*requirement.extras, "")):
                 waiting.append(below)
     assert not loose, f"not in constraints.txt: {sorted(loose)}"
+
+
+def test_optimum_s_environment_differs_where_it_must() -> None:
+    """The pins of the extra `optimum` fit it and the base, and are the main ones but for transformers' kin."""
+    from packaging.requirements import Requirement
+
+    main, own = pins(), pins("constraints-optimum.txt")
+    extras: dict[str, list[str]] = project()["optional-dependencies"]  # type: ignore[assignment]
+    base: list[str] = project()["dependencies"]  # type: ignore[assignment]
+    for requirement in map(Requirement, [*base, *extras["optimum"]]):
+        assert requirement.specifier.contains(own[normal(requirement.name)]), str(requirement)
+    kin = {"transformers", "tokenizers", "huggingface-hub", "hf-xet", "setuptools"}
+    assert {name for name in main.keys() & own.keys() if main[name] != own[name]} <= kin
+    assert own["transformers"].startswith("4.57.")
 
 
 def _installed(name: str) -> bool:

@@ -17,7 +17,8 @@ from edgepipe.compress import compress
 from edgepipe.errors import ConfigError, StageError
 from edgepipe.pipeline import run
 from edgepipe.recipe import Recipe, resolve
-from edgepipe.report import page
+from edgepipe.report import outputs
+from edgepipe.report.record import Report
 from edgepipe.runtime import load
 from edgepipe.sources import open_model
 from edgepipe.stages.compile import Compile
@@ -294,15 +295,15 @@ def test_the_page_is_written_while_other_runs_are_kept_out(
     quick: list[tuple[str, str, object]] = [("measure", "blocks", 1), ("measure", "tokens", 64)]
     recipe = make_recipe(tmp_path, *quick, stages=[*STAGES, "measure"])
     refused: list[str] = []
-    rendered = page.render
+    rendered = outputs.render_page
 
-    def meanwhile(shown: page.Page) -> str:
+    def meanwhile(shown: Report) -> str:
         with pytest.raises(ConfigError, match="another run is at work") as caught:
             make(tiny_model_dir, tmp_path, recipe)
         refused.append(str(caught.value))
         return rendered(shown)
 
-    monkeypatch.setattr(page, "render", meanwhile)
+    monkeypatch.setattr(outputs, "render_page", meanwhile)
     summary = compress(str(tiny_model_dir), recipe, listener=Silent(), out=tmp_path / "out", runs=tmp_path / "runs")
     assert len(refused) == 1
     report = Path(summary["report"])
@@ -316,12 +317,16 @@ def test_the_page_is_written_while_other_runs_are_kept_out(
         return plain(self, data, encoding=encoding)
 
     plain = Path.write_text
-    monkeypatch.setattr(page, "render", rendered)
+    monkeypatch.setattr(outputs, "render_page", rendered)
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(StageError, match=r"but not its report: No space left on device"):
         compress(str(tiny_model_dir), recipe, listener=Silent(), out=tmp_path / "out", runs=tmp_path / "runs")
     assert report.read_text(encoding="utf-8") == written
-    assert [p.name for p in report.parent.iterdir() if "report" in p.name] == ["report.html"]
+    assert sorted(p.name for p in report.parent.iterdir() if "report" in p.name) == [
+        "report.html",
+        "report.json",
+        "report.md",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import onnx
 import onnx_ir as ir
 
 from edgepipe.errors import ConfigError, ContractError
-from edgepipe.graph.dialect import OPSET
+from edgepipe.graph.dialect import OPSET, weight_input
 from edgepipe.weights import WeightStore
 
 _WEIGHT = "weight/"
@@ -33,11 +33,16 @@ def adopt(
     varying axes by name.
     Raises ConfigError when the graph reads a parameter that the store lacks.
     """
-    graph = traced.graph
-    _name_inputs(graph, dims)
-    _name_weights(graph, weights, names)
+    _name_inputs(traced.graph, dims)
+    _name_weights(traced.graph, weights, names)
+    return to_dialect(traced, name)
+
+
+def to_dialect(model: Any, name: str) -> bytes:
+    """Return a model (onnx_ir.Model of opset 23), whose weights are named, as a serialized graph of the dialect."""
+    graph = model.graph
     _split_gemms(graph)
-    _simplify(traced)
+    _simplify(model)
     _transpose_views(graph)
     _drop_unused(graph)
     _check_constants(graph)
@@ -80,8 +85,8 @@ def _name_weights(graph: ir.Graph, weights: WeightStore, names: Mapping[str, str
             )
         real = weights[stored].name
         if real not in inputs:
-            full = ir.Value(name=_WEIGHT + real, type=ir.TensorType(ir.DataType.FLOAT), shape=value.shape)
-            inputs[real] = full
+            assert value.shape is not None
+            inputs[real] = weight_input(real, value.shape.numpy())
         value.replace_all_uses_with(inputs[real])
         del graph.initializers[name]
     graph.inputs.extend(inputs.values())

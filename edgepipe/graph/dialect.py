@@ -33,6 +33,12 @@ def weight_name(value_name: str) -> tuple[str, bool] | None:
     return name.removesuffix(_TRANSPOSED), name.endswith(_TRANSPOSED)
 
 
+def weight_input(name: str, shape: Dims, *, transposed: bool = False) -> ir.Value:
+    """Return the graph input that names a weight of the store; `shape` is the shape this view has."""
+    full = _PREFIX + name + (_TRANSPOSED if transposed else "")
+    return ir.Value(name=full, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(shape))
+
+
 class GraphBuilder:
     """Collect nodes, inputs and named weights, then emit one graph of the dialect."""
 
@@ -52,10 +58,8 @@ class GraphBuilder:
 
     def weight(self, name: str, shape: Dims, *, transposed: bool = False) -> ir.Value:
         """Name a weight of the store; `shape` is the shape this view has."""
-        full = _PREFIX + name + (_TRANSPOSED if transposed else "")
-        if full not in self._weights:
-            self._weights[full] = ir.Value(name=full, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(shape))
-        return self._weights[full]
+        value = weight_input(name, shape, transposed=transposed)
+        return self._weights.setdefault(value.name or "", value)
 
     def constant(self, array: np.ndarray | np.generic) -> ir.Value:
         """Embed a small constant, once however often it is asked for."""

@@ -99,8 +99,11 @@ def trace(part: Part, whole: Any, weights: WeightStore) -> bytes:
             exporter: Any = OnnxExporter
             traced, _ = exporter().export_program(part.module, dict(part.example), config)
     except Exception as error:  # torch.export raises dozens of classes
-        raise StageError(f"the framework's exporter can't trace the graph {part.name}: {_reason(error)}") from error
-    return adopt(traced, part.name, weights, _names(part.module, whole), _dims(part))
+        other = "; --set export.exporter=optimum might (docs/optimum.md)" if part.name == "model" else ""
+        raise StageError(
+            f"the framework's exporter can't trace the graph {part.name}: {_reason(error)}{other}"
+        ) from error
+    return adopt(traced, part.name, weights, _names(part.module, whole), dims_of(part))
 
 
 def _reason(error: BaseException) -> str:
@@ -131,7 +134,7 @@ def _names(module: Any, whole: Any) -> dict[str, str]:
     return {name: known[id(tensor)] for name, tensor in tensors if id(tensor) in known}
 
 
-def _dims(part: Part) -> dict[str, list[int | str]]:
+def dims_of(part: Part) -> dict[str, list[int | str]]:
     """Return the shape of every flat input, varying axes by name."""
     dims: dict[str, list[int | str]] = {}
     for name, value in part.example.items():

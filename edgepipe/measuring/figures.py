@@ -104,7 +104,7 @@ def per_index(blocks: Sequence[Json]) -> Json:
         for block in blocks
     ]
     prompts = [
-        [time / median(index) for time, index in zip(block["ttft_ms"], block["index_ms"], strict=True)]
+        [time / index for time, index in zip(block["ttft_ms"], block["prompt_index_ms"], strict=True)]
         for block in blocks
     ]
     return {

@@ -141,12 +141,13 @@ def take_blocks(
 
 
 def _take_turn(children: Mapping[str, Child], clock: Child, number: int, plan: Plan) -> dict[str, Json]:
-    """Let every bundle run its prompts, then bursts in turn, the index after each pair; return what each took."""
+    """Let every bundle run its prompts, then bursts in turn, the index after each; return what each took."""
     names = list(children)
     taken: dict[str, Json] = {}
     for name in _order(names, number):
         answer = children[name].ask({"prompts": number, "of": plan.blocks * plan.turns})
         taken[name] = {**answer, "token_ms": [], "index_ms": []}
+    prompt_index_ms = clock.ask({"sustained": True})["index_ms"]
     bursts = min(child.ready["bursts"] for child in children.values())
     tokens = min(child.ready["burst_tokens"] for child in children.values())
     for burst in range(bursts):
@@ -157,7 +158,7 @@ def _take_turn(children: Mapping[str, Child], clock: Child, number: int, plan: P
         index_ms = clock.ask({})["index_ms"]
         for name in names:
             taken[name]["index_ms"].append(index_ms)
-    return taken
+    return {name: {**turn, "prompt_index_ms": prompt_index_ms} for name, turn in taken.items()}
 
 
 def _takes_calls(children: Mapping[str, Child]) -> bool:
@@ -224,6 +225,7 @@ def _block(ready: Json, turns: list[Json]) -> Json:
         "ttft": ttft,
         "token_ms": [turn["token_ms"] for turn in turns],
         "index_ms": [turn["index_ms"] for turn in turns],
+        "prompt_index_ms": [turn["prompt_index_ms"] for turn in turns],
         "memory_peak_bytes": turns[-1]["memory_peak_bytes"],
     }
 

@@ -1,127 +1,66 @@
-"""The report of one run as a page: one HTML file that needs no network, no script and no other file.
-
-Verdict first, then before and after, how the latencies are spread, where the bytes are, how it was made, on what. Every
-figure comes from the run's record (`run.json`) and the bundle's manifest; charts are drawn from the raw samples.
-"""
+"""The report as a page: one HTML file that needs no network, no script and no other file; charts are drawn in it."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import resources
-from itertools import chain
 
 import jinja2
-import numpy as np
 
-from edgepipe.artifacts import Json, StageRecord
-from edgepipe.report.terminal import measured_rows
+from edgepipe.artifacts import Json
+from edgepipe.report.record import BundleReport, Latency, Report
+from edgepipe.report.sections import bundle_sections, comparison_section
+from edgepipe.report.sentences import limit_title
 
-_BINS = 40
+_TOGETHER = re.compile(r"\[[^\]]*\]|, a tie| \*$")
 _CHART_WIDTH, _CHART_HEIGHT = 640, 120  # units of the drawing; it scales with the page
-_TAIL = 99.0  # percentile at which the histogram ends: one stall would squeeze everything else into one bar
-_NO_WORSE = 1.01  # perplexity ratio up to which the verdict says that nothing was lost
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Page:
-    """Hold what a page is made of."""
-
-    figures: Json  # of the stage `measure`: bundle, baseline, text, machine
-    manifest: Json
-    recipe: Json
-    history: tuple[StageRecord, ...]
-    over_budget: tuple[str, ...] = ()
-
-
-def render(page: Page) -> str:
-    """Return the page as HTML."""
+def render_page(report: Report) -> str:
+    """Return the report as HTML."""
     template = (resources.files("edgepipe.report") / "page.html.jinja").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    after, before = page.figures["bundle"], page.figures["baseline"]
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["unbroken"] = unbroken
     return environment.from_string(template).render(
-        page=page,
-        manifest=page.manifest,
-        verdict=verdict(page.figures),
-        rows=measured_rows(page.figures),
-        spread=[spread(name, one) for name, one in (("float32", before), ("bundle", after)) if one is not None],
-        histograms=histograms(before, after),
+        report=report,
+        comparison=None if report.comparison is None else comparison_section(report.comparison),
+        bundles=[(one, list(bundle_sections(one)), histograms(one.latency), limit_bars(one)) for one in report.bundles],
         width=_CHART_WIDTH,
         height=_CHART_HEIGHT,
-        parts=byte_parts(page.manifest["weights"]["parts"]),
-        samples=sum(len(block["ttft_ms"]) for block in after["samples"]),
     )
 
 
-def verdict(figures: Json) -> list[str]:
-    """Say in short sentences what was won and what was lost, the float32 model beside it where there is one."""
-    after, before = figures["bundle"], figures["baseline"]
-    if before is None:
-        return [
-            f"{after['bundle_bytes'] / 1e6:,.1f} MB, {after['tokens_per_second']:,.1f} tokens/s. "
-            "No float32 baseline was built, so nothing is compared."
-        ]
-    quality = after["perplexity"] / before["perplexity"]
-    lost = f"Perplexity is {100 * (quality - 1):+.1f} %."
-    if quality <= _NO_WORSE:
-        lost = f"Nothing measurable was lost: perplexity is {quality:.3f} of the float32 model's."
-    return [
-        f"{before['bundle_bytes'] / after['bundle_bytes']:.1f} times smaller: "
-        f"{before['bundle_bytes'] / 1e6:,.0f} MB became {after['bundle_bytes'] / 1e6:,.1f} MB.",
-        _faster("Decoding", before["token_ms"] / after["token_ms"]),
-        _faster("The first token", before["ttft_ms"] / after["ttft_ms"]),
-        lost,
-    ]
+def unbroken(cell: str) -> str:
+    """Return a figure whose interval, verdict and star stay on one line where its cell has to break."""
+    return _TOGETHER.sub(lambda found: found[0].replace(" ", "\N{NO-BREAK SPACE}"), cell)
 
 
-def _faster(what: str, ratio: float) -> str:
-    if ratio >= 1:
-        return f"{what} is {ratio:.2f} times as fast."
-    return f"{what} takes {1 / ratio:.2f} times as long."
-
-
-def token_times(one: Json) -> np.ndarray:
-    """Return all raw times per output token of a bundle, ms."""
-    times = chain.from_iterable(prompt for block in one["samples"] for prompt in block["token_ms"])
-    return np.array(list(times), np.float64)
-
-
-def spread(name: str, one: Json) -> Json:
-    """Return the percentiles a reader asks for."""
-    times = token_times(one)
-    ttft = [time for block in one["samples"] for time in block["ttft_ms"]]
-    p50, p95, p99 = np.percentile(times, (50, 95, 99))
-    return {
-        "name": name,
-        "tokens": len(times),
-        "p50": f"{p50:.1f}",
-        "p95": f"{p95:.1f}",
-        "p99": f"{p99:.1f}",
-        "ttft": f"{min(ttft):.0f} – {max(ttft):.0f}",
-    }
-
-
-def histograms(before: Json | None, after: Json) -> Json:
+def histograms(latency: Sequence[Latency]) -> list[Json]:
     """Lay out histograms of the time per output token on one axis from 0; bars are (x, y, width, height)."""
-    series = [("float32", before), ("bundle", after)]
-    times = [(name, token_times(one)) for name, one in series if one is not None]
-    end = max(float(np.percentile(values, _TAIL)) for _, values in times)
     drawn = []
-    for name, values in times:
-        counts, _ = np.histogram(np.minimum(values, end), bins=_BINS, range=(0, end))
-        step = _CHART_WIDTH / _BINS
-        heights = _CHART_HEIGHT * counts / counts.max()
+    for one in latency:
+        step = _CHART_WIDTH / len(one.counts)
+        heights = [_CHART_HEIGHT * count / max(one.counts) for count in one.counts]
         bars = [
-            (round(i * step + 1, 1), round(_CHART_HEIGHT - h, 1), round(step - 2, 1), round(float(h), 1))
-            for i, h in enumerate(heights)
-            if h > 0
+            (round(i * step + 1, 1), round(_CHART_HEIGHT - height, 1), round(step - 2, 1), round(height, 1))
+            for i, height in enumerate(heights)
+            if height > 0
         ]
-        drawn.append({"name": name, "bars": bars})
-    return {"series": drawn, "end_ms": f"{end:.0f}"}
+        drawn.append({"side": one.side, "bars": bars, "end_ms": f"{one.end_ms:,.0f}"})
+    return drawn
 
 
-def byte_parts(parts: Sequence[Json]) -> list[Json]:
-    """Return the weights by part and storage, the largest first, with their share of the bytes in percent."""
-    total = sum(part["bytes"] for part in parts)
-    largest_first = sorted(parts, key=lambda part: -part["bytes"])
-    return [{**part, "share": round(100 * part["bytes"] / total, 2)} for part in largest_first]
+def limit_bars(one: BundleReport) -> list[Json]:
+    """Lay out, for the bundle's own limits, how much of the measured time the limit explains, in percent."""
+    return [
+        {
+            "title": limit_title(limit.figure),
+            "share": round(100 * min(1.0, limit.share), 1),
+            "said": f"{limit.share:.0%}",
+        }
+        for limit in one.limits
+        if limit.side == "bundle"
+    ]

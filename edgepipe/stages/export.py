@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgepipe.artifacts import Context, OnnxModel, TorchModel
+from edgepipe.artifacts import Context, Json, OnnxModel, TorchModel
 from edgepipe.errors import ConfigError, ContractError
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _DEFAULT_CONTEXT = 2048
 _LEAST_CONTEXT = 8  # a prompt and an answer of a few tokens
 _POOLINGS = ("auto", "mean", "cls", "last", "max")
+_EXPORTERS = ("auto", "framework", "optimum")
 _CHOICES = {"auto": None, "yes": True, "no": False}
 
 
@@ -33,6 +34,7 @@ class Export:
     context: int = 0  # tokens the KV cache holds, or an encoder reads; 0: 2048, or the model's if that is less
     pooling: str = "auto"  # of a sentence encoder: mean, cls, last, max; auto: as the model's files say, else mean
     normalize: str = "auto"  # whether its embeddings have length 1: yes, no; auto: as the model's files say, else yes
+    exporter: str = "auto"  # who writes the graph: auto, framework (transformers'), optimum (docs/optimum.md)
     check_tokens: int = 16  # tokens of the numeric check against torch; 0 leaves it out
     tolerance: float = 1e-3  # largest difference of an output from torch's, relative to the largest output
 
@@ -44,18 +46,23 @@ class Export:
             raise ConfigError("export.check_tokens must not be negative and export.tolerance must be positive")
         if self.pooling not in _POOLINGS:
             raise ConfigError(f"export.pooling: expected one of {', '.join(_POOLINGS)}, got {self.pooling!r}")
+        if self.exporter not in _EXPORTERS:
+            raise ConfigError(f"export.exporter: expected one of {', '.join(_EXPORTERS)}, got {self.exporter!r}")
         if self.normalize not in _CHOICES:
             raise ConfigError(f"export.normalize: expected one of {', '.join(_CHOICES)}, got {self.normalize!r}")
 
     def check(self, model: TorchModel) -> None:
         """Refuse a model that can't be exported, as far as that can be seen before any work."""
         from edgepipe.graph.framework import check_model
-        from edgepipe.graph.llama import builds
 
-        if builds(model.info):
+        if self._builds(model):
             self._shape(model)
         else:
             check_model(model.info)
+        if self.exporter == "optimum":
+            from edgepipe.graph.optimum import check_optimum
+
+            check_optimum(model.info)
         embeds = model.info.task == "feature-extraction" and model.info.tokenizer
         for name, value in (("pooling", self.pooling), ("normalize", self.normalize)):
             if value != "auto" and not embeds:
@@ -64,10 +71,14 @@ class Export:
 
     def __call__(self, model: TorchModel, ctx: Context) -> OnnxModel:
         """Return the model as graphs over the same weight store."""
+        self.check(model)
+        return self._build(model, ctx) if self._builds(model) else self._trace(model, ctx)
+
+    def _builds(self, model: TorchModel) -> bool:
+        """Say whether edgepipe's own builder writes the graph."""
         from edgepipe.graph.llama import builds
 
-        self.check(model)
-        return self._build(model, ctx) if builds(model.info) else self._trace(model, ctx)
+        return self.exporter == "auto" and builds(model.info)
 
     def _shape(self, model: TorchModel) -> Shape:
         """Return the facts a Llama's graph is built from."""
@@ -116,7 +127,7 @@ class Export:
 
     def _trace(self, model: TorchModel, ctx: Context) -> OnnxModel:
         """Return a model of any other family as the graphs its task needs."""
-        from edgepipe.graph.framework import build_module, fill_module, trace
+        from edgepipe.graph.framework import build_module, fill_module
         from edgepipe.graph.parts import ends_of, plan_parts, used_weights
 
         ctx.progress("the framework's model", 0, 1)
@@ -132,7 +143,7 @@ class Export:
         graphs = {}
         for number, part in enumerate(plan.parts):
             ctx.progress(f"tracing the graph {part.name}", number, 2 * len(plan.parts))
-            graphs[part.name] = trace(part, module, model.weights)
+            graphs[part.name] = self._traced(part, module, model, plan.spec, ctx)
         ends = {name: ends_of(graph) for name, graph in graphs.items()}
         exported = OnnxModel(
             info=model.info,
@@ -148,9 +159,21 @@ class Export:
             self._check_traced(plan.parts, module, exported, ctx)
         return exported
 
+    def _traced(self, part: Part, module: Any, model: TorchModel, spec: Json, ctx: Context) -> bytes:
+        """Return one part as a graph of the dialect, by the exporter that was asked for."""
+        from edgepipe.graph.framework import trace
+
+        if self.exporter != "optimum":
+            return trace(part, module, model.weights)
+        from edgepipe.graph.optimum import trace_with_optimum
+
+        graph, note = trace_with_optimum(part, module, model.info, model.weights, ctx.work_dir, spec)
+        ctx.note(note)
+        return graph
+
     def _check_traced(self, parts: tuple[Part, ...], module: Any, exported: OnnxModel, ctx: Context) -> None:
         """Compare every graph with torch on seeded inputs, and decoding in pieces with torch's run without a cache."""
-        from edgepipe.graph.evaluate import evaluate, logits_in_pieces
+        from edgepipe.graph.evaluate import evaluate
         from edgepipe.graph.framework import run_part
         from edgepipe.graph.parts import seeded_feeds
 
@@ -159,27 +182,39 @@ class Export:
         for number, part in enumerate(parts):
             ctx.progress(f"checking the graph {part.name}", len(parts) + number, 2 * len(parts))
             feeds = seeded_feeds(exported.spec["ends"][part.name]["inputs"], vocab, ctx.seed)
-            got = evaluate(exported.graphs[part.name], exported.weights, feeds)
+            try:
+                got = evaluate(exported.graphs[part.name], exported.weights, feeds)
+            except (ValueError, IndexError, RuntimeError, MemoryError) as error:
+                reason = " ".join(str(error).split())[:200]
+                raise ContractError(
+                    f"the graph {part.name} can't be computed at other sizes than those it was traced with: {reason}"
+                ) from error
             for name, expected in run_part(part, feeds).items():
                 errors.append(self._error(f" {part.name}, {name},", got[name], expected, "output"))
         ctx.note(f"agrees with torch to {max(errors):.1e} of the largest output")
         if "decoder" in exported.graphs:
-            from edgepipe.graph.framework import whole_logits
+            self._check_cache(module, exported, ctx)
 
-            count = min(self.check_tokens, exported.spec["context"])
-            ids = np.random.default_rng(ctx.seed).integers(0, vocab, (2, count))
-            # Some families give padding no position, and can't know of it any more when it is in the cache
-            pad = getattr(module.config, "pad_token_id", None)
-            ids = ids if pad is None else np.where(ids == pad, (pad + 1) % vocab, ids)
-            source = None
-            if "encoder" in exported.graphs:
-                source = seeded_feeds(exported.spec["ends"]["encoder"]["inputs"], vocab, ctx.seed)
-                source = {name: value[:2] for name, value in source.items()}
-            steps = min(4, count - 1)
-            logits = logits_in_pieces(exported, ids, [count - steps, *[1] * steps], source)
-            expected = whole_logits(module, ids, source)
-            error = self._error(" decoder with a cache", logits, expected, "logit")
-            ctx.note(f"decoding token by token agrees with torch without a cache to {error:.1e} of the largest logit")
+    def _check_cache(self, module: Any, exported: OnnxModel, ctx: Context) -> None:
+        """Compare decoding token by token over a cache with torch's run of the whole without one."""
+        from edgepipe.graph.evaluate import logits_in_pieces
+        from edgepipe.graph.framework import whole_logits
+        from edgepipe.graph.parts import seeded_feeds
+
+        vocab = exported.spec["vocab_size"]
+        count = min(self.check_tokens, exported.spec["context"])
+        ids = np.random.default_rng(ctx.seed).integers(0, vocab, (2, count))
+        # Some families give padding no position, and can't know of it any more when it is in the cache
+        pad = getattr(module.config, "pad_token_id", None)
+        ids = ids if pad is None else np.where(ids == pad, (pad + 1) % vocab, ids)
+        source = None
+        if "encoder" in exported.graphs:
+            source = seeded_feeds(exported.spec["ends"]["encoder"]["inputs"], vocab, ctx.seed)
+            source = {name: value[:2] for name, value in source.items()}
+        steps = min(4, count - 1)
+        logits = logits_in_pieces(exported, ids, [count - steps, *[1] * steps], source)
+        error = self._error(" decoder with a cache", logits, whole_logits(module, ids, source), "logit")
+        ctx.note(f"decoding token by token agrees with torch without a cache to {error:.1e} of the largest logit")
 
     def _error(self, what: str, got: np.ndarray, expected: np.ndarray, unit: str) -> float:
         """Return the largest difference relative to the largest value; ContractError when it is too large."""

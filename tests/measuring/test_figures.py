@@ -29,6 +29,7 @@ def block(scale: float = 1.0, load_ms: float = 30.0, peak: int = 1000) -> Json:
         },
         "token_ms": [[5.0 * scale, 7.0 * scale, 6.0 * scale, 60.0 * scale], [4.0 * scale, 6.0 * scale, 5.0, 9.0]],
         "index_ms": [[2.0, 3.0], [2.0, 2.5]],
+        "prompt_index_ms": [4.0, 5.0],
         "memory_after_load_bytes": peak - 5,
         "memory_peak_bytes": peak,
     }
@@ -115,11 +116,11 @@ def test_a_burst_counts_by_its_fastest_token() -> None:
 def test_times_are_divided_by_the_index_beside_them() -> None:
     found = per_index([block()])
     assert found["token_ms"]["value"] == statistics.median([5 / 2, 6 / 3, 4 / 2, 5 / 2.5])
-    assert found["ttft_ms"]["value"] == statistics.median([100 / 2.5, 110 / 2.25])
+    assert found["ttft_ms"]["value"] == statistics.median([100 / 4, 110 / 5])
 
 
 def test_a_machine_at_half_speed_changes_no_figure_per_index() -> None:
-    slow = block(2.0) | {"index_ms": [[4.0, 6.0], [4.0, 5.0]]}
+    slow = block(2.0) | {"index_ms": [[4.0, 6.0], [4.0, 5.0]], "prompt_index_ms": [8.0, 10.0]}
     slow["token_ms"][1][2:] = [10.0, 18.0]
     assert per_index([slow]) == per_index([block()])
 

@@ -85,10 +85,12 @@ def test_bundles_take_turns(tmp_path: Path, script: Script) -> None:
         ("before", "open speed 2 -P -m edgepipe.measuring.worker"),
         ("before", "prompts 0 of 2"),
         ("after", "prompts 0 of 2"),
+        ("the index", "sustained True"),
         *pair,
         *swapped,
         ("after", "prompts 1 of 2"),
         ("before", "prompts 1 of 2"),
+        ("the index", "sustained True"),
         *pair,
         *swapped,
         ("before", "close"),
@@ -101,8 +103,9 @@ def test_bundles_take_turns(tmp_path: Path, script: Script) -> None:
     assert block["ttft_ms"] == [7.0, 8.0]
     assert block["ttft"]["32"] == {"tokenize_ms": [1.0, 1.0], "first_step_ms": [2.0, 2.0]}
     assert block["token_ms"] == [[5.0] * 4, [5.0] * 4]
-    assert block["index_ms"] == found["baseline"][0]["index_ms"] == [[8.0, 11.0], [16.0, 19.0]]
-    assert block["memory_peak_bytes"] == 17  # of the last answer
+    assert block["index_ms"] == found["baseline"][0]["index_ms"] == [[9.0, 12.0], [18.0, 21.0]]
+    assert block["prompt_index_ms"] == [6.0, 15.0]
+    assert block["memory_peak_bytes"] == 19  # of the last answer
 
 
 def test_every_block_is_a_process_of_its_own(tmp_path: Path, script: Script) -> None:

@@ -210,6 +210,34 @@ def test_the_index_times_fixed_work(tiny_bundle: Path) -> None:
     ready, turn = index.open_index(tiny_bundle, 1)
     assert ready["read_bytes"] == 1 << 20
     assert min(turn({})["index_ms"] for _ in range(5)) > 0.01
+    assert turn({"sustained": True})["index_ms"] > 0.01
+
+
+def test_a_piece_of_the_index_reads_the_whole_buffer(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large bundle's piece takes as long as its token would; the index stays the time of one unit of it."""
+    from edgepipe.runtime import onnxruntime
+
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    manifest["files"]["weights.bin"]["bytes"] = 40 << 20
+    (bundle / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    runs: list[int] = []
+
+    def bound(graph: bytes, pairs: list[Any], *_: object) -> list[Any]:
+        return [lambda number=number: runs.append(number) for number in range(len(pairs))]
+
+    monkeypatch.setattr(onnxruntime, "bind_products", bound)
+    ready, turn = index.open_index(bundle, 1)
+    assert ready["read_bytes"] == 40 << 20
+    runs.clear()
+    turn({})
+    assert len(runs) == 4 * 5 * 9  # four pieces of five units: a product, and eight of the forty slices
+    assert set(runs) == set(range(41))
+    runs.clear()
+    turn({"sustained": True})
+    assert len(runs) == 12 * 5 * 9
 
 
 @pytest.mark.parametrize(

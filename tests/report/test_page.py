@@ -1,68 +1,29 @@
-"""The page of a run: it stands alone, says the figures of the record, and lets nothing of the model's become markup."""
+"""The page: it stands alone, says the figures of the record, and lets nothing of the model's become markup."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import json
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from edgepipe.artifacts import StageRecord
-from edgepipe.report.page import Page, byte_parts, histograms, render, token_times, verdict
-from edgepipe.runtime.bundle import read_manifest
+from edgepipe.report.gather import gather
+from edgepipe.report.page import histograms, render_page, unbroken
+from edgepipe.report.record import Report
+from edgepipe.report.rows import cells
+from edgepipe.report.sections import bundle_sections
+from tests.report.conftest import as_older
 
-
-def figures_of(scale: float, perplexity: float) -> dict[str, Any]:
-    """Make one side's figures with samples that are easy to check."""
-    block = {"ttft_ms": [100 * scale, 120 * scale], "token_ms": [[10 * scale] * 9 + [50 * scale]] * 2}
-    return {
-        "bundle_bytes": int(200e6 * scale),
-        "bits_per_weight": 16 * scale,
-        "ttft_ms": 110 * scale,
-        "token_ms": 10 * scale,
-        "tokens_per_second": 100 / scale,
-        "load_ms": 300.0,
-        "memory_peak_bytes": int(300e6 * scale),
-        "cache_bytes": 1_000_000,
-        "prompt_tokens": 128,
-        "ttft": [{"prompt_tokens": 128, "ttft_ms": 110 * scale}],
-        "token_ms_p95": 50 * scale,
-        "token_ms_p99": 50 * scale,
-        "cold_start_ms": 900.0,
-        "memory_after_load_bytes": int(250e6 * scale),
-        "memory_without_model_bytes": int(90e6),
-        "flagged": [],
-        "perplexity": perplexity,
-        "perplexity_tokens": 1000,
-        "samples": [block, block],
-    }
-
-
-@pytest.fixture
-def page(tiny_bundle: Path) -> Page:
-    """Make a page of the tiny bundle with figures of ours: twice as fast and half as large as float32."""
-    machine = {"cpu": "A <b>CPU</b>", "cores": 2, "threads": 0, "system": "Linux", "python": "3.11"}
-    ratio = {"value": 0.5, "low": 0.45, "high": 0.55, "verdict": "better"}
-    figures = {
-        "baseline": figures_of(2, 20.0),
-        "bundle": figures_of(1, 20.1),
-        "ratios": {"token_ms": ratio, "ttft_ms": ratio},
-        "text": "prose-eval",
-        "machine": machine,
-    }
-    record = StageRecord(stage="quantize", options={"bits": 4}, key="k", notes=("all < nothing & more",))
-    return Page(
-        figures=figures, manifest=read_manifest(tiny_bundle), recipe={"target": "cpu", "seed": 0}, history=(record,)
-    )
+HOSTILE = '<script>alert(1)</script> & "quotes" `ticks` | pipes'
 
 
 class _Checker(HTMLParser):
-    """Collect tags, and complain about any that is not closed in order."""
+    """Collect text, tags and attributes, and check that tags are closed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,6 +43,11 @@ class _Checker(HTMLParser):
         if self.open and self.open[-1] not in ("style", "title"):
             self.text.append(data)
 
+    @property
+    def said(self) -> str:
+        """Return the text with single spaces."""
+        return " ".join(" ".join(self.text).split())
+
 
 def parsed(html: str) -> _Checker:
     """Read a page to its end."""
@@ -92,79 +58,120 @@ def parsed(html: str) -> _Checker:
     return checker
 
 
-def test_the_page_needs_nothing_else(page: Page) -> None:
-    """No script, no link, no source: it can be mailed, and says so to the browser as well."""
-    html = render(page)
-    seen = parsed(html).seen
-    assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in seen}
-    assert not any({"src", "href", "onload", "onclick"} & set(attributes) for _, attributes in seen)
-    assert "url(" not in html
-    assert "http" not in re.sub(r"http-equiv", "", html)
-    assert "default-src 'none'" in html
-    assert "prefers-color-scheme: dark" in html
-    assert 'name="viewport"' in html
+def spaced(text: str) -> str:
+    """Return text as a parsed page has it: single spaces, code marks become code of its own."""
+    return " ".join(text.replace("`", " ").split())
 
 
-def test_the_verdict_comes_first_and_the_figures_are_those_of_the_record(page: Page) -> None:
-    text = " ".join(" ".join(parsed(render(page)).text).split())
-    assert text.index("2.0 times smaller: 400 MB became 200.0 MB.") < text.index("Before and after")
-    assert "Decoding is 2.00 times as fast." in text
-    assert "The first token is 2.00 times as fast." in text
-    assert "Nothing measurable was lost: perplexity is 1.005" in text
-    assert "float32 40 20.0 100.0 100.0 200 – 240" in text  # tokens, p50, p95, p99, TTFT from least to most
-    assert "bundle 40 10.0 50.0 50.0 100 – 120" in text
-    for part in page.manifest["weights"]["parts"]:
-        assert f"{part['bytes'] / 1e6:,.1f}" in text
+@pytest.fixture
+def reports(run: Path, encoder_run: Path, tiny_bundle: Path) -> list[Report]:
+    """Report on a decoder, an encoder, a bundle without figures, and on all side by side."""
+    return [gather([run]), gather([encoder_run]), gather([tiny_bundle]), gather([run, encoder_run, tiny_bundle])]
 
 
-def test_what_comes_from_elsewhere_is_text(page: Page) -> None:
-    manifest = copy.deepcopy(page.manifest) | {"name": "<script>alert(1)</script>"}
-    html = render(dataclasses.replace(page, manifest=manifest))
+def test_pages_need_nothing_else(reports: list[Report]) -> None:
+    """No script, no link, no source: a page can be mailed, and says so to the browser as well."""
+    for report in reports:
+        html = render_page(report)
+        seen = parsed(html).seen
+        assert not {"script", "link", "img", "iframe", "object", "base", "form"} & {tag for tag, _ in seen}
+        assert not any({"src", "href", "srcset", "onload", "onclick"} & set(attributes) for _, attributes in seen)
+        assert "url(" not in html
+        assert "@import" not in html
+        assert "http" not in re.sub(r"http-equiv", "", html)
+        assert "default-src 'none'" in html
+        assert "prefers-color-scheme: dark" in html
+        assert 'name="viewport"' in html
+
+
+def test_the_verdict_comes_first(reports: list[Report]) -> None:
+    for report in reports:
+        text = parsed(render_page(report)).said
+        one = report.bundles[0]
+        first = text.index(spaced(one.verdict[0]))
+        assert first < min(text.index(section.title) for section in bundle_sections(one))
+
+
+def test_every_figure_of_the_record_is_shown(reports: list[Report]) -> None:
+    """Rows, cells of every section and sentences stand on the page, as the terminal and Markdown have them."""
+    for report in reports:
+        text = parsed(render_page(report)).said
+        for one in report.bundles:
+            for section in bundle_sections(one):
+                assert section.title in text
+                assert all(spaced(sentence) in text for sentence in section.sentences)
+                for row in section.table.rows if section.table is not None else ():
+                    assert spaced(" ".join(row)) in text, row
+            for row in one.rows:
+                assert spaced(cells(row)[0]) in text
+
+
+def test_sections_are_those_of_the_task(reports: list[Report]) -> None:
+    decoder, encoder, unmeasured, _ = ({s.key for s in bundle_sections(r.bundles[0])} for r in reports)
+    assert decoder == {"rows", "ttft", "latency", "limits", "start", "parts", "stages", "machine"}
+    assert encoder == {"rows", "calls", "limits", "start", "parts", "stages", "machine"}
+    assert unmeasured == {"rows", "parts", "stages"}
+
+
+def test_what_an_older_version_measured_still_has_a_page(change_run: Callable[..., Path]) -> None:
+    report = gather([change_run(as_older)])
+    one = report.bundles[0]
+    assert {s.key for s in bundle_sections(one)} == {"rows", "latency", "parts", "stages", "machine"}
+    assert one.verdict[1].startswith("Decoding ")
+    assert "[" not in " ".join(one.verdict)  # nothing was judged then
+    text = parsed(render_page(report)).said
+    assert "Time per output token" in text
+
+
+def test_what_comes_from_elsewhere_is_text(run: Path) -> None:
+    report = gather([run])
+    one = dataclasses.replace(
+        report.bundles[0],
+        name=HOSTILE,
+        label=HOSTILE,
+        parts=tuple({**part, "part": HOSTILE} for part in report.bundles[0].parts),
+        stages=({"stage": HOSTILE, "options": {HOSTILE: HOSTILE}, "notes": [HOSTILE]},),
+        source={"model": HOSTILE, "licence": HOSTILE, "lineage": [HOSTILE]},
+    )
+    html = render_page(Report(bundles=(one,)))
     assert "<script>" not in html
-    assert "<b>CPU" not in html
-    text = "".join(parsed(html).text)
-    assert "<script>alert(1)</script> for cpu" in text
-    assert "all < nothing & more" in text
+    assert parsed(html).said.count("<script>alert(1)</script>") >= 6
 
 
-def test_a_broken_budget_is_said_with_the_verdict(page: Page) -> None:
-    html = render(dataclasses.replace(page, over_budget=("over budget: TTFT in ms is 110.000",)))
+def test_commands_in_sentences_are_code(tiny_bundle: Path) -> None:
+    assert f"<code>edgepipe measure {tiny_bundle}</code>" in render_page(gather([tiny_bundle]))
+
+
+def test_intervals_stay_on_one_line() -> None:
+    kept = "\N{NO-BREAK SPACE}"
+    assert unbroken("1.24 [0.95, 1.30], a tie") == f"1.24 [0.95,{kept}1.30],{kept}a{kept}tie"
+    assert unbroken("1,639 *") == f"1,639{kept}*"
+
+
+def test_a_broken_budget_is_said_with_the_verdict(change_run: Callable[..., Path]) -> None:
+    def edit(record: dict[str, Any]) -> None:
+        record["budgets"]["ttft_ms"] = 1e-9
+
+    html = render_page(gather([change_run(edit)]))
     assert 'class="verdict over"' in html
-    assert "over budget: TTFT in ms is 110.000" in html
+    assert "over budget: TTFT in ms is" in parsed(html).said
 
 
-@pytest.mark.parametrize(
-    ("scale", "perplexity", "words"),
-    [
-        (4, 25.0, ["0.5 times smaller", "Decoding takes 2.00 times as long.", "Perplexity is +25.0 %."]),
-        (2, 19.0, ["1.0 times smaller", "Nothing measurable was lost"]),
-    ],
-)
-def test_a_verdict_does_not_flatter(scale: float, perplexity: float, words: list[str]) -> None:
-    said = " ".join(verdict({"baseline": figures_of(2, 20.0), "bundle": figures_of(scale, perplexity)}))
-    assert all(word in said for word in words), said
+def test_histograms_hold_every_sample(run: Path) -> None:
+    """Heights are in proportion to counts, sides share an axis, and what is drawn is what was measured."""
+    latency = gather([run]).bundles[0].latency
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))["figures"]
+    assert [one.side for one in latency] == ["float32", "bundle"]
+    assert len({one.end_ms for one in latency}) == 1
+    for one, drawn in zip(latency, histograms(latency), strict=True):
+        taken = record["baseline" if one.side == "float32" else "bundle"]["samples"]
+        assert sum(one.counts) == one.samples == sum(len(turn) for block in taken for turn in block["token_ms"])
+        filled = [count for count in one.counts if count]
+        assert [bar[3] for bar in drawn["bars"]] == pytest.approx([120 * c / max(filled) for c in filled], abs=0.06)
+        assert all(x >= 0 and x + width <= 640 and y + height <= 120.1 for x, y, width, height in drawn["bars"])
 
 
-def test_without_a_baseline_nothing_is_compared(page: Page) -> None:
-    alone = dataclasses.replace(page, figures={**page.figures, "baseline": None})
-    text = " ".join("".join(parsed(render(alone)).text).split())
-    assert "No float32 baseline was built" in text
-    assert "times smaller" not in text
-
-
-def test_histograms_hold_every_sample() -> None:
-    """Heights are in proportion to counts, and both sides share an axis."""
-    before, after = figures_of(2, 20.0), figures_of(1, 20.0)
-    drawn = histograms(before, after)
-    assert [series["name"] for series in drawn["series"]] == ["float32", "bundle"]
-    assert float(drawn["end_ms"]) == np.percentile(token_times(before), 99)
-    for series in drawn["series"]:
-        heights = sorted(bar[3] for bar in series["bars"])
-        assert heights == pytest.approx([120 / 9, 120], abs=0.1)
-        assert all(x >= 0 and x + width <= 640 and y + height <= 120.1 for x, y, width, height in series["bars"])
-
-
-def test_shares_of_bytes_sum_to_the_whole(page: Page) -> None:
-    parts = byte_parts(page.manifest["weights"]["parts"])
-    assert sum(part["share"] for part in parts) == pytest.approx(100, abs=0.1)
+def test_shares_of_bytes_sum_to_the_whole(run: Path) -> None:
+    parts = gather([run]).bundles[0].parts
+    assert sum(part["share"] for part in parts) == pytest.approx(1)
     assert [part["bytes"] for part in parts] == sorted((part["bytes"] for part in parts), reverse=True)

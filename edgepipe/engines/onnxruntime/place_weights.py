@@ -58,7 +58,9 @@ class _Lowering:
         """Return a small embedded constant, made on first use."""
         if name not in self.graph.initializers:
             tensor = ir.tensor(array, name=name)
-            value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+            value = ir.Value(
+                name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
+            )
             self.graph.initializers[name] = value
         return self.graph.initializers[name]
 
