@@ -184,11 +184,11 @@ class Export:
             feeds = seeded_feeds(exported.spec["ends"][part.name]["inputs"], vocab, ctx.seed)
             try:
                 got = evaluate(exported.graphs[part.name], exported.weights, feeds)
-            except (ValueError, IndexError, RuntimeError, MemoryError) as error:
-                reason = " ".join(str(error).split())[:200]
+            except (ValueError, IndexError, RuntimeError) as failure:
+                reason = " ".join(str(failure).split())[:200]
                 raise ContractError(
                     f"the graph {part.name} can't be computed at other sizes than those it was traced with: {reason}"
-                ) from error
+                ) from failure
             for name, expected in run_part(part, feeds).items():
                 errors.append(self._error(f" {part.name}, {name},", got[name], expected, "output"))
         ctx.note(f"agrees with torch to {max(errors):.1e} of the largest output")
