@@ -18,7 +18,7 @@ def verdict(figures: Json, other: str) -> list[str]:
     """Say in short sentences what was won and what was lost; `other` is what the baseline is called."""
     after, before = figures["bundle"], figures.get("baseline")
     if before is None:
-        return [f"{after['bundle_bytes'] / 1e6:,.1f} MB{_rate(after)}. Nothing was measured beside it."]
+        return [f"{after['bundle_bytes'] / 1e6:,.1f} MB{_rate(after)}. Nothing is compared here."]
     size = after["bundle_bytes"] / before["bundle_bytes"]
     sizes = f"{before['bundle_bytes'] / 1e6:,.1f} MB became {after['bundle_bytes'] / 1e6:,.1f} MB"
     smaller = f"{1 / size:.1f} times smaller" if size <= 1 else f"{size:.2f} times as large"

@@ -47,10 +47,10 @@ def test_what_was_judged_has_its_interval() -> None:
 
 
 def test_alone_nothing_is_compared() -> None:
-    assert verdict({"bundle": side(1)}, "float32") == ["200.0 MB, 100.0 tokens/s. Nothing was measured beside it."]
+    assert verdict({"bundle": side(1)}, "float32") == ["200.0 MB, 100.0 tokens/s. Nothing is compared here."]
     call = {"batch": 8, "tokens": 128, "ms": 12.5}
     assert verdict({"bundle": {"bundle_bytes": 1e6, "calls": [call]}}, "float32") == [
-        "1.0 MB, 12.5 ms for a call of 8x128. Nothing was measured beside it."
+        "1.0 MB, 12.5 ms for a call of 8x128. Nothing is compared here."
     ]
 
 
