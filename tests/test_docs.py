@@ -407,3 +407,18 @@ def test_the_readme_calls_a_tie_a_tie() -> None:
             verdicts = {name: e["ttft_ratio"]["verdict"] for name, e in engines.items()}
             assert verdicts == {"genai tuned": "tie", "genai default": "better"}
             assert all(ours["memory_peak_bytes"] < e["memory_peak_bytes"] for e in engines.values())
+
+
+def test_what_the_readme_says_of_other_peers_was_found() -> None:
+    """Who decodes faster and who is first with a token, as the stored runs judged it; a busy rerun may change it."""
+    said = " ".join(read("README.md").partition("**Beside others.**")[2].partition("\n\n")[0].split())
+    runs = [json.loads(file.read_text(encoding="utf-8")) for file in RESULTS.glob("peers-*.json")]
+    assert runs and all(run["machine"]["cpu"] in said for run in runs)
+    assert "llama.cpp's Q4_1 decodes about a tenth faster and takes twice as long to the first token" in said
+    assert "OpenVINO's INT8 decodes slower and reaches the first token of a prompt of 128 in half the time" in said
+    for run in runs:
+        ratios = {name: row["shapes"]["128x128"] for name, row in run["summary"]["threads"]["2"].items()}
+        assert 0.8 < ratios["llama.cpp Q4_1"]["decode_ratio"]["value"] < 0.95
+        assert 0.4 < ratios["llama.cpp Q4_1"]["ttft_ratio"]["value"] < 0.55
+        assert ratios["OpenVINO GenAI INT8"]["decode_ratio"]["verdict"] == "better"
+        assert 1.8 < ratios["OpenVINO GenAI INT8"]["ttft_ratio"]["value"] < 2.2
