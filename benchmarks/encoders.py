@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks.stored import ROOT, markdown_table, provenance, read_result, replace_section, write_result
 from edgepipe.artifacts import CompiledModel
 from edgepipe.evaluate import evaluate
-from edgepipe.measuring.examples import Columns, open_data, read_pairs
+from edgepipe.measuring.examples import open_data, read_pairs
 from edgepipe.measuring.metrics import Evaluation
 from edgepipe.pipeline import run
 from edgepipe.recipe import resolve
@@ -128,7 +128,7 @@ def build(variant: Variant) -> CompiledModel:
 
 def read_sentences(data: Path) -> list[str]:
     """Return both sentences of every pair."""
-    pairs = read_pairs(open_data(str(data)), Columns(places={}))
+    pairs = read_pairs(open_data(str(data)), Evaluation(metric="spearman").places())
     return [text for pair in pairs for text in (pair.first, pair.second)]
 
 
