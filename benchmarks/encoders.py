@@ -128,7 +128,8 @@ def build(variant: Variant) -> CompiledModel:
 
 def read_sentences(data: Path) -> list[str]:
     """Return both sentences of every pair."""
-    pairs = read_pairs(open_data(str(data)), Evaluation(metric="spearman").places(data.suffix))
+    opened = open_data(str(data))
+    pairs = read_pairs(opened, Evaluation(metric="spearman").places(opened.suffix))
     return [text for pair in pairs for text in (pair.first, pair.second)]
 
 
