@@ -97,7 +97,7 @@ def measure(data: Path, repeats: int) -> dict[str, Any]:
     return {
         **came_from,
         "model": MODEL,
-        "data": found["data"],
+        "data": {**found["data"], "name": data.name},
         "machine": found["machine"],
         "sentences": len(sentences),
         "batch": BATCH,
