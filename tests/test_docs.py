@@ -376,7 +376,8 @@ def test_the_bundle_s_page_names_the_graph_s_ends(tiny_bundle: Path) -> None:
 
 def test_the_dialect_s_page_names_every_operator() -> None:
     """The graphs of all variants use the operators of the table and no others, and no row is left over."""
-    from edgepipe.graph.llama import VARIANTS, build_decoder, read_shape
+    from edgepipe.graph.llama import build_decoder
+    from edgepipe.graph.shape import VARIANTS, read_shape
 
     used = set()
     for model_type in VARIANTS:

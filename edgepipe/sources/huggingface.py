@@ -108,7 +108,7 @@ def open_directory(
 def _read_weights(directory: Path, shards: list[Path], config: Json, task: str) -> FrameworkWeights:
     """Return weights under the names of the class that will hold them: lazily where edgepipe knows the family."""
     with compress_extra("opening a model"):
-        from edgepipe.graph.llama import VARIANTS
+        from edgepipe.graph.shape import VARIANTS
     if task != "text-generation" or config.get("model_type") not in VARIANTS:
         return read_framework(directory, config, task)
     weights = _named_for_class(_read_headers(shards))

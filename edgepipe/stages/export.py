@@ -18,7 +18,7 @@ from edgepipe.errors import ConfigError, ContractError
 
 if TYPE_CHECKING:
     from edgepipe.graph.framework import Part
-    from edgepipe.graph.llama import Shape
+    from edgepipe.graph.shape import Shape
 
 _DEFAULT_CONTEXT = 2048
 _LEAST_CONTEXT = 8  # a prompt and an answer of a few tokens
@@ -82,7 +82,8 @@ class Export:
 
     def _shape(self, model: TorchModel) -> Shape:
         """Return the facts a Llama's graph is built from."""
-        from edgepipe.graph.llama import check_weights, read_shape
+        from edgepipe.graph.llama import check_weights
+        from edgepipe.graph.shape import read_shape
 
         shape = read_shape(model.info.config, self.context or None, _DEFAULT_CONTEXT)
         check_weights(model.weights, shape)

@@ -15,7 +15,8 @@ import transformers
 from edgepipe.artifacts import TorchModel
 from edgepipe.errors import ConfigError
 from edgepipe.graph.evaluate import prompt_logits
-from edgepipe.graph.llama import VARIANTS, check_weights, expected_weights, read_shape, rotary_frequencies
+from edgepipe.graph.llama import check_weights, expected_weights
+from edgepipe.graph.shape import VARIANTS, read_shape, rotary_frequencies
 from edgepipe.stages.export import Export
 from edgepipe.weights import WeightStore
 from tests.decoders import (

@@ -67,7 +67,8 @@ def write_big_model(path: Path) -> None:
 
 
 def _shapes() -> dict[str, tuple[int, ...]]:
-    from edgepipe.graph.llama import expected_weights, read_shape
+    from edgepipe.graph.llama import expected_weights
+    from edgepipe.graph.shape import read_shape
 
     return expected_weights(read_shape(CONFIG, 2048), tied=True)
 

@@ -14,6 +14,7 @@ from edgepipe.artifacts import TorchModel
 from edgepipe.errors import ConfigError, ContractError
 from edgepipe.graph import llama
 from edgepipe.graph.evaluate import prompt_logits
+from edgepipe.graph.shape import read_shape
 from edgepipe.stages.export import Export
 from tests.decoders import DECODERS, all_on, context, difference, module_logits, opened, random_ids, saved, stored
 
@@ -64,7 +65,7 @@ def test_the_context(folder: Path, wish: int, got: int) -> None:
 
 def test_the_context_of_a_long_model() -> None:
     config = {"model_type": "llama", "max_position_embeddings": 8192}
-    shape = llama.read_shape(config, None, 2048)
+    shape = read_shape(config, None, 2048)
     assert shape.context == 2048
 
 
