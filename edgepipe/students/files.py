@@ -1,0 +1,72 @@
+"""Make a student, save it as safetensors + config.json, read it back.
+
+A saved student is a model directory like any other: `edgepipe compress DIRECTORY` takes it. A decoder student is saved
+as the Llama-family model it is, so other tools take it too.
+"""
+# ruff: noqa: TID253  a student is a torch module: this file is imported only where one is made
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from edgepipe.artifacts import Json
+from edgepipe.errors import ConfigError
+from edgepipe.store import read_json, write_json
+from edgepipe.students.config import StudentConfig, is_student, read_student
+from edgepipe.students.models import Decoder, Encoder, EncoderDecoder, Student, initialize
+
+_WEIGHTS = "model.safetensors"
+
+
+def make_student(config: StudentConfig | Json, *, seed: int = 0, context: int | None = None) -> Student:
+    """Make a student with random weights: a StudentConfig's, or of a Llama-family config the decoder."""
+    torch.manual_seed(seed)
+    student = bare_student(config, context)
+    initialize(student, seed)
+    return student
+
+
+def bare_student(config: StudentConfig | Json, context: int | None = None) -> Student:
+    """Make a student whose weights are still to be filled in."""
+    if not isinstance(config, StudentConfig):
+        return read_bare(config, context)
+    return Encoder(config, context) if config.decoder is None else EncoderDecoder(config, context)
+
+
+def read_bare(config: Json, context: int | None = None) -> Student:
+    """Make the student that a config.json describes, its weights still to be filled in."""
+    return bare_student(read_student(config), context) if is_student(config) else Decoder(config, context)
+
+
+def student_config(student: Student) -> Json:
+    """Return a student's config.json."""
+    return student.config if isinstance(student, Decoder) else student.config.to_json()
+
+
+def save_student(student: Student, directory: Path, files: Mapping[str, bytes], extra: Json | None = None) -> None:
+    """Write config.json, model.safetensors and `files` (the tokenizer's) into `directory`, which must exist.
+
+    `extra` is added to the config: the ids of special tokens.
+    """
+    from safetensors.torch import save_file
+
+    state = {name: value.detach().contiguous().cpu() for name, value in student.state_dict().items()}
+    save_file(state, directory / _WEIGHTS, metadata={"format": "pt"})
+    write_json(directory / "config.json", {**student_config(student), **(extra or {})})
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+
+
+def load_student(directory: Path) -> Student:
+    """Read a saved student; ConfigError when weights and config.json contradict each other."""
+    from safetensors.torch import load_file
+
+    student = read_bare(read_json(directory / "config.json"))
+    missing, extra = student.load_state_dict(load_file(directory / _WEIGHTS), strict=False)
+    if missing or extra:
+        odd = (*missing, *extra)[0]
+        raise ConfigError(f"{directory}: config.json and {_WEIGHTS} disagree about {odd}; copy both again")
+    return student
