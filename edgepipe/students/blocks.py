@@ -9,6 +9,7 @@ Source: Touvron et al., arXiv:2302.13971; cross-attention as in Zhang et al., ar
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,8 @@ class RMSNorm(nn.Module):
 
 class Rotary(nn.Module):
     """Give cosine and sine [B, 1, S, head_dim] of positions [B, S], which may be negative."""
+
+    inverse: Tensor  # [head_dim / 2] float32
 
     def __init__(self, shape: Shape, config: Json) -> None:
         super().__init__()
@@ -115,7 +118,7 @@ class Attention(nn.Module):
         return output
 
     def _split(self, x: Tensor, heads: int) -> Tensor:
-        return x.unflatten(-1, (heads, self.shape.head_dim)).transpose(1, 2)
+        return x.view(*x.shape[:2], heads, self.shape.head_dim).transpose(1, 2)
 
 
 class Mlp(nn.Module):
@@ -185,7 +188,9 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Blocks one after another and a last norm."""
+    """Blocks one after another and a last norm; the model around it may hang its embedding here, as transformers does."""
+
+    embed_tokens: nn.Embedding
 
     def __init__(self, shape: Shape, config: Json, dropout: Dropout, *, source_width: int | None = None) -> None:
         super().__init__()
@@ -195,6 +200,11 @@ class Stack(nn.Module):
         self.norm = RMSNorm(shape.hidden, shape.norm_eps, plus_one=shape.variant.norm_plus_one)
         self.rotary = Rotary(shape, config)
         self.shape = shape
+
+    @property
+    def blocks(self) -> list[Block]:
+        """Return the blocks, typed."""
+        return [cast(Block, layer) for layer in self.layers]
 
     def forward(
         self,
@@ -210,7 +220,7 @@ class Stack(nn.Module):
         """Return normed states [B, S, H], the layers' keys and values, and the stream before and after each block."""
         tables = self.rotary(positions)
         states, present = [x], []
-        for i, block in enumerate(self.layers):
+        for i, block in enumerate(self.blocks):
             crossed = None if source is None else (source[i], source_mask)
             x, seen = block(x, tables, mask, None if past is None else past[i], crossed, causal=causal)
             present.append(seen)

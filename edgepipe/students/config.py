@@ -15,7 +15,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 from edgepipe.artifacts import Json
 from edgepipe.errors import ConfigError
@@ -127,7 +127,7 @@ def read_student(config: Json) -> StudentConfig:
         if kinds is not None and type(value) is not kinds:
             raise ConfigError(f"the student's config.json says {name} is {value!r}; expected {fields[name].type}")
     given["labels"] = tuple(str(label) for label in given.get("labels") or ())
-    return StudentConfig(kind=cast(Kind, kind), **given)
+    return StudentConfig(kind=kind, **given)
 
 
 def without_windows(stack: Json) -> Json:
@@ -162,7 +162,7 @@ def student_weights(config: StudentConfig) -> dict[str, tuple[int, ...]]:
 def cross_weights(shape: Shape, p: str, source_width: int) -> dict[str, tuple[int, ...]]:
     """List what cross-attention adds to one decoder block: a norm and four projections, two of the source's width."""
     own = block_weights(shape, "")
-    names = {p + "cross_attention_layernorm.weight": (shape.hidden,)}
+    names: dict[str, tuple[int, ...]] = {p + "cross_attention_layernorm.weight": (shape.hidden,)}
     for name, dims in own.items():
         if name.startswith("self_attn."):
             part = name.removeprefix("self_attn.")
@@ -186,7 +186,7 @@ def _head_weights(config: StudentConfig, hidden: int) -> dict[str, tuple[int, ..
 
 def embedding_names(config: StudentConfig) -> tuple[str, ...]:
     """Return the weights that are gathered from, or give logits over the vocabulary."""
-    tables = ("embed_tokens.weight",)
+    tables: tuple[str, ...] = ("embed_tokens.weight",)
     if not config.shares_embedding:
         tables = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
     return (*tables, "lm_head.weight") if config.decoder is not None else tables

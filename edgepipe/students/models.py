@@ -130,7 +130,7 @@ class LatentPooling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [B, N, H] of x [B, N, H]."""
-        q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        q = self.q_proj(x).view(*x.shape[:2], self.heads, -1).transpose(1, 2)
         k, v = (
             p(self.latents).unflatten(-1, (self.heads, -1)).transpose(0, 1)[None] for p in (self.k_proj, self.v_proj)
         )
@@ -176,7 +176,7 @@ class EncoderDecoder(nn.Module):
         return self._state(self.encode(input_ids, attention_mask)[0], attention_mask)
 
     def _state(self, states: Tensor, attention_mask: Tensor) -> State:
-        source = [block.cross_attn.keys_values(states, None) for block in self.decoder.layers]
+        source = [block.cross_attn.keys_values(states, None) for block in self.decoder.blocks]
         return State(source=source, source_mask=attention_mask[:, None, None].bool())
 
     def step(self, state: State, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
