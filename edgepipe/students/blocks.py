@@ -188,7 +188,7 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Blocks one after another and a last norm; the model around it may hang its embedding here, as transformers does."""
+    """Blocks one after another and a last norm; a model may hang its embedding here, as transformers does."""
 
     embed_tokens: nn.Embedding
 

@@ -159,6 +159,11 @@ def student_weights(config: StudentConfig) -> dict[str, tuple[int, ...]]:
     return names
 
 
+def block_names(shape: Shape) -> tuple[str, ...]:
+    """Return the names of one block's parameters, without a prefix."""
+    return tuple(block_weights(shape, ""))
+
+
 def cross_weights(shape: Shape, p: str, source_width: int) -> dict[str, tuple[int, ...]]:
     """List what cross-attention adds to one decoder block: a norm and four projections, two of the source's width."""
     own = block_weights(shape, "")
