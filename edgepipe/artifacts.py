@@ -149,7 +149,8 @@ class Context:
     """Give a stage what it may read besides its input and its options."""
 
     target: Target
-    work_dir: Path  # private to the stage; removed when the stage has been saved
+    work_dir: Path  # private to the stage; empty at first, removed when the stage ends, well or not
+    keep_dir: Path | None = None  # for a stage to make: left when it is stopped, and found again by the next run
     seed: int = 0
     progress: Callable[[str, int, int], None] = field(default=_silent)  # (what, done, total)
     note: Callable[[str], None] = field(default=_unheard)  # a sentence for the stage's record

@@ -216,6 +216,7 @@ def _run_stage(
     name, stage, key = work
     staged = directory.with_name(f".{directory.name}.tmp")
     scratch = directory.with_name(f".{directory.name}.work")
+    kept = _kept_directory(directory, key, fresh=river.fresh)
     notes: list[str] = []
     try:
         for path in (staged, scratch):
@@ -224,6 +225,7 @@ def _run_stage(
         ctx = Context(
             target=river.recipe.target,
             work_dir=scratch,
+            keep_dir=kept,
             seed=river.recipe.seed,
             progress=river.listener.progress,
             note=notes.append,
@@ -236,6 +238,7 @@ def _run_stage(
         save_artifact(result, staged, river.listener.progress)
         seal(staged, key)
         publish(staged, directory)
+        shutil.rmtree(kept, ignore_errors=True)
     except EdgepipeError as error:
         if isinstance(error, StageError):
             error.stage, error.done = name, done
@@ -245,6 +248,15 @@ def _run_stage(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def _kept_directory(directory: Path, key: str, *, fresh: bool) -> Path:
+    """Return where a stage may keep what a stopped run goes on from; what other keys left there goes."""
+    kept = directory.with_name(f".{directory.name}.kept-{key[:16]}")
+    for other in directory.parent.glob(f".{directory.name}.kept-*"):
+        if fresh or other != kept:
+            shutil.rmtree(other, ignore_errors=True)
+    return kept
 
 
 def _describe(error: BaseException) -> str:

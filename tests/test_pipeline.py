@@ -157,6 +157,33 @@ def test_an_interrupt_leaves_the_finished_stages(
     assert (heard.reused, heard.ran) == (["quantize"], ["export", "compile"])
 
 
+def test_what_a_stopped_stage_kept_is_found_again_by_its_own_key_only(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported = Export.__call__
+    found: list[list[str]] = []
+
+    def keep(self: Export, model: TorchModel, ctx: Context) -> OnnxModel:
+        assert ctx.keep_dir is not None
+        found.append(sorted(p.name for p in ctx.keep_dir.iterdir()) if ctx.keep_dir.is_dir() else [])
+        ctx.keep_dir.mkdir(exist_ok=True)
+        (ctx.keep_dir / f"step-{len(found)}").touch()
+        if len(found) < 4:
+            raise KeyboardInterrupt
+        return exported(self, model, ctx)
+
+    monkeypatch.setattr(Export, "__call__", keep)
+    usual, other = make_recipe(tmp_path), make_recipe(tmp_path, ("export", "check_tokens", 4))
+    for recipe in (usual, usual, other):
+        with pytest.raises(KeyboardInterrupt):
+            make(tiny_model_dir, tmp_path, recipe)
+    assert found == [[], ["step-1"], []]
+    make(tiny_model_dir, tmp_path, other)
+    assert found[3] == ["step-3"]
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert sorted(p.name for p in folder.iterdir()) == ["01-quantize", "02-export", "03-compile"]
+
+
 @pytest.mark.parametrize(
     ("stage", "file", "cut"),
     [
