@@ -216,6 +216,8 @@ def inspect_command(model: str) -> None:
 @click.option("--tokens", default=8192, show_default=True, help="Tokens scored at most; 0: the whole text.")
 @click.option("--blocks", default=2, show_default=True, help="Fresh processes per bundle.")
 @click.option("--turns", default=4, show_default=True, help="Turns per process: more make intervals narrower.")
+@click.option("--prompt-tokens", default=128, show_default=True, help="Tokens of the headline's prompt or source.")
+@click.option("--output-tokens", default=80, show_default=True, help="Tokens that follow it in a turn.")
 @click.option("--threads", default=0, help="Threads of the engine.  [default: one per physical core]")
 def measure_command(
     bundle: Path,
@@ -225,6 +227,8 @@ def measure_command(
     tokens: int,
     blocks: int,
     turns: int,
+    prompt_tokens: int,
+    output_tokens: int,
     threads: int,
 ) -> None:
     """Measure BUNDLE on this machine: TTFT, time per output token, memory, perplexity. The base install is enough."""
@@ -233,7 +237,15 @@ def measure_command(
     from edgepipe.report.terminal import measured_table
     from edgepipe.stages.measure import Measure
 
-    options = Measure(text=text, tokens=tokens, blocks=blocks, turns=turns, threads=threads)
+    options = Measure(
+        text=text,
+        tokens=tokens,
+        blocks=blocks,
+        turns=turns,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        threads=threads,
+    )
     figures = measure(bundle, options, listener=Progress(), against=against, since=since)
     _say(f"\n{measured_table(figures, 'against' if against is not None else '')}\n")
     for sentence in figures["since"]["sentences"] if since is not None else ():

@@ -65,6 +65,9 @@ def compare(now: Json, earlier: Json) -> Json:
                 f"the earlier measurement has {key} {then}, but here it is {here}: measure a bundle for the same task "
                 "with the same context"
             )
+    then, here = (one["bundle"].get("prompt_tokens") for one in (earlier, now))
+    if here != then:
+        raise ConfigError(f"the earlier measurement's headline is a prompt of {then} tokens, but here it is {here}")
     figures = {name: _compare_one(name, now, earlier) for name in now["bundle"]["per_index"]}
     same = now["bundle"]["manifest_sha256"] == earlier["bundle"].get("manifest_sha256")
     sentences = [_sentence(name, found) for name, found in figures.items()]

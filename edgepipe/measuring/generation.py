@@ -2,7 +2,7 @@
 
 A prompt is text. Its TTFT goes from the text to the first token's id: tokenizing, then the first step (the prompt's
 tokens in the runtime's chunks, and the largest logit). Every prompt is another one, and the cache starts empty each
-time. Output tokens are greedy, from id to id, after the prompt of the middle length. They come in short bursts, so that
+time. Output tokens are greedy, from id to id, after the headline's prompt. They come in short bursts, so that
 other processes can be measured between them; the first token of a burst finds cold caches and isn't counted.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,34 +21,40 @@ from edgepipe.measuring.memory import peak_memory_bytes
 Json = dict[str, Any]
 
 PROMPT_TOKENS = (32, 128, 512)
-DECODED_AFTER = 128  # the prompt length whose TTFT is the headline; output tokens follow it
-BURSTS = 16
 BURST_TOKENS = 5  # of which the first isn't counted
 _WARM_UP_TOKENS = 4
 
 
-def bursts_for(context: int) -> tuple[int, int]:
-    """Return how many bursts a turn has and how many tokens each: 16 of 5, less where half the context is less."""
-    room = max(1, context // 2)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lengths:
+    """Say what a turn is made of: the prompt that is the headline, and how many tokens follow it."""
+
+    prompt: int = 128  # tokens; prompts of PROMPT_TOKENS are timed beside it
+    output: int = 80  # tokens, in bursts
+
+
+def bursts_for(context: int, output: int) -> tuple[int, int]:
+    """Return how many bursts a turn has and how many tokens each: bursts of 5, less where half the context is less."""
+    room = max(1, min(output, context // 2))
     tokens = min(BURST_TOKENS, room)
-    return min(BURSTS, room // tokens), tokens
+    return room // tokens, tokens
 
 
-def prompt_lengths(context: int) -> tuple[int, ...]:
+def prompt_lengths(context: int, lengths: Lengths) -> tuple[int, ...]:
     """Return the prompt lengths that leave room for the output, in the order of a turn: what decodes comes last."""
-    bursts, tokens = bursts_for(context)
-    room = context - bursts * tokens
-    middle = min(DECODED_AFTER, room)
-    return (*sorted({min(length, room) for length in PROMPT_TOKENS} - {middle}), middle)
+    bursts, tokens = bursts_for(context, lengths.output)
+    return source_lengths(context - bursts * tokens, lengths)
 
 
-def source_lengths(context: int) -> tuple[int, ...]:
+def source_lengths(context: int, lengths: Lengths) -> tuple[int, ...]:
     """Return the lengths of sources, in the order of a turn: what is answered comes last."""
-    middle = min(DECODED_AFTER, context)
-    return (*sorted({min(length, context) for length in PROMPT_TOKENS} - {middle}), middle)
+    headline = min(lengths.prompt, context)
+    return (*sorted({min(length, context) for length in PROMPT_TOKENS} - {headline}), headline)
 
 
-def open_generation(bundle: Path, text: str, threads: int | None, begun: float) -> tuple[Json, Callable[[Json], Json]]:
+def open_generation(
+    bundle: Path, text: str, threads: int | None, begun: float, wanted: Lengths
+) -> tuple[Json, Callable[[Json], Json]]:
     """Load a bundle and run its first prompt; return what that took, and what takes turns.
 
     A turn begins with {"prompts": number, "of": how many turns there will be}: one prompt of every length; each
@@ -67,9 +74,9 @@ def open_generation(bundle: Path, text: str, threads: int | None, begun: float) 
     loaded = time.perf_counter()
     after_load = peak_memory_bytes()
     cache = decoder.new_cache(1)
-    lengths = prompt_lengths(decoder.context)
+    lengths = prompt_lengths(decoder.context, wanted)
     if prefix is not None:
-        lengths = source_lengths(opened.manifest["model"]["source_context"])
+        lengths = source_lengths(opened.manifest["model"]["source_context"], wanted)
     text_ids = tokenizer.encode(text)
     token, past = 0, 0  # the last token, and how many the cache holds
 
@@ -125,7 +132,7 @@ def open_generation(bundle: Path, text: str, threads: int | None, begun: float) 
     tokenize_ms, first_step_ms, token = prompt(len(lengths) - 1, len(lengths), lengths[-1])
     start = lengths[-1] if prefix is None else len(prefix)
     past = start
-    bursts, burst_tokens = bursts_for(decoder.context)
+    bursts, burst_tokens = bursts_for(decoder.context, wanted.output)
     decode(min(_WARM_UP_TOKENS, bursts * burst_tokens))
     ready: Json = {
         "import_ms": 1e3 * (imported - begun),

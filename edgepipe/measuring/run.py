@@ -24,7 +24,7 @@ from edgepipe.measuring.calls import call_name
 from edgepipe.measuring.child import WORKER, Child, answer_of
 from edgepipe.measuring.figures import index_figures, ratios, side_figures
 from edgepipe.measuring.intervals import CONFIDENCE, FLAG_ABOVE
-from edgepipe.runtime.bundle import read_manifest
+from edgepipe.runtime.bundle import GENERATION, read_manifest
 
 _PACKAGES = ("edgepipe", "numpy", "onnxruntime", "tokenizers")  # what a measured process runs on
 
@@ -37,6 +37,8 @@ class Plan:
     blocks: int  # fresh processes per bundle
     turns: int  # per process
     tokens: int  # scored for the perplexity at most; 0 is the whole text
+    prompt: int = 128  # tokens of the prompt whose TTFT is the headline; others are timed beside it
+    output: int = 80  # tokens that follow it, in bursts
 
 
 def measure_bundles(
@@ -87,9 +89,12 @@ def measure_bundles(
 
 
 def _task(bundles: Mapping[str, Path]) -> str:
-    """Return the task that all bundles have; ConfigError when they differ."""
+    """Return the task of the bundle; ConfigError when another's figures are of another kind.
+
+    A student that answers a source and a model that continues a prompt both have a first token and those after it.
+    """
     tasks = {name: read_manifest(path)["task"] for name, path in bundles.items()}
-    if len(set(tasks.values())) > 1:
+    if len(set(tasks.values())) > 1 and not set(tasks.values()) <= set(GENERATION):
         raise ConfigError(f"bundles of one task can be compared, but these are for {' and '.join(tasks.values())}")
     return str(tasks["bundle"])
 
@@ -119,13 +124,16 @@ def take_blocks(
     programs = programs or {}
     blocks: dict[str, list[Json]] = {name: [] for name in bundles}
     threads = str(plan.threads)
+    lengths = (str(plan.prompt), str(plan.output))
     with Child("the index", ["index", str(bundles["bundle"]), str(file), threads]) as clock:
         for block in range(plan.blocks):
             with contextlib.ExitStack() as stack:
                 children = {}
                 for name in _order(list(bundles), block):
                     path = bundles[name]
-                    child = Child(path.name, ["speed", str(path), str(file), threads], programs.get(name, WORKER))
+                    child = Child(
+                        path.name, ["speed", str(path), str(file), threads, *lengths], programs.get(name, WORKER)
+                    )
                     children[name] = stack.enter_context(child)
                 turns: dict[str, list[Json]] = {name: [] for name in bundles}
                 for turn in range(plan.turns):

@@ -1,15 +1,15 @@
 """Measure in a process of its own, so that memory is the runtime's and nothing else's.
 
-    python -m edgepipe.measuring.worker KIND BUNDLE TEXT THREADS [TOKENS]
+    python -m edgepipe.measuring.worker KIND BUNDLE TEXT THREADS [NUMBER…]
 
 Every kind prints one line of JSON when it is ready; kinds that take turns then answer every line on stdin with another:
 
     speed        load the bundle, run a first prompt; then prompts and bursts of tokens (generation.py), or calls of a
-                 bundle that embeds or classifies (calls.py)
+                 bundle that embeds or classifies (calls.py); NUMBERs: tokens of the headline's prompt, of its output
     index        make ready; then the fixed piece of work of the machine-speed index (index.py)
     memory       the same process without the model: packages and tokenizer alone
     limits       what this machine can read at the bundle's size, and multiply (peaks.py)
-    perplexity   exp of the mean negative log-likelihood over windows of the text, TOKENS tokens at most (0: all)
+    perplexity   exp of the mean negative log-likelihood over windows of the text; NUMBER: tokens at most (0: all)
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +50,16 @@ def measure_perplexity(bundle: Path, text: str, threads: int | None, tokens: int
     return {"perplexity": perplexity(rows), "tokens": int(rows[:, 1].sum()), "window_tokens": window}
 
 
-def open_block(kind: str, bundle: Path, text: str, threads: int | None, tokens: int) -> tuple[Json, Turn | None]:
+def open_block(
+    kind: str, bundle: Path, text: str, threads: int | None, numbers: Sequence[int]
+) -> tuple[Json, Turn | None]:
     """Return what a kind says when it is ready, and what takes its turns, if it has any."""
     if kind == "speed":
         if task_of(bundle) in GENERATION:
-            from edgepipe.measuring.generation import open_generation
+            from edgepipe.measuring.generation import Lengths, open_generation
 
-            return open_generation(bundle, text, threads, _BEGUN)
+            prompt, output = numbers
+            return open_generation(bundle, text, threads, _BEGUN, Lengths(prompt=prompt, output=output))
         from edgepipe.measuring.calls import open_calls
 
         return open_calls(bundle, text, threads, _BEGUN)
@@ -72,15 +75,14 @@ def open_block(kind: str, bundle: Path, text: str, threads: int | None, tokens: 
         from edgepipe.measuring.peaks import measure_peaks
 
         return measure_peaks(bundle, threads), None
-    return measure_perplexity(bundle, text, threads, tokens), None
+    return measure_perplexity(bundle, text, threads, numbers[0]), None
 
 
 def main(arguments: list[str]) -> None:
     """Print what is ready, then answer turns until stdin ends."""
     kind, bundle, text_file, threads = arguments[:4]
     text = Path(text_file).read_text(encoding="utf-8")
-    tokens = int(arguments[4]) if len(arguments) > 4 else 0
-    ready, turn = open_block(kind, Path(bundle), text, int(threads) or None, tokens)
+    ready, turn = open_block(kind, Path(bundle), text, int(threads) or None, [int(n) for n in arguments[4:]])
     print(json.dumps(ready), flush=True)
     if turn is not None:
         for line in sys.stdin:

@@ -18,7 +18,11 @@ class Measure:
     text: str = "prose-eval"  # name of an evaluation set in calibration/
     tokens: int = 8192  # perplexity is scored on at most this many tokens, from the text's beginning; 0: all of it
     blocks: int = 2  # fresh processes per bundle; within one, bundle and baseline take turns
-    turns: int = 4  # per process: one prompt of every length and 64 counted output tokens each
+    turns: int = 4  # per process: one prompt of every length and the output tokens each
+    prompt_tokens: int = (
+        128  # of the prompt, or source, whose TTFT is the headline; 32, 128 and 512 are timed beside it
+    )
+    output_tokens: int = 80  # that follow it, in bursts of 5; the first of a burst isn't counted
     threads: int = 0  # 0 takes the target's
 
     def __post_init__(self) -> None:
@@ -27,6 +31,11 @@ class Measure:
             raise ConfigError(
                 "measure.blocks must be at least 1, measure.turns must be at least 1 and "
                 f"measure.threads must not be negative, got {self.blocks}, {self.turns} and {self.threads}"
+            )
+        if self.prompt_tokens < 1 or self.output_tokens < 1:
+            raise ConfigError(
+                "measure.prompt_tokens and measure.output_tokens must be at least 1, "
+                f"got {self.prompt_tokens} and {self.output_tokens}"
             )
         if self.tokens == 1 or self.tokens < 0:
             raise ConfigError(f"measure.tokens: expected at least 2, or 0 for the whole text, got {self.tokens}")
@@ -57,5 +66,12 @@ class Measure:
         from edgepipe.measuring.run import Plan, measure_bundles
 
         text = open_text(self.text, purpose="evaluation")
-        plan = Plan(threads=self.threads or default_threads, blocks=self.blocks, turns=self.turns, tokens=self.tokens)
+        plan = Plan(
+            threads=self.threads or default_threads,
+            blocks=self.blocks,
+            turns=self.turns,
+            tokens=self.tokens,
+            prompt=self.prompt_tokens,
+            output=self.output_tokens,
+        )
         return measure_bundles(bundles, text, plan, progress=progress, work_dir=work_dir) | {"text": self.text}

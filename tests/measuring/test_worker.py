@@ -18,6 +18,7 @@ from edgepipe.measuring import generation, index, memory, quality, worker
 from edgepipe.measuring.child import Child, answer_of
 from edgepipe.runtime import load
 
+LENGTHS = (128, 80)  # tokens of prompt and output
 CONTEXT = 128  # of the tiny bundle: shorter than a window of 512
 
 
@@ -74,7 +75,7 @@ def test_windows_end_at_512_tokens(tiny_bundle: Path, tiny_text: str, monkeypatc
 
 def open_speed(bundle: Path, text: str) -> tuple[dict[str, Any], worker.Turn]:
     """Load a bundle for turns."""
-    ready, turn = worker.open_block("speed", bundle, text, 1, 0)
+    ready, turn = worker.open_block("speed", bundle, text, 1, LENGTHS)
     assert turn is not None
     return ready, turn
 
@@ -111,8 +112,8 @@ def test_every_prompt_is_another_one_and_starts_from_nothing(
 
     monkeypatch.setattr(Decoder, "run", heard)
     monkeypatch.setattr(generation, "PROMPT_TOKENS", (16, 24))
-    monkeypatch.setattr(generation, "DECODED_AFTER", 24)
-    _, turn = open_speed(tiny_bundle, tiny_text * 3)
+    _, turn = worker.open_block("speed", tiny_bundle, tiny_text * 3, 1, (24, 80))
+    assert turn is not None
     for number in range(4):
         turn({"prompts": number, "of": 4})
     prompts = [ids for past, ids in asked if len(ids) > 1]
@@ -133,8 +134,16 @@ def test_every_prompt_is_another_one_and_starts_from_nothing(
     ],
 )
 def test_lengths_leave_room(context: int, lengths: tuple[int, ...], bursts: tuple[int, int]) -> None:
-    assert generation.prompt_lengths(context) == lengths
-    assert generation.bursts_for(context) == bursts
+    assert generation.prompt_lengths(context, generation.Lengths()) == lengths
+    assert generation.bursts_for(context, 80) == bursts
+
+
+def test_lengths_that_are_asked_for() -> None:
+    """The headline's prompt comes last, the others stay beside it; the output is cut to whole bursts."""
+    asked = generation.Lengths(prompt=512, output=32)
+    assert generation.prompt_lengths(2048, asked) == (32, 128, 512)
+    assert generation.source_lengths(1024, generation.Lengths(prompt=1024)) == (32, 128, 512, 1024)
+    assert generation.bursts_for(2048, asked.output) == (6, 5)
 
 
 @pytest.mark.parametrize("repeats", [1, 30])
@@ -200,7 +209,7 @@ def test_the_process_without_the_model_is_smaller(tiny_bundle: Path, tmp_path: P
     file = tmp_path / "text.txt"
     file.write_text("text", encoding="utf-8")
     found = answer_of("memory", tiny_bundle, file, 1)["memory_bytes"]
-    with Child("it", ["speed", str(tiny_bundle), str(file), "1"]) as child:
+    with Child("it", ["speed", str(tiny_bundle), str(file), "1", "128", "80"]) as child:
         loaded = child.ready["memory_after_load_bytes"]
     assert 30e6 < found < loaded
 
@@ -259,6 +268,6 @@ def test_a_worker_prints_a_line_of_json_for_every_question(
     worker.main(["perplexity", str(tiny_bundle), str(file), "0", "50"])
     assert json.loads(capsys.readouterr().out)["tokens"] == 49
     monkeypatch.setattr("sys.stdin", io.StringIO('{"prompts": 0, "of": 1}\n{"tokens": 3}\n'))
-    worker.main(["speed", str(tiny_bundle), str(file), "1"])
+    worker.main(["speed", str(tiny_bundle), str(file), "1", "128", "80"])
     ready, prompts, tokens = map(json.loads, capsys.readouterr().out.splitlines())
     assert "load_ms" in ready and "ttft" in prompts and len(tokens["token_ms"]) == 2
