@@ -19,9 +19,7 @@ class Measure:
     tokens: int = 8192  # perplexity is scored on at most this many tokens, from the text's beginning; 0: all of it
     blocks: int = 2  # fresh processes per bundle; within one, bundle and baseline take turns
     turns: int = 4  # per process: one prompt of every length and the output tokens each
-    prompt_tokens: int = (
-        128  # of the prompt, or source, whose TTFT is the headline; 32, 128 and 512 are timed beside it
-    )
+    prompt_tokens: int = 128  # of the prompt or source whose TTFT is the headline
     output_tokens: int = 80  # that follow it, in bursts of 5; the first of a burst isn't counted
     threads: int = 0  # 0 takes the target's
 
