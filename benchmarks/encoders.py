@@ -22,11 +22,12 @@ from typing import Any
 from benchmarks.stored import ROOT, markdown_table, provenance, read_result, replace_section, write_result
 from edgepipe.artifacts import CompiledModel
 from edgepipe.evaluate import evaluate
-from edgepipe.measuring.examples import open_data, read_pairs
+from edgepipe.measuring.examples import read_pairs
 from edgepipe.measuring.metrics import Evaluation
 from edgepipe.pipeline import run
 from edgepipe.recipe import resolve
 from edgepipe.report.progress import Progress
+from edgepipe.rows import open_data
 from edgepipe.runtime import Encoder, load
 from edgepipe.sources import open_model
 

@@ -226,3 +226,45 @@ def pooled(hidden: np.ndarray, mask: np.ndarray, pooling: str, *, normalize: boo
         vector = {"mean": tokens.mean(0), "cls": tokens[0], "last": tokens[-1], "max": tokens.max(0)}[pooling]
         rows.append(vector / np.sqrt((vector**2).sum()) if normalize else vector)
     return np.stack(rows)
+
+
+def softmax_naively(logits: np.ndarray, temperature: float) -> list[float]:
+    """Return the probabilities of one position."""
+    largest = max(float(x) / temperature for x in logits)
+    weights = [math.exp(float(x) / temperature - largest) for x in logits]
+    return [weight / sum(weights) for weight in weights]
+
+
+def cross_entropy_naively(logits: np.ndarray, target: int) -> float:
+    """Return −log p(target) at one position."""
+    return -math.log(softmax_naively(logits, 1.0)[target])
+
+
+def mixed_divergence_naively(p: Sequence[float], q: Sequence[float], reverse: float) -> float:
+    """Return (1 − r) KL(p ‖ q) + r KL(q ‖ p)."""
+    forward = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a > 0)
+    backward = sum(b * math.log(b / a) for a, b in zip(p, q, strict=True) if b > 0)
+    return (1 - reverse) * forward + reverse * backward
+
+
+def teacher_divergence_naively(student: np.ndarray, teacher: np.ndarray, temperature: float, reverse: float) -> float:
+    """Return T² times the mixed divergence at one position."""
+    p, q = softmax_naively(teacher, temperature), softmax_naively(student, temperature)
+    return temperature**2 * mixed_divergence_naively(p, q, reverse)
+
+
+def bucketed_naively(student: np.ndarray, teacher: np.ndarray, k: int, temperature: float, reverse: float) -> float:
+    """Return the same over the teacher's k likeliest tokens and a bucket of all others."""
+    p, q = softmax_naively(teacher, temperature), softmax_naively(student, temperature)
+    kept = sorted(range(len(p)), key=lambda i: -p[i])[:k]
+    events = [[x[i] for i in kept] for x in (p, q)]
+    if k < len(p):
+        events = [[*e, sum(v for i, v in enumerate(x) if i not in kept)] for e, x in zip(events, (p, q), strict=True)]
+    return temperature**2 * mixed_divergence_naively(events[0], events[1], reverse)
+
+
+def cosine_distance_naively(a: np.ndarray, b: np.ndarray) -> float:
+    """Return 1 − a·b / (|a| |b|)."""
+    dot = sum(float(x) * float(y) for x, y in zip(a, b, strict=True))
+    lengths = math.sqrt(sum(float(x) ** 2 for x in a)) * math.sqrt(sum(float(y) ** 2 for y in b))
+    return 1 - dot / lengths

@@ -21,7 +21,7 @@ MODULES = sorted(path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.
 FLOORS = (
     {"", "errors", "artifacts", "package_data", "lock"},
     {"numerics"},
-    {"weights", "target", "calibration", "sbom"},
+    {"weights", "target", "calibration", "rows", "sbom"},
     {"store", "sources", "graph", "students", "training", "engines", "runtime"},
     {"machine"},
     {"bundle", "measuring", "report"},

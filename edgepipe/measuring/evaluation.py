@@ -23,6 +23,7 @@ from edgepipe.artifacts import Json
 from edgepipe.errors import ConfigError, StageError
 from edgepipe.measuring import examples, quality, scores, tasks
 from edgepipe.measuring.metrics import TABLE_OPTIONS, Evaluation
+from edgepipe.rows import Data, open_data, read_text
 from edgepipe.runtime.bundle import MANIFEST, read_bundle
 from edgepipe.runtime.text_generation import Model
 
@@ -50,7 +51,7 @@ def evaluate_bundle(
         if path is not None:
             read_bundle(path)
     scores.check_extra(metric.name)
-    opened = examples.open_data(data)
+    opened = open_data(data)
     if metric.options >= TABLE_OPTIONS:
         scored = _score_examples(bundle, against, opened, options, progress)
     else:
@@ -77,11 +78,9 @@ class _Scored:
     details: Json
 
 
-def _score_text(
-    bundle: Path, against: Path | None, data: examples.Data, options: Evaluation, progress: Progress
-) -> _Scored:
+def _score_text(bundle: Path, against: Path | None, data: Data, options: Evaluation, progress: Progress) -> _Scored:
     """Score a text window by window; both bundles run the same windows."""
-    text = examples.read_text(data)
+    text = read_text(data)
     paths = [bundle] if against is None else [bundle, against]
     window = min(options.window, *(_context(path, options.metric) for path in paths))
     windows: list[quality.Window] = []
@@ -132,9 +131,7 @@ def _divergence_details(found: quality.Divergence, window: int) -> Json:
     }
 
 
-def _score_examples(
-    bundle: Path, against: Path | None, data: examples.Data, options: Evaluation, progress: Progress
-) -> _Scored:
+def _score_examples(bundle: Path, against: Path | None, data: Data, options: Evaluation, progress: Progress) -> _Scored:
     """Run the examples of a table; both bundles run the same ones."""
     columns = options.places(data.suffix)
     run: Callable[[Path, tasks.Tick], tuple[np.ndarray, Json]]

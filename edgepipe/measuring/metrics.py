@@ -6,8 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 
 from edgepipe.errors import ConfigError
-from edgepipe.measuring import examples, quality, scores, tasks
+from edgepipe.measuring import quality, scores, tasks
 from edgepipe.package_data import did_you_mean
+from edgepipe.rows import Columns, parse_columns
 
 _TEXT_OPTIONS = frozenset({"tokens", "window", "stride"})
 TABLE_OPTIONS = frozenset({"limit", "columns", "header", "batch"})
@@ -125,20 +126,20 @@ class Evaluation:
             )
         return found[0]
 
-    def places(self, suffix: str) -> examples.Columns:
+    def places(self, suffix: str) -> Columns:
         """Return where the parts of an example stand in a file with that suffix."""
         metric = self.described
-        places = _parse("--columns", metric.keys if suffix == ".jsonl" else metric.columns)
-        given = _parse("--columns", self.columns)
+        places = parse_columns("--columns", metric.keys if suffix == ".jsonl" else metric.columns)
+        given = parse_columns("--columns", self.columns)
         for part in given:
             if part not in places:
                 hint = did_you_mean(part, places)
                 raise ConfigError(f"--columns: {metric.name} reads {', '.join(places)}, not {part!r}{hint}")
-        return examples.Columns(places={**places, **given}, header=self.header)
+        return Columns(places={**places, **given}, header=self.header)
 
     def label_words(self) -> dict[str, str]:
         """Return what each label of the file stands for."""
-        labels = _parse("--labels", self.labels)
+        labels = parse_columns("--labels", self.labels)
         if len(set(labels.values())) < len(labels):
             raise ConfigError(f"--labels: expected different words for each label, got {self.labels!r}")
         return labels
@@ -148,14 +149,3 @@ def _at_least(name: str, value: int, least: int) -> None:
     """Raise ConfigError for a number below the least."""
     if value < least:
         raise ConfigError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
-
-
-def _parse(flag: str, text: str) -> dict[str, str]:
-    """Return "a=b,c=d" as a table."""
-    found: dict[str, str] = {}
-    for entry in filter(None, text.split(",")):
-        key, sign, value = (part.strip() for part in entry.partition("="))
-        if not (key and sign and value) or key in found:
-            raise ConfigError(f"{flag}: expected name=value,name=value with every name once, got {text!r}")
-        found[key] = value
-    return found

@@ -12,16 +12,8 @@ import pytest
 from edgepipe import package_data
 from edgepipe.calibration import describe_set
 from edgepipe.errors import ConfigError
-from edgepipe.measuring.examples import (
-    Columns,
-    Data,
-    open_data,
-    read_asked,
-    read_labelled,
-    read_pairs,
-    read_text,
-    sample,
-)
+from edgepipe.measuring.examples import read_asked, read_labelled, read_pairs, sample
+from edgepipe.rows import Columns, Data, open_data, read_text
 
 LABELLED = Columns(places={"text": "0", "label": "1"})
 ASKED = Columns(places={"input": "0", "reference": "1"})
