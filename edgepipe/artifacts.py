@@ -64,6 +64,7 @@ class StageRecord:
     options: Json
     key: str  # hash of the contents the result depends on
     notes: tuple[str, ...] = ()  # sentences for people: fall-backs, checks passed, choices made
+    figures: Json = field(default_factory=dict)  # for the report, outside the bundle: loss curves, seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,8 +141,8 @@ def _silent(_what: str, _done: int, _total: int) -> None:
     """Report no progress."""
 
 
-def _unheard(_sentence: str) -> None:
-    """Drop a note."""
+def _unheard(_said: object) -> None:
+    """Drop a note, or figures."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,5 +155,6 @@ class Context:
     seed: int = 0
     progress: Callable[[str, int, int], None] = field(default=_silent)  # (what, done, total)
     note: Callable[[str], None] = field(default=_unheard)  # a sentence for the stage's record
+    figures: Callable[[Json], None] = field(default=_unheard)  # figures for the stage's record
     recipe: Json = field(default_factory=dict)  # what was asked for, resolved; goes into the bundle's manifest
     baseline: CompiledModel | None = None  # the same model down the same river without the compression stages

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import edgepipe
-from edgepipe.artifacts import Json, ModelInfo, OnnxModel
+from edgepipe.artifacts import Json, ModelInfo, OnnxModel, StageRecord
 from edgepipe.sbom import FILE_NAME as BILL
 from edgepipe.sbom import bill_of_materials
 from edgepipe.store import file_sha256, versions, write_json
@@ -78,7 +78,7 @@ def write_bundle(model: OnnxModel, path: Path, file: WeightsFile, recipe: Json, 
         "licence": dataclasses.asdict(model.info.licence),
         "source": {"model": model.info.licence.source, "sha256": model.info.fingerprint},
         "recipe": recipe,
-        "history": [dataclasses.asdict(record) for record in model.history],
+        "history": [_recorded(record) for record in model.history],
         "versions": versions(),
         "files": files,
     }
@@ -147,3 +147,8 @@ def _special_tokens(info: ModelInfo) -> dict[str, str | None]:
         token = config.get(key)
         found[key] = token.get("content") if isinstance(token, dict) else token
     return found
+
+
+def _recorded(record: StageRecord) -> Json:
+    """Return a stage's record without its figures: seconds would make other bytes of every bundle."""
+    return {key: value for key, value in dataclasses.asdict(record).items() if key != "figures"}

@@ -218,6 +218,7 @@ def _run_stage(
     scratch = directory.with_name(f".{directory.name}.work")
     kept = _kept_directory(directory, key, fresh=river.fresh)
     notes: list[str] = []
+    figures: Json = {}
     try:
         for path in (staged, scratch):
             shutil.rmtree(path, ignore_errors=True)
@@ -229,11 +230,12 @@ def _run_stage(
             seed=river.recipe.seed,
             progress=river.listener.progress,
             note=notes.append,
+            figures=figures.update,
             recipe=river.recipe.to_json(),
             baseline=baseline,
         )
         result = stage(artifact, ctx)
-        record = StageRecord(stage=name, options=stage_options(stage), key=key, notes=tuple(notes))
+        record = StageRecord(stage=name, options=stage_options(stage), key=key, notes=tuple(notes), figures=figures)
         result = dataclasses.replace(result, history=(*artifact.history, record))
         save_artifact(result, staged, river.listener.progress)
         seal(staged, key)
