@@ -1,6 +1,6 @@
 """Does an encoder-decoder pay?  2/3–1/3 encoder-decoder beside its decoder-only twin, through our own bundles.
 
-    python benchmarks/students.py [--blocks 4]     run, store results/students.json, rewrite the tables of docs/distill.md
+    python benchmarks/students.py [--blocks 4]     run, store results/students.json, rewrite docs/distill.md
     python benchmarks/students.py --page-only      rewrite the tables from the stored run
 
 Both have the same width, heads and FFN, and as many parameters as whole layers allow; weights are random, which time
@@ -241,7 +241,8 @@ def page_section(result: Json) -> str:
     )
     return (
         f"{markdown_table(header, cells)}\n\n"
-        f"Ratios are encoder-decoder ÷ decoder-only with 95 % intervals. Parameters, encoder-decoder and twin, {counts}. "
+        "Ratios are encoder-decoder ÷ decoder-only with 95 % intervals. "
+        f"Parameters, encoder-decoder and twin, {counts}. "
         f"{machine['cpu']}, {machine['cores']} cores seen, threads: one per physical core, onnxruntime "
         f"{machine['versions']['onnxruntime']}, commit `{result['commit'][:12]}`, {result['date']}."
     )
