@@ -32,17 +32,16 @@ def mask_tokens(
     *,
     mask_id: int,
     vocab: int,
-    generator: torch.Generator,
+    generator: torch.Generator | None = None,
     share: float = MASK_SHARE,
 ) -> tuple[Tensor, Tensor]:
     """Mask a share of the tokens after each row's first; return inputs [B, N] and labels [B, N], IGNORED elsewhere.
 
     Of those chosen 80 % become the mask token, 10 % another token and 10 % stay (BERT's collator). The first token has
-    no state before it to be predicted from.
+    no state before it to be predicted from. Without a generator torch's own is used, which a training loop seeds.
     """
-    chance = torch.rand(ids.shape, generator=generator)
-    kind = torch.rand(ids.shape, generator=generator)
-    others = torch.randint(0, vocab, ids.shape, generator=generator)
+    chance, kind = (torch.rand(ids.shape, generator=generator).to(ids.device) for _ in range(2))
+    others = torch.randint(0, vocab, ids.shape, generator=generator).to(ids.device)
     chosen = (chance < share) & attention_mask.bool()
     chosen[:, 0] = False
     inputs = torch.where(chosen & (kind < 0.8), mask_id, ids)
