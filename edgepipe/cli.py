@@ -9,25 +9,16 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 import edgepipe
-from edgepipe.errors import ConfigError, EdgepipeError, StageError
-
-if TYPE_CHECKING:
-    from edgepipe.runtime import Encoder
+from edgepipe.errors import EdgepipeError, StageError
 
 _INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
 _OVER_BUDGET = 3
-_CUT = {  # why an answer ended before its end, by its finish reason
-    "length": "--max-new-tokens ended it after {tokens} tokens",
-    "context": "the model's context was full after {tokens} tokens",
-}
-_ROOM_TOKENS = 64  # what a chat leaves for an answer before it forgets its oldest turns
 
 
 class _Commands(click.Group):
@@ -151,7 +142,7 @@ def run_command(
 
     A bundle that embeds or classifies prints the embedding, or the probability of each label, as JSON.
     """
-    from edgepipe.runtime import Encoder, load
+    from edgepipe.talk import talk
 
     sampling: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -162,31 +153,9 @@ def run_command(
         "stop": stop,
         "seed": seed,
     }
-    model = load(bundle, threads=threads)
-    if isinstance(model, Encoder):
-        _print_json(_encoded(model, prompt if prompt is not None else _read_stdin()))
-        return
-    if prompt is None and sys.stdin.isatty():
-        _chat(model, sampling)
-        return
-    text = prompt if prompt is not None else _read_stdin()
-    if not text.strip():
-        raise ConfigError("the prompt is empty: give some text as PROMPT or on stdin")
-    _check_utf8(text)
-    asked: Any = text if raw or not _has_template(model) else [{"role": "user", "content": text}]
-    _stream(model.generate(asked, stream=True, **sampling))
-
-
-def _encoded(model: Encoder, text: str) -> dict[str, Any]:
-    """Return what an encoder makes of a text: probabilities by label, or an embedding."""
-    import numpy as np
-
-    _check_utf8(text)
-    if model.manifest["task"] != "text-classification":
-        return {"embedding": [float(value) for value in model.embed(text)]}
-    logits = model.classify(text).astype(np.float64)
-    weights = np.exp(logits - logits.max())
-    return {"labels": dict(zip(model.labels, (weights / weights.sum()).tolist(), strict=True))}
+    found = talk(bundle, prompt, sampling, threads=threads, raw=raw)
+    if found is not None:
+        _print_json(found)
 
 
 @main.command("inspect")
@@ -404,81 +373,6 @@ def models_command() -> None:
     rows = [[m.name + (" (default)" if m.name == DEFAULT_MODEL else ""), m.licence.id, m.title] for m in PACKAGED]
     _say(table(["model", "licence", "what it is"], rows))
     _print_json([{"name": m.name, "licence": m.licence.id, "description": m.title} for m in PACKAGED])
-
-
-def _chat(model: Any, sampling: dict[str, Any]) -> None:
-    """Talk until Ctrl-D; each turn pays only for what is new."""
-    _say(f"{model.name}: write a message, or end with Ctrl-D.")
-    messages: list[dict[str, str]] = []
-    while True:
-        try:
-            text = click.prompt("you", prompt_suffix="> ", err=True)
-        except click.Abort:
-            _say("")
-            return
-        except UnicodeDecodeError as error:
-            raise ConfigError("what was typed is not UTF-8: check the terminal's encoding") from error
-        _check_utf8(text)
-        messages.append({"role": "user", "content": text})
-        _forget_the_beginning(model, messages)
-        try:
-            answer = _stream(model.generate(messages, stream=True, **sampling))
-        except ConfigError as error:  # the chat goes on without that message
-            _say(f"edgepipe: {error}")
-            messages.pop()
-            continue
-        messages.append({"role": "assistant", "content": answer})
-
-
-def _forget_the_beginning(model: Any, messages: list[dict[str, str]]) -> None:
-    """Drop the oldest turns of a chat until what is left leaves room for an answer."""
-    dropped = 0
-    while len(messages) > 2 and _prompt_tokens(model, messages) + _ROOM_TOKENS > model.context:
-        del messages[:2]
-        dropped += 1
-    if dropped:
-        _say(f"(the context is full: the oldest {dropped} of your messages and the answers to them are forgotten)")
-
-
-def _prompt_tokens(model: Any, messages: list[dict[str, str]]) -> int:
-    text = model.apply_chat_template(messages) if _has_template(model) else messages[-1]["content"]
-    return len(model.encode(text))
-
-
-def _stream(pieces: Generator[str, None, Any]) -> str:
-    """Print pieces of text as they come, and a note when the answer was cut; return the whole."""
-
-    def shown() -> Iterator[str]:
-        answer = yield from pieces
-        click.echo()
-        if answer.finish_reason in _CUT:
-            _say(f"(not finished: {_CUT[answer.finish_reason].format(tokens=len(answer.token_ids))})")
-
-    text = []
-    for piece in shown():
-        text.append(piece)
-        click.echo(piece, nl=False)
-        sys.stdout.flush()
-    return "".join(text)
-
-
-def _read_stdin() -> str:
-    try:
-        return sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"the text on stdin is not UTF-8 (byte {error.start}): convert it first") from error
-
-
-def _check_utf8(text: str) -> None:
-    """Refuse bytes that Python let pass as half characters: they have no tokens."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ConfigError(f"the prompt is not UTF-8 (character {error.start}): convert it first") from error
-
-
-def _has_template(model: Any) -> bool:
-    return model.manifest["tokenizer"]["chat_template"] is not None
 
 
 def _say(text: str) -> None:

@@ -15,8 +15,9 @@ from typing import Any, ClassVar
 import pytest
 from click.testing import CliRunner, Result
 
-from edgepipe.cli import _forget_the_beginning, main
+from edgepipe.cli import main
 from edgepipe.runtime import Model, load
+from edgepipe.talk import forget_the_beginning
 
 QUICK = ("--context", "96", "--set", "measure.blocks=1", "--set", "measure.tokens=64")
 
@@ -295,8 +296,8 @@ class _Counting:
 def test_a_chat_forgets_its_beginning_when_the_context_is_full(capsys: pytest.CaptureFixture[str]) -> None:
     """Turns go in pairs, the newest message stays, and it is said once."""
     messages = [{"role": role, "content": str(i)} for i in range(5) for role in ("user", "assistant")][:-1]
-    _forget_the_beginning(_Counting(), messages)
+    forget_the_beginning(_Counting(), messages)
     assert [m["content"] for m in messages] == ["2", "2", "3", "3", "4"]
     assert "oldest 2 of your messages" in capsys.readouterr().err
-    _forget_the_beginning(_Counting(), messages)
+    forget_the_beginning(_Counting(), messages)
     assert capsys.readouterr().err == ""

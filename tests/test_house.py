@@ -36,6 +36,7 @@ FLOORS = (
         "inspect",
         "measure",
         "stage_help",
+        "talk",
         "verify",
     },  # one library function behind each verb
     {"cli", "__main__"},

@@ -5,7 +5,6 @@ save       TorchModel → a model directory (config.json, model.safetensors, tok
            `edgepipe compress` and, for a decoder, other tools take
 """
 
-
 from __future__ import annotations
 
 import dataclasses
