@@ -27,6 +27,12 @@ _CUT = {  # why an answer ended before its end, by its finish reason
     "length": "--max-new-tokens ended it after {tokens} tokens",
     "context": "the model's context was full after {tokens} tokens",
 }
+_QUESTIONS = {  # what a new bundle may be asked, by its task; others read no text, or answer with arrays
+    "text-generation": "What is the capital of France?",
+    "text2text-generation": "A text to answer.",
+    "feature-extraction": "A text to embed.",
+    "text-classification": "A text to classify.",
+}
 _ROOM_TOKENS = 64  # what a chat leaves for an answer before it forgets its oldest turns
 
 
@@ -108,7 +114,8 @@ def compress_command(
     if "figures" in summary:
         _say(f"\n{measured_table(summary['figures'])}\n")
     bundle = summary["bundle"]
-    _say(f'bundle: {bundle}    try it: edgepipe run {bundle} "What is the capital of France?"')
+    question = _QUESTIONS.get(summary["task"])
+    _say(f"bundle: {bundle}" + (f'    try it: edgepipe run {bundle} "{question}"' if question else ""))
     if summary["replaced"]:
         _say("It replaced the earlier bundle there, which was another one; --out keeps several.")
     if "report" in summary:
