@@ -19,6 +19,12 @@ from edgepipe.errors import EdgepipeError, StageError
 
 _INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
 _OVER_BUDGET = 3
+_QUESTIONS = {  # what a new bundle may be asked, by its task; others read no text, or answer with arrays
+    "text-generation": "What is the capital of France?",
+    "text2text-generation": "A text to answer.",
+    "feature-extraction": "A text to embed.",
+    "text-classification": "A text to classify.",
+}
 
 
 class _Commands(click.Group):
@@ -99,7 +105,8 @@ def compress_command(
     if "figures" in summary:
         _say(f"\n{measured_table(summary['figures'])}\n")
     bundle = summary["bundle"]
-    _say(f'bundle: {bundle}    try it: edgepipe run {bundle} "What is the capital of France?"')
+    question = _QUESTIONS.get(summary["task"])
+    _say(f"bundle: {bundle}" + (f'    try it: edgepipe run {bundle} "{question}"' if question else ""))
     if summary["replaced"]:
         _say("It replaced the earlier bundle there, which was another one; --out keeps several.")
     if "report" in summary:

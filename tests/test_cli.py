@@ -256,11 +256,11 @@ def test_ctrl_c_is_130_and_the_same_command_goes_on(tiny_model_dir: Path, tmp_pa
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     child = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 300  # a busy machine imports torch for a minute
         while not list(tmp_path.glob("runs/*/02-export/key.json")) and time.monotonic() < until:
             time.sleep(0.005)
         child.send_signal(signal.SIGINT)
-        _, stderr = child.communicate(timeout=60)
+        _, stderr = child.communicate(timeout=120)
     finally:
         child.kill()
     assert child.returncode == 130, stderr
