@@ -46,8 +46,8 @@ $(VENV)/.compress: $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/bin/python
-	@echo "Setting up $(VENV) with [compress,eval,dev]: torch, transformers and the test tools, some minutes the first time"
-	$(PIP) --editable ".[compress,eval,dev]"
+	@echo "Setting up $(VENV) with [compress,eval,train,dev]: torch, transformers and the test tools, some minutes the first time"
+	$(PIP) --editable ".[compress,eval,train,dev]"
 	@touch $@ $(VENV)/.compress
 
 $(VENV)/.bench: $(VENV)/bin/python

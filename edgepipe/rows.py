@@ -95,21 +95,14 @@ def read_text(data: Data) -> str:
 
 
 def first_names(data: Data) -> list[str]:
-    """Return the keys of a .jsonl file's first object, or the first line's cells as they stand; none when damaged."""
-    text = read_text(data).lstrip()
-    first = text[: text.find("\n")] if "\n" in text else text
+    """Return the keys of a .jsonl file's first object, or the cells of a table's first line."""
+    text = read_text(data)
+    line = text[: len(text) - len(text.lstrip())].count("\n") + 1
+    first = text.lstrip().partition("\n")[0].rstrip("\r")
     if data.suffix == ".jsonl":
-        try:
-            record = json.loads(first)
-        except (ValueError, RecursionError):
-            return []
-        return list(record) if isinstance(record, dict) else []
-    if data.suffix == ".tsv":
-        return [cell.strip() for cell in first.rstrip("\r").split("\t")]
-    try:
-        return [cell.strip() for cell in next(csv.reader([first]), [])]
-    except csv.Error:
-        return []
+        return list(_json_object(data, line, first))
+    cells = first.split("\t") if data.suffix == ".tsv" else next(csv.reader([first]), [])
+    return [cell.strip() for cell in cells]
 
 
 def parse_columns(option: str, text: str) -> dict[str, str]:
@@ -204,12 +197,7 @@ def _json_rows(data: Data, columns: Columns) -> Iterator[tuple[int, dict[str, An
     for line, text in enumerate(read_text(data).split("\n"), start=1):
         if not text.strip():
             continue
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{data.name}, line {line}: not valid JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise ConfigError(f"{data.name}, line {line}: expected a JSON object, but it holds {short(record)}")
+        record = _json_object(data, line, text)
         if missing := [key for key in columns.places.values() if key not in record]:
             raise ConfigError(
                 f"{data.name}, line {line}: expected the key {missing[0]!r}, but it has "
@@ -217,6 +205,17 @@ def _json_rows(data: Data, columns: Columns) -> Iterator[tuple[int, dict[str, An
             )
         parts = {part: record[key] for part, key in columns.places.items()}
         yield line, {k: str(v) if isinstance(v, int | float) else v for k, v in parts.items()}
+
+
+def _json_object(data: Data, line: int, text: str) -> dict[str, Any]:
+    """Return the object of one line."""
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{data.name}, line {line}: not valid JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise ConfigError(f"{data.name}, line {line}: expected a JSON object, but it holds {short(record)}")
+    return record
 
 
 def short(value: object) -> str:
