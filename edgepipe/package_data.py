@@ -133,7 +133,7 @@ def _fill(kind: type[Record], table: dict[str, Any], place: _Place, extra: dict[
 
 
 def _convert(value: object, hint: Any, place: _Place, key: str) -> object:
-    """Check one TOML value against a field's type: str, int, float, Literal, tuple[str, ...], X | None or a table."""
+    """Check one TOML value against a field's type: a scalar, Literal, tuple of one kind, X | None or table."""
     if isinstance(hint, types.UnionType):
         (hint,) = (part for part in typing.get_args(hint) if part is not types.NoneType)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
@@ -141,9 +141,10 @@ def _convert(value: object, hint: Any, place: _Place, key: str) -> object:
             return _fill(hint, value, _Place(place.path, place.text, place.name(key)), {})
         expected = "a table"
     elif typing.get_origin(hint) is tuple:
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        (item_kind, _) = typing.get_args(hint)
+        if isinstance(value, list) and all(type(item) is item_kind for item in value):
             return tuple(value)
-        expected = "a list of strings"
+        expected = {str: "a list of strings", int: "a list of whole numbers"}[item_kind]
     elif typing.get_origin(hint) is typing.Literal:
         if value in typing.get_args(hint):
             return value

@@ -1,0 +1,116 @@
+"""Distill: make a student of the teacher (layers, width, kind), and teach it.
+
+The data decide what it learns: sources and targets or texts for a decoder or encoder-decoder; texts, pairs or labels
+for an encoder. Sources: arXiv:2501.16273, 2504.06225, 2404.05961 (docs/distill.md); the parts are in students/ and
+training/, put together in training/course.py and training/encoder_course.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgepipe.artifacts import Context, Json, TorchModel
+from edgepipe.errors import ConfigError
+
+_KINDS = ("encoder-decoder", "encoder", "decoder")
+_USUAL_MINUTES = 20.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distill:
+    """Options of the stage `distill`."""
+
+    student: str = "encoder-decoder"  # encoder-decoder, encoder, decoder
+    data: str = ""  # .jsonl, .csv, .tsv, a text, or what `datasets` saved; empty: the teacher writes its own texts
+    columns: str = ""  # where parts stand that the file names otherwise: source=mr,target=ref
+    held_out: float = 0.05  # share of the data that is kept aside to judge by, by source
+    own_texts: int = 2000  # texts that the teacher writes when there are no data
+    # --- what the student is made of; 0 and empty take the default
+    encoder_layers: int = 0  # 0: two thirds of 0.4 of the teacher's, or all of these for an encoder alone
+    decoder_layers: int = 0  # 0: one third of 0.4 of the teacher's, or all of these for a decoder alone
+    encoder_from: tuple[int, ...] = ()  # the teacher's layers, counted from 0, that become the encoder's; evenly spaced
+    decoder_from: tuple[int, ...] = ()  # the same of the decoder
+    hidden: int = 0  # width of the residual stream; 0: the teacher's
+    ffn: int = 0  # width of the MLPs; 0: the teacher's
+    kv_heads: int = 0  # key/value heads, each with its queries; 0: the teacher's
+    scratch: bool = False  # random weights in place of the teacher's
+    causal_encoder: bool = False  # keep the causal mask in the encoder, for comparison
+    centred_positions: bool = False  # count the encoder's positions from the middle
+    cross: str = "copy"  # cross-attention starts as the layer's self-attention (copy), or random
+    cross_steps: int = 0  # first steps in which only the cross-attention is trained
+    pooling: str = "mean"  # of an encoder: mean, last, cls, max, latent
+    # --- what it is taught with
+    adapt_steps: int = 0  # steps of LoRA fine-tuning that the teacher gets first; 0: none
+    adapt_rate: float = 2e-4  # their learning rate
+    targets: str = "data"  # targets of the data, or those that the teacher writes (teacher)
+    alpha: float = 0.9  # weight of the teacher's distribution beside the targets, in [0, 1]; 0: cross-entropy alone
+    reverse: float = 0.0  # share of the reverse divergence, KL(student ‖ teacher), in [0, 1]
+    temperature: float = 1.0  # of both distributions, above 0
+    on_policy: float = 0.0  # share of steps whose targets the student samples, in [0, 1]
+    match_hidden: float = 0.0  # weight of the distance to the teacher's hidden states
+    top_k: int = 32  # tokens of the teacher's distribution that are kept on disk
+    mask_steps: int = 0  # of an encoder: steps of masked next-token prediction first
+    contrast_steps: int = 0  # of an encoder: steps of unsupervised contrast before those of pairs or labels
+    # --- how long, and how
+    steps: int = 0  # optimizer steps; 0: as many as `minutes` allow
+    minutes: float = 0.0  # of wall time, when no steps are given; 0: 20
+    batch: int = 32  # examples of a step
+    rows: int = 0  # examples that run at once, what memory holds; 0: the batch
+    learning_rate: float = 3e-4  # highest one, after the warm-up
+    warmup: int = 20  # steps
+    patience: int = 0  # evaluations without a better one after which training stops; 0: never
+    precision: str = "auto"  # auto, bf16, no; auto: bf16 where the machine has it and gains by it
+    max_source: int = 512  # tokens of a source or text
+    max_target: int = 128  # tokens of a target
+    cut: bool = False  # cut what is longer; else it is refused, by file and line
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range; what training refuses it says itself."""
+        for name, known in (("student", _KINDS), ("cross", ("copy", "random")), ("targets", ("data", "teacher"))):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"distill.{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
+        for name in ("own_texts", "max_source", "max_target", "batch", "top_k"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"distill.{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("adapt_steps", "cross_steps", "mask_steps", "contrast_steps", "steps", "minutes"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"distill.{name}: expected at least 0, got {getattr(self, name)}")
+        if not 0 < self.held_out < 1:
+            raise ConfigError(f"distill.held_out: expected a share between 0 and 1, got {self.held_out}")
+        if self.steps and self.minutes:
+            raise ConfigError("distill.steps and distill.minutes: give one of them")
+        if self.student == "encoder" and self.targets == "teacher":
+            raise ConfigError("distill.targets: an encoder has no targets that a teacher could write")
+
+    def check(self, model: TorchModel) -> None:
+        """Refuse a teacher that no student can be made of, and data that can't be read."""
+        from edgepipe.students.from_teacher import config_of, plan_student
+        from edgepipe.training.course import student_plan
+
+        if model.info.task != "text-generation":
+            raise ConfigError(f"a teacher is a text-generation model, but {model.info.name} is for {model.info.task}")
+        plan_student(config_of(model), student_plan(self))
+        self.reads()
+
+    def reads(self) -> Json:
+        """Return the contents this stage depends on besides the model: its key changes with them."""
+        from edgepipe.training.data import read_data
+
+        if not self.data:
+            return {}
+        return {"data": read_data(self.data, columns=self.columns, option="distill.columns").sha256}
+
+    def __call__(self, model: TorchModel, ctx: Context) -> TorchModel:
+        """Return the student, trained."""
+        if self.student == "encoder":
+            from edgepipe.training.encoder_course import teach_encoder
+
+            return teach_encoder(model, self, ctx)
+        from edgepipe.training.course import teach_generator
+
+        return teach_generator(model, self, ctx)
+
+    @property
+    def time(self) -> tuple[int, float]:
+        """Return steps and minutes, one of them 0."""
+        return (self.steps, 0.0) if self.steps else (0, self.minutes or _USUAL_MINUTES)

@@ -1,0 +1,306 @@
+"""From a teacher and data to a trained encoder-decoder or decoder: every step of it, in order.
+
+    data → (the teacher writes texts or targets) → part held out → (the teacher is adapted) → student made of it →
+    (the teacher's scores kept on disk) → training → artifact
+
+Everything that takes long lies in the stage's own folder and is found again after a stop: adapters, scores, texts,
+checkpoints. The encoder's course is encoder_course.py.
+"""
+# ruff: noqa: TID253  a course is of torch modules: this file is imported only where a model is trained
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+from edgepipe.artifacts import Context, Json, TorchModel
+from edgepipe.errors import ConfigError
+from edgepipe.graph.shape import read_shape
+from edgepipe.students.files import make_student
+from edgepipe.students.from_teacher import StudentPlan, chosen_layers, config_of, plan_student, student_values
+from edgepipe.students.models import Decoder, EncoderDecoder, Student
+from edgepipe.students.result import as_model, teacher_tokens
+from edgepipe.students.tokenizer import with_end_token
+from edgepipe.training.adapt import Adapters, adapt_teacher
+from edgepipe.training.batches import Limits, Seq2Seq, Special, seq2seq
+from edgepipe.training.data import TrainingData, hold_out, read_data
+from edgepipe.training.distil import (
+    DistilOptions,
+    LayerMap,
+    Projected,
+    distillation,
+    likelihood,
+    stack_widths,
+)
+from edgepipe.training.loop import LoopData, LoopOptions, Objective, Place, train
+from edgepipe.training.scores import ScoreOptions, Scores, keep_scores
+from edgepipe.training.teacher import Teacher, open_teacher
+from edgepipe.training.texts import WriteOptions, Writing, write_targets, write_texts
+
+if TYPE_CHECKING:
+    from edgepipe.stages.distill import Distill
+
+_CROSS = r"\.cross_att"  # the parameters that cross-attention adds: projections and norm
+
+
+def student_plan(options: Distill) -> StudentPlan:
+    """Return what the stage's options say of the student itself."""
+    return StudentPlan(
+        kind=options.student,
+        encoder_layers=options.encoder_layers,
+        decoder_layers=options.decoder_layers,
+        encoder_from=options.encoder_from,
+        decoder_from=options.decoder_from,
+        hidden=options.hidden,
+        ffn=options.ffn,
+        kv_heads=options.kv_heads,
+        causal_encoder=options.causal_encoder,
+        centred_positions=options.centred_positions,
+        cross=options.cross,
+        scratch=options.scratch,
+        pooling=options.pooling,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reading:
+    """Say how texts become ids for this student."""
+
+    plain: Mapping[str, bytes]  # the teacher's tokenizer
+    files: Mapping[str, bytes]  # the student's: sources end with the end token
+    special: Special
+    limits: Limits
+    ends_texts: bool  # the first half of a text is a source like any other, with the end token behind it
+
+    def examples(self, data: TrainingData, note: Callable[[str], None]) -> Seq2Seq:
+        """Return sources and targets as ids."""
+        if data.form != "text":
+            return seq2seq(data, self.files, self.limits, self.special, note)
+        room = dataclasses.replace(self.limits, source=self.limits.source - self.ends_texts)
+        halves = seq2seq(data, self.plain, room, self.special, note)
+        if not self.ends_texts:
+            return halves
+        sources = [np.append(source, self.special.eos).astype(np.int32) for source in halves.sources]
+        return dataclasses.replace(halves, sources=sources)
+
+
+def teach_generator(model: TorchModel, options: Distill, ctx: Context) -> TorchModel:
+    """Return an encoder-decoder or decoder student of `model`, trained as the options say."""
+    folder = kept_folder(ctx)
+    teacher = Lazy(model)
+    data = _data(teacher, options, ctx, folder)
+    reading = _reading(model, options, data)
+    train_part, held_part = hold_out(data, options.held_out, ctx.seed)
+    examples, held_out = (reading.examples(part, ctx.note) for part in (train_part, held_part))
+    records: Json = {}
+    if options.adapt_steps:
+        loop = dataclasses.replace(loop_options(options, ctx, options.adapt_steps), learning_rate=options.adapt_rate)
+        place = Place(folder=folder / "teacher", key=model.info.fingerprint, progress=ctx.progress)
+        sets = LoopData(train=examples, held_out=held_out)
+        model, adapted, records["teacher"] = adapt_teacher(model, sets, Adapters(), loop, place)
+        teacher = Lazy(model, adapted)
+        ctx.note(f"the teacher was adapted: {change(records['teacher'])}")
+    if options.targets == "teacher":
+        written = _written(train_part, examples, reading, teacher, folder, ctx)
+        ctx.note(f"the teacher wrote {len(written.records)} targets")
+        # a random model's text may have more tokens when it is read again than it was written with
+        cut = dataclasses.replace(reading, limits=dataclasses.replace(reading.limits, cut=True))
+        examples = cut.examples(written, ctx.note)
+    student = new_student(model, options, ctx)
+    assert isinstance(student, Decoder | EncoderDecoder)
+    objective, module = _objective(student, teacher, examples, options, folder, ctx)
+    loop = loop_options(options, ctx)
+    if options.cross_steps and isinstance(student, EncoderDecoder):
+        loop = dataclasses.replace(loop, alone=_CROSS, alone_steps=options.cross_steps)
+    sets = LoopData(train=examples, held_out=held_out, judge=likelihood)
+    place = Place(folder=folder / "student", key=model.info.fingerprint, progress=ctx.progress)
+    records["student"] = train(module, objective, sets, loop, place)
+    ctx.note(f"the student was trained: {change(records['student'])}")
+    ctx.figures({"training": records, "data": describe_data(data, train_part, held_part)})
+    name = f"{model.info.name}-{options.student}"
+    return as_model(student.eval(), model.info, name=name, tokenizer=reading.files)
+
+
+class Lazy:
+    """Hold the teacher, and its module once somebody asks for it."""
+
+    def __init__(self, model: TorchModel, module: Teacher | None = None) -> None:
+        self.model = model
+        self._module = module
+
+    def module(self) -> Teacher:
+        """Return the teacher as a module, all its weights in memory."""
+        if self._module is None:
+            self._module = open_teacher(self.model)
+        return self._module
+
+
+def kept_folder(ctx: Context) -> Path:
+    """Return the folder that is found again after a stop; the stage's private one where there is no such."""
+    folder = ctx.keep_dir if ctx.keep_dir is not None else ctx.work_dir / "kept"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def loop_options(options: Distill, ctx: Context, steps: int = 0) -> LoopOptions:
+    """Return the loop's options for `steps`, or for the time the stage has."""
+    given = (steps, 0.0) if steps else options.time
+    return LoopOptions(
+        steps=given[0],
+        minutes=given[1],
+        batch=options.batch,
+        rows=options.rows,
+        learning_rate=options.learning_rate,
+        warmup=options.warmup,
+        patience=options.patience,
+        precision=options.precision,
+        seed=ctx.seed,
+    )
+
+
+def new_student(model: TorchModel, options: Distill, ctx: Context, labels: tuple[str, ...] = ()) -> Student:
+    """Make the student of a teacher, its weights the teacher's where they come from there, and say so."""
+    plan = dataclasses.replace(student_plan(options), labels=labels)
+    config = plan_student(config_of(model), plan)
+    student = make_student(config, seed=ctx.seed)
+    shape = read_shape(config_of(model), None)
+    encoder_from, decoder_from = chosen_layers(shape, plan)
+    if not plan.scratch:
+        ctx.progress("the teacher's weights", 0, 1)
+        values = {name: torch.from_numpy(np.array(v)) for name, v in student_values(model, plan, config).items()}
+        _, extra = student.load_state_dict(values, strict=False)
+        assert not extra, "the plan's names are the student's"
+    count = sum(p.numel() for p in student.parameters())
+    made = {
+        "encoder": f"encoder of layers {_listed(encoder_from)}",
+        "decoder": f"decoder of layers {_listed(decoder_from)}",
+        "encoder-decoder": f"encoder of layers {_listed(encoder_from)}, decoder of layers {_listed(decoder_from)}",
+    }[plan.kind]
+    start = "random weights, shaped as an " + made if plan.scratch else made
+    share = count / model.weights.parameters
+    ctx.note(f"student: {count / 1e6:.1f} million parameters, {share:.0%} of the teacher's; {start}")
+    if any(shape.windows):
+        ctx.note("the teacher's sliding windows are gone: a student attends to everything")
+    return student
+
+
+def _listed(layers: tuple[int, ...]) -> str:
+    return ", ".join(str(layer) for layer in layers)
+
+
+def _data(teacher: Lazy, options: Distill, ctx: Context, folder: Path) -> TrainingData:
+    """Read the data, or let the teacher write texts."""
+    if options.data:
+        data = read_data(options.data, columns=options.columns, option="distill.columns")
+        if data.form not in ("source-target", "text"):
+            raise ConfigError(
+                f"{options.data} holds {data.form}, which an encoder learns from: give sources and targets, or texts, "
+                "or take --student encoder"
+            )
+        return data
+    info = teacher.model.info
+    writing = Writing(
+        teacher=teacher.module(),
+        files=info.tokenizer,
+        eos=info.eos_token_ids,
+        folder=folder / "texts",
+        progress=ctx.progress,
+    )
+    how = WriteOptions(tokens=min(2 * options.max_source, 2 * options.max_target), temperature=1.0, seed=ctx.seed)
+    start = min(info.eos_token_ids) if info.bos_token_id is None else info.bos_token_id
+    data = write_texts(options.own_texts, start, writing, how)
+    ctx.note(f"no data were given: the teacher wrote {len(data.records)} texts")
+    return data
+
+
+def _reading(model: TorchModel, options: Distill, data: TrainingData) -> _Reading:
+    """Return how texts become ids: sources end with the end token, but a text that a decoder continues has no end."""
+    tokens = teacher_tokens(model.info)
+    special = Special(start=tokens["decoder_start_token_id"], eos=tokens["pad_token_id"], pad=tokens["pad_token_id"])
+    plain = model.info.tokenizer
+    continues = options.student == "decoder" and data.form == "text"
+    return _Reading(
+        plain=plain,
+        files=plain if continues else with_end_token(plain, special.eos),
+        special=special,
+        limits=Limits(source=options.max_source, target=options.max_target, cut=options.cut),
+        ends_texts=not continues,
+    )
+
+
+def _written(
+    data: TrainingData, examples: Seq2Seq, reading: _Reading, teacher: Lazy, folder: Path, ctx: Context
+) -> TrainingData:
+    """Return the data with the teacher's own targets."""
+    writing = Writing(
+        teacher=teacher.module(),
+        files=reading.files,
+        eos=teacher.model.info.eos_token_ids,
+        folder=folder / "targets",
+        progress=ctx.progress,
+    )
+    return write_targets(data, examples.sources, writing, WriteOptions(tokens=reading.limits.target - 1, seed=ctx.seed))
+
+
+def change(record: Json) -> str:
+    """Say how a training went: from which held-out loss to which, in how many steps."""
+    first = record["held_out"][0]["loss"] if record["held_out"] else record["train"][0]["loss"]
+    best = record["best"]["loss"] if record["best"] else record["train"][-1]["loss"]
+    kind = "held-out loss" if record["held_out"] else "loss"
+    early = ", stopped early" if record["stopped"] == "early" else ""
+    return f"{kind} {first:.3f} → {best:.3f} in {record['steps']} steps of {record['tokens']:,} tokens{early}"
+
+
+def describe_data(data: TrainingData, train_part: TrainingData, held_part: TrainingData | None) -> Json:
+    """Return what a report says of the data."""
+    return {
+        "name": Path(data.name).name,
+        "form": data.form,
+        "sha256": data.sha256,
+        "train": len(train_part.records),
+        "held_out": 0 if held_part is None else len(held_part.records),
+    }
+
+
+def _objective(
+    student: Decoder | EncoderDecoder,
+    teacher: Lazy,
+    examples: Seq2Seq,
+    options: Distill,
+    folder: Path,
+    ctx: Context,
+) -> tuple[Objective, nn.Module]:
+    """Return what the student is trained for, and the module that is trained: the student, or it and projections."""
+    how = DistilOptions(
+        alpha=options.alpha,
+        reverse=options.reverse,
+        temperature=options.temperature,
+        on_policy=options.on_policy,
+        hidden=options.match_hidden,
+        seed=ctx.seed,
+    )
+    scores: Scores | None = None
+    if how.alpha and how.on_policy < 1 and not how.hidden:
+        kept = ScoreOptions(k=options.top_k, temperature=how.temperature, vocab=_vocabulary(student))
+        scores = keep_scores(teacher.module(), examples, kept, folder / "scores", ctx.progress)
+    asks = how.hidden > 0 or (how.alpha > 0 and (how.on_policy > 0 or scores is None))
+    layers = LayerMap()
+    if how.hidden:
+        encoder, decoder = chosen_layers(read_shape(config_of(teacher.model), None), student_plan(options))
+        layers = LayerMap(encoder=encoder if isinstance(student, EncoderDecoder) else (), decoder=decoder)
+    objective = distillation(how, teacher.module() if asks else None, scores, layers)
+    width = read_shape(config_of(teacher.model), None).hidden
+    if how.hidden and any(own != width for own in stack_widths(student)):
+        return objective, Projected(student, width, seed=ctx.seed)
+    return objective, student
+
+
+def _vocabulary(student: Decoder | EncoderDecoder) -> int:
+    return student.shape.vocab if isinstance(student, Decoder) else student.decoder_shape.vocab

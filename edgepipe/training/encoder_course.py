@@ -1,0 +1,129 @@
+"""From a teacher and data to a trained encoder: masked prediction, contrast, pairs or labels, whichever are asked for.
+
+    texts    (masked next-token prediction) → contrast of each text with itself          arXiv:2404.05961
+    pairs    (masked …) → (contrast of each text …) → pairs: in-batch contrast, or ranking by scores
+    labels   (masked …) → (contrast …) → cross-entropy of the classes
+
+The steps in brackets run when `mask_steps` and `contrast_steps` say so; `steps` or `minutes` are those of the last one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tokenizers
+
+from edgepipe.artifacts import Context, Json, TorchModel
+from edgepipe.errors import ConfigError
+from edgepipe.students.models import Encoder
+from edgepipe.students.result import as_model, teacher_tokens
+from edgepipe.training.course import change, describe_data, kept_folder, loop_options, new_student
+from edgepipe.training.data import TrainingData, hold_out, read_data
+from edgepipe.training.encoder_data import (
+    Reading,
+    classified,
+    label_names,
+    masked,
+    read_labels,
+    read_pairs,
+    read_texts,
+    supervised,
+    unsupervised,
+)
+from edgepipe.training.encoders import SIMCSE_DROPOUT
+from edgepipe.training.loop import LoopData, LoopOptions, Objective, Place, train
+
+if TYPE_CHECKING:
+    from edgepipe.stages.distill import Distill
+
+_MASKS = ("<mask>", "[MASK]", "<|mask|>")  # what vocabularies call a mask; "_" where there is none (LLM2Vec)
+
+
+def teach_encoder(model: TorchModel, options: Distill, ctx: Context) -> TorchModel:
+    """Return an encoder student of `model`, trained as options and data say."""
+    if not options.data:
+        raise ConfigError("distill.data: an encoder learns from texts, pairs or labels: give a file of them")
+    data = read_data(options.data, columns=options.columns, option="distill.columns")
+    course = _Course(model, data, options, ctx)
+    if options.mask_steps:
+        course.phase("masked", options.mask_steps, masked(mask_id=course.mask_id(), vocab=course.vocab))
+    if data.form == "text":
+        course.contrast("contrast", 0)
+    else:
+        if options.contrast_steps:
+            course.contrast("contrast", options.contrast_steps)
+        course.teach(classified if data.form == "labels" else supervised)
+    ctx.figures({"training": course.records, "data": describe_data(data, course.train_part, course.held_part)})
+    tokenizer = dict(model.info.tokenizer)
+    return as_model(course.student.eval(), model.info, name=f"{model.info.name}-encoder", tokenizer=tokenizer)
+
+
+class _Course:
+    """Hold the student and what it learns from, while one phase follows another."""
+
+    def __init__(self, model: TorchModel, data: TrainingData, options: Distill, ctx: Context) -> None:
+        self._options, self._ctx, self._model = options, ctx, model
+        self._folder: Path = kept_folder(ctx)
+        self.labels = label_names(data) if data.form == "labels" else ()
+        self.train_part, self.held_part = hold_out(data, options.held_out, ctx.seed)
+        student = new_student(model, options, ctx, self.labels)
+        assert isinstance(student, Encoder)
+        self.student = student
+        self.vocab = student.shape.vocab
+        self.records: Json = {}
+        self._reading = Reading(
+            files=model.info.tokenizer,
+            limit=options.max_source,
+            cut=options.cut,
+            pad=teacher_tokens(model.info)["pad_token_id"],
+            note=ctx.note,
+        )
+
+    def mask_id(self) -> int:
+        """Return the token that stands for a masked one."""
+        tokenizer = tokenizers.Tokenizer.from_buffer(self._model.info.tokenizer["tokenizer.json"])
+        known = (tokenizer.token_to_id(name) for name in (*_MASKS, "_", "\u2581_"))
+        found = next((number for number in known if number is not None), None)
+        if found is None:
+            raise ConfigError(
+                "distill.mask_steps: the vocabulary has no mask token, and no underscore to stand for one"
+            )
+        return int(found)
+
+    def phase(self, name: str, steps: int, objective: Objective) -> None:
+        """Train on all texts, judged by the held-out ones."""
+        sets = LoopData(
+            train=read_texts(self.train_part, self._reading), held_out=read_texts(self.held_part, self._reading)
+        )
+        self._train(name, objective, sets, loop_options(self._options, self._ctx, steps))
+
+    def contrast(self, name: str, steps: int) -> None:
+        """Contrast each text with itself under other dropout; nothing judges it: without dropout both are the same."""
+        if self.labels:
+            raise ConfigError("distill.contrast_steps: a classifier gives no embedding to contrast")
+        sets = LoopData(train=read_texts(self.train_part, self._reading))
+        self.student.dropout.rate = SIMCSE_DROPOUT
+        try:
+            self._train(name, unsupervised, sets, loop_options(self._options, self._ctx, steps))
+        finally:
+            self.student.dropout.rate = 0.0
+
+    def teach(self, objective: Objective) -> None:
+        """Train on the data's pairs or labels."""
+        parts = (self.train_part, self.held_part)
+        if self.labels:
+            examples, held_out = (read_labels(part, self.labels, self._reading) for part in parts)
+            sets = LoopData(train=examples, held_out=held_out)
+        else:
+            pairs, held_pairs = (read_pairs(part, self._reading) for part in parts)
+            sets = LoopData(train=pairs, held_out=held_pairs)
+        self._train("student", objective, sets, loop_options(self._options, self._ctx))
+
+    def _train(self, name: str, objective: Objective, sets: LoopData, loop: LoopOptions) -> None:
+        place = Place(folder=self._folder / name, key=self._model.info.fingerprint, progress=self._ctx.progress)
+        # every phase begins with another schedule, but the same seed would choose the same examples again
+        loop = dataclasses.replace(loop, seed=loop.seed + len(self.records))
+        self.records[name] = train(self.student, objective, sets, loop, place)
+        self._ctx.note(f"{name}: {change(self.records[name])}")
