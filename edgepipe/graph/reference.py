@@ -33,15 +33,8 @@ def framework_config(config: Json) -> Any:
 def torch_logits(model: TorchModel, input_ids: np.ndarray) -> np.ndarray:
     """Return float32 logits [batch, sequence, vocab] of transformers' model for input_ids [batch, sequence]."""
     import torch
-    import transformers
 
-    config = framework_config(model.info.config)
-    with torch.device("meta"):
-        module = transformers.AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, dtype=torch.float32, attn_implementation="eager"
-        )
-    module.eval()
-    _rebuild_buffers(module, config)
+    module = empty_module(model.info.config, "eager")
     for name, leaf in module.named_modules():
         if dict(leaf.named_parameters(recurse=False)):
             _stream_weights(leaf, name, model.weights)
@@ -49,6 +42,21 @@ def torch_logits(model: TorchModel, input_ids: np.ndarray) -> np.ndarray:
         logits = module(input_ids=torch.from_numpy(input_ids), use_cache=False).logits
     result: np.ndarray = logits.float().numpy()
     return result
+
+
+def empty_module(config: Json, attention: str) -> Any:
+    """Return transformers' decoder without storage for its parameters; `attention` names an implementation."""
+    import torch
+    import transformers
+
+    ready = framework_config(config)
+    with torch.device("meta"):
+        module = transformers.AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            ready, dtype=torch.float32, attn_implementation=attention
+        )
+    module.eval()
+    _rebuild_buffers(module, ready)
+    return module
 
 
 def _rebuild_buffers(module: Any, config: Any) -> None:

@@ -174,5 +174,9 @@ def encode(
         if not len(ids):
             raise ConfigError(f"{data.records[i].place}: expected a text, but the tokenizer makes no token of it")
     if long:
+        tokenizer.enable_truncation(limit)  # leaves room for an end token, which a plain cut would take away
+        cut_rows = tokenizer.encode_batch([texts[i] for i in long], add_special_tokens=special_tokens)
+        for i, row in zip(long, cut_rows, strict=True):
+            found[i] = np.array(row.ids, np.int32)
         note(f"{len(long)} of {len(found)} texts of {data.name} have more than {limit} tokens and were cut there.")
-    return [ids[:limit] for ids in found]
+    return found
