@@ -134,7 +134,7 @@ class Decoder:
         """Join the opened graphs; `open_scorer` opens the one that only `score` needs, when it is needed."""
         self._session = session
         self._encoder = encoder
-        self._source_context = int(model.get("source_context", 0))
+        self._source_context = 0 if encoder is None else int(model["source_context"])
         self._open_scorer = open_scorer
         self._scorer: Graph | None = None
         self._opening = threading.Lock()
@@ -236,8 +236,9 @@ def open_decoder(path: Path, manifest: dict[str, Any], threads: int | None) -> D
     """
     model, graphs, dtype = manifest["model"], manifest["graphs"], manifest["cache"]["dtype"]
     session = _open(path / graphs["decoder"], threads)
-    check_ends(session, model, dtype, has_source="encoder" in graphs)
-    if "encoder" not in graphs:
+    has_source = "encoder" in graphs and "source_context" in model
+    check_ends(session, model, dtype, has_source=has_source)
+    if not has_source:
         return Decoder(session, model, dtype)
 
     def opened(role: str, ends: tuple[_Ends, _Ends]) -> Graph:
