@@ -129,8 +129,11 @@ def _fuse_cross(r: _Reading, node: ir.Node) -> None:
 
 
 def _replace(graph: ir.Graph, node: ir.Node, nodes: list[ir.Node]) -> None:
+    old, new = node.outputs[0], nodes[-1].outputs[0]
     graph.insert_before(node, nodes)
-    node.outputs[0].replace_all_uses_with(nodes[-1].outputs[0])
+    if old.is_graph_output():
+        new.name, old.name, new.type, new.shape = old.name, None, old.type, old.shape
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
     graph.remove([node], safe=True)
 
 
