@@ -102,6 +102,7 @@ def student_spec(config: StudentConfig, info: ModelInfo, context: int | None) ->
         "context": decoder.context,
         "source_context": encoder.context,
         "encoder_layers": encoder.layers,
+        "encoder_hidden_size": encoder.hidden,
         "decoder_prefix_ids": [start],
         "bos_token_id": info.bos_token_id,
         "eos_token_ids": list(info.eos_token_ids),

@@ -84,6 +84,7 @@ def test_the_artifact(tmp_path: Path) -> None:
         "context": 64,
         "source_context": 64,
         "encoder_layers": 2,
+        "encoder_hidden_size": 48,
         "decoder_prefix_ids": [0],
         "bos_token_id": 0,
         "eos_token_ids": [1],
