@@ -270,9 +270,7 @@ def cosine_distance_naively(a: np.ndarray, b: np.ndarray) -> float:
     return 1 - dot / lengths
 
 
-def attention_naively(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray, scale: float
-) -> np.ndarray:
+def attention_naively(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray, scale: float) -> np.ndarray:
     """Attend from q [B, heads, S, D] to k, v [B, key heads, N, D] where mask [B, N] is 1, row by row. → q's shape"""
     y = np.zeros(q.shape, np.float64)
     for b, h, s in np.ndindex(q.shape[:3]):

@@ -42,7 +42,7 @@ def evaluate(graph: bytes, weights: WeightStore, feeds: Mapping[str, np.ndarray]
 def logits_in_pieces(
     model: OnnxModel, input_ids: np.ndarray, pieces: Sequence[int], source: Mapping[str, np.ndarray] | None = None
 ) -> np.ndarray:
-    """Return logits [batch, sequence, vocab] float32 of the graph `decoder`, fed `pieces` tokens at a time over a cache.
+    """Return logits [batch, sequence, vocab] float32 of the graph `decoder`, `pieces` tokens at a time over a cache.
 
     `source` is what the graph `encoder` is given, for a decoder that answers one.
     """

@@ -127,9 +127,7 @@ def _build_encoder(config: StudentConfig, s: Shape, decoder: Shape) -> bytes:
     for i in range(decoder.layers):
         for part, kind in (("k", "key"), ("v", "value")):
             name = f"decoder.layers.{i}.cross_attn.{part}"
-            x = linear(
-                g, f"{name}_proj", states, decoder.kv_heads * decoder.head_dim, s.hidden, bias=decoder.qkv_bias
-            )
+            x = linear(g, f"{name}_proj", states, decoder.kv_heads * decoder.head_dim, s.hidden, bias=decoder.qkv_bias)
             if part == "k" and decoder.variant.qk_norm:
                 x = head_norm(g, decoder, f"{name}_norm.weight", x, decoder.kv_heads)
             g.output(f"cross_{kind}.{i}", _split_heads(g, x, decoder.kv_heads, decoder.head_dim), _FLOAT, dims)

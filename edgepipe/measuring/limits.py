@@ -125,7 +125,7 @@ def _untouched_bytes(parts: list[Mapping[str, Any]], head: int) -> int:
     if rest <= 0:
         return 0  # tied: the head reads it whole
     if len(ends) == 1:
-        return int(ends[0]["bytes"]) * rest // (rest + head)
+        return int(ends[0]["bytes"] * rest // (rest + head))
     return max(int(part["bytes"]) for part in ends)
 
 

@@ -1,7 +1,8 @@
 """Load graphs with onnxruntime, and run a lowered decoder over preallocated key/value caches.
 
-Past and present are bound to the same memory, so a step moves nothing but the new token. Behind an encoder, the keys and
-values of a row's source are bound once, when it has been read. onnxruntime maps the weights file, makes its packed copy of each matrix and gives the mapping back, except for what it only gathers from.
+Past and present are bound to the same memory, so a step moves nothing but the new token. Behind an encoder, the keys
+and values of a row's source are bound once, when it has been read. onnxruntime maps the weights file, makes its packed
+copy of each matrix and gives the mapping back, except for what it only gathers from.
 """
 
 from __future__ import annotations
@@ -81,15 +82,12 @@ def _joined_sources(sources: Sequence[Source | None]) -> Source:
     if len(read) == 1:
         return read[0]
     longest = max(source[_SOURCE_MASK].shape[1] for source in read)
-    joined = {}
-    for name, first in read[0].items():
-        axis = 1 if name == _SOURCE_MASK else 2
-        shape = [longest if a == axis else size for a, size in enumerate(first.shape)]
-        joined[name] = np.zeros((len(read), *shape[1:]), first.dtype)
-        for row, source in enumerate(read):
-            tokens = source[name].shape[axis]
-            joined[name][(row, *([slice(None)] * (axis - 1)), slice(tokens))] = source[name][0]
-    return joined
+
+    def padded(array: np.ndarray, axis: int) -> np.ndarray:
+        return np.pad(array, [(0, longest - size if a == axis else 0) for a, size in enumerate(array.shape)])
+
+    axes = {name: 1 if name == _SOURCE_MASK else 2 for name in read[0]}  # of the tokens
+    return {name: np.concatenate([padded(source[name], axis) for source in read]) for name, axis in axes.items()}
 
 
 class _Step:
@@ -160,7 +158,9 @@ class Decoder:
         if self._encoder is None:
             raise ContractError("this decoder continues its prompt and reads no source")
         if ids.shape[1] > self._source_context:
-            raise ContractError(f"a source of {ids.shape[1]} tokens does not fit the {self._source_context} it may have")
+            raise ContractError(
+                f"a source of {ids.shape[1]} tokens does not fit the {self._source_context} it may have"
+            )
         mask = np.ones(ids.shape, np.int64)
         crossed = self._encoder.run({"input_ids": np.ascontiguousarray(ids, np.int64), "attention_mask": mask})
         return {**crossed, _SOURCE_MASK: mask}

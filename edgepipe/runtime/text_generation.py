@@ -298,10 +298,10 @@ class Model:
         return np.concatenate(scores) if scores else np.empty(0, np.float64)
 
     def score(self, source: str | Sequence[str], choices: Sequence[str | int]) -> np.ndarray:
-        """Return log p of each choice as the answer's first token, among the choices: float64 [choices], of a list [n, …].
+        """Return log p of each choice as an answer's first token, among the choices: float64 [choices] or [n, choices].
 
         One run of the encoder and one step of the decoder per source, as monoT5 ranks passages (arXiv:2003.06713); a
-        bundle with a graph `scorer` computes the logits of the choices alone. A choice is an id, or a text of one token.
+        bundle with a graph `scorer` computes the logits of the choices alone. A choice is an id or a text of one token.
         Raises ConfigError for anything else, and for a model without an encoder: see `token_logprobs`.
         """
         if self._prefix is None:

@@ -87,7 +87,7 @@ class Compile:
         ctx.note(found + (f", {_within('as shipped', loss, self.shipped_tolerance)}" if level != _EXACT else ""))
 
     def _check_decoder(self, model: OnnxModel, path: Path, level: int, ctx: Context) -> None:
-        """Compare the lowered decoder, and what stands before it, with the portable graphs; ContractError if far off."""
+        """Compare the lowered decoder, and what stands before it, with the portable graphs."""
         from edgepipe.engines import onnxruntime as engine
 
         count = min(self.check_tokens, model.spec["context"])

@@ -1,10 +1,10 @@
 """Export: write the model as graphs of the portable dialect, and check them against the framework's own model.
 
 The Llama family has a builder (graph/llama.py), and so have students (graph/students.py); every other family goes
-through the framework's exporter and passes into the dialect (graph/framework.py). The check runs both on the same seeded
-inputs: transformers' module, or the student's, against the graph run by onnx's reference operators. What is exported is
-therefore what torch would compute, to float32 rounding; a decoder with a cache is run in pieces, against torch's run
-without one.
+through the framework's exporter and passes into the dialect (graph/framework.py). The check runs both on the same
+seeded inputs: torch's module, transformers' or the student's, against the graph run by onnx's reference operators. What
+is exported is therefore what torch would compute, to float32 rounding; a decoder with a cache is run in pieces, against
+torch's run without one.
 """
 
 from __future__ import annotations
@@ -162,9 +162,7 @@ class Export:
         spec = student_spec(config, model.info, context)
         if config.decoder is None:
             spec["ends"] = {name: ends_of(graph) for name, graph in graphs.items()}
-        exported = OnnxModel(
-            info=model.info, graphs=graphs, weights=model.weights, spec=spec, history=model.history
-        )
+        exported = OnnxModel(info=model.info, graphs=graphs, weights=model.weights, spec=spec, history=model.history)
         if self.check_tokens:
             ctx.progress("the student's outputs, in torch and by its graphs", 0, 1)
             found = disagreements(config, exported, min(self.check_tokens, spec["context"]), ctx.seed)

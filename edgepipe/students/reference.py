@@ -40,7 +40,9 @@ def answered(student: EncoderDecoder, ids: np.ndarray, mask: np.ndarray, target:
     with torch.inference_mode():
         state = student.start(source, seen)
         logits, _ = student.step(state, torch.from_numpy(target))
-    pairs = [(f"{kind}.{i}", value) for i, kv in enumerate(state.source) for kind, value in zip(_KINDS, kv, strict=True)]
+    pairs = [
+        (f"{kind}.{i}", value) for i, kv in enumerate(state.source) for kind, value in zip(_KINDS, kv, strict=True)
+    ]
     return Answered(crossed={f"cross_{name}": value.numpy() for name, value in pairs}, logits=logits.numpy())
 
 
@@ -49,4 +51,3 @@ def encoded(student: Encoder, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
     with torch.inference_mode():
         found: np.ndarray = student(torch.from_numpy(ids), torch.from_numpy(mask)).numpy()
     return found
-

@@ -192,9 +192,7 @@ def test_every_weight_is_stored_once(tmp_path: Path, bits: int, grid: str, tied:
     """Three graphs, one file: all of it has at most 1.05 × the bytes of the parameters."""
     stack = {**LLAMA, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "vocab_size": 8192}
     stack |= {"head_dim": 32, "num_key_value_heads": 8}
-    config = StudentConfig(
-        kind="encoder-decoder", encoder=stack, decoder=with_layers(stack, [0]), tie_embeddings=tied
-    )
+    config = StudentConfig(kind="encoder-decoder", encoder=stack, decoder=with_layers(stack, [0]), tie_embeddings=tied)
     source = tmp_path / "student"
     source.mkdir()
     save_student(make_student(config), source, {}, IDS)
@@ -249,7 +247,9 @@ def test_attention_is_the_naive_one(heads: int, kv_heads: int, new: int, cross: 
     width, tokens = 16, 7 if cross else 5
     new = new if cross else tokens
     rng = np.random.default_rng(0)
-    q, k, v = (rng.standard_normal((2, h, n, width)).astype(np.float32) for h, n in _sizes(heads, kv_heads, new, tokens))
+    q, k, v = (
+        rng.standard_normal((2, h, n, width)).astype(np.float32) for h, n in _sizes(heads, kv_heads, new, tokens)
+    )
     mask = padding([2, tokens])
     graph = _attention(heads, kv_heads, width, cross=cross)
     flat = (lambda x: x) if cross else (lambda x: x.transpose(0, 2, 1, 3).reshape(2, x.shape[2], -1))
@@ -268,9 +268,13 @@ def _attention(heads: int, kv_heads: int, width: int, *, cross: bool) -> bytes:
     """Return a lowered graph of one Attention."""
     g, kind = GraphBuilder("attention"), ir.DataType.FLOAT
     if cross:
-        q, k, v = (g.input(n, kind, ["batch", h, "n", width]) for n, h in (("q", heads), ("k", kv_heads), ("v", kv_heads)))
+        q, k, v = (
+            g.input(n, kind, ["batch", h, "n", width]) for n, h in (("q", heads), ("k", kv_heads), ("v", kv_heads))
+        )
     else:
-        q, k, v = (g.input(n, kind, ["batch", "n", h * width]) for n, h in (("q", heads), ("k", kv_heads), ("v", kv_heads)))
+        q, k, v = (
+            g.input(n, kind, ["batch", "n", h * width]) for n, h in (("q", heads), ("k", kv_heads), ("v", kv_heads))
+        )
         q, k, v = (g.op("Identity", [x]) for x in (q, k, v))
     mask = g.input("mask", ir.DataType.INT64, ["batch", "tokens"])
     axes = g.constant(np.array([1, 2]))

@@ -114,7 +114,7 @@ def test_a_stream_a_batch_and_sampling(pair: Any) -> None:
 
 
 def test_scores_are_torch_s(pair: Any) -> None:
-    """log p among the choices at the first token, by ids or by their texts, of one source or several."""
+    """Log p among the choices at the first token, by ids or by their texts, of one source or several."""
     model, module = pair
     texts = ["a", "b", "q"]
     choices = [model.tokenizer.encode(text, add_special_tokens=False)[0] for text in texts]

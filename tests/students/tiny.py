@@ -24,7 +24,7 @@ def with_vocabulary(config: StudentConfig, vocab: int = VOCABULARY) -> StudentCo
 
 
 def tiny_student(config: StudentConfig, seed: int = 0) -> Encoder | EncoderDecoder:
-    """Return a seeded student whose outputs differ from each other and whose norms and biases are no neutral elements."""
+    """Return a seeded student whose outputs differ and whose norms and biases are no neutral elements."""
     student = make_student(config, seed=seed)
     assert isinstance(student, Encoder | EncoderDecoder)
     generator = torch.Generator().manual_seed(seed + 1)

@@ -1,8 +1,8 @@
 """Pass: Attention without a cache, as an encoder has it over its text and a decoder over its source → fast forms.
 
-    Attention(q, k, v, mask [B, 1, 1, N])        all tokens see all: MultiHeadAttention, whose blocked kernel needs no
-                                                 mask; If(nothing is padding) chooses between it and the masked one
-    Attention(q [B, H, S, D], cross_key, …)      FusedMatMul · softmax · MatMul over keys and values as they come
+    Attention(q, k, v, mask [B, 1, 1, N])    all tokens see all: MultiHeadAttention, whose blocked kernel takes no mask;
+                                             If(nothing is padding) chooses it, else the masked one
+    Attention(q [B, H, S, D], cross_key, …)  FusedMatMul · softmax · MatMul over keys and values as they come
 
 Heads that share keys and values are not repeated: their queries become further rows of the shared head. Measured on one
 thread of an AMD EPYC (onnxruntime 1.31; 8 heads of 64): at 2048 tokens 90 ms blocked, 170 by Attention, 178 with a mask,
@@ -107,7 +107,9 @@ def _whole_and_padding(r: _Reading, node: ir.Node, ones: ir.Value) -> tuple[ir.V
 def _fuse_cross(r: _Reading, node: ir.Node) -> None:
     """Turn attention of q [B, heads, S, D] to a source's keys and values [B, kv, N, D] into plain products."""
     q, k, v, mask = node.inputs
-    assert k is not None and k.shape is not None and mask is not None
+    assert k is not None
+    assert k.shape is not None
+    assert mask is not None
     heads, kv_heads, width = int(node.metadata_props["heads"]), int(k.shape[1]), int(k.shape[3])  # type: ignore[arg-type]
     scale = node.attributes["scale"].as_float()
     if ("bias", mask) not in r.shared:
