@@ -1,7 +1,7 @@
 """Pass: Attention without a cache, as an encoder has it over its text and a decoder over its source → fast forms.
 
-    Attention(q, k, v, mask [B, 1, 1, N])    all tokens see all: MultiHeadAttention, whose blocked kernel takes no mask;
-                                             If(nothing is padding) chooses it, else the masked one
+    Attention(q, k, v, mask [B, 1, 1, N])    all tokens see all: MultiHeadAttention, its blocked kernel without a mask
+                                             If nothing is padding, else the one that takes a mask
     Attention(q [B, H, S, D], cross_key, …)  FusedMatMul · softmax · MatMul over keys and values as they come
 
 Heads that share keys and values are not repeated: their queries become further rows of the shared head. Measured on one
