@@ -177,9 +177,7 @@ def test_weights_that_contradict_the_config(tmp_path: Path) -> None:
     """The first tensor that is missing, of another shape or one too many is named."""
     model = opened(tmp_path, PAIR)
     extra = model.weights.replace({"more": stored("more", np.zeros((2, 2), np.float32))})
-    with pytest.raises(
-        ConfigError, match=r"the weights hold more, which a student with this config"
-    ):
+    with pytest.raises(ConfigError, match=r"the weights hold more, which a student with this config"):
         Export().check(dataclasses.replace(model, weights=extra))
     name = "decoder.layers.0.cross_attn.k_proj.weight"
     other = model.weights.replace({name: stored(name, np.zeros((2, 2), np.float32))})
