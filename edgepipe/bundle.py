@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +39,10 @@ _PARTS = (
     (_EMBEDDINGS, ("embed_tokens", "lm_head")),
 )
 _REST = "norms and rest"
+# Read once for a source, not for every token: an encoder's layers, and the keys and values it gives a decoder.
+_CROSS = ".cross_attn."
+_READ_ONCE = re.compile(r"^(model\.)?encoder\.(layers|norm)\.|\.cross_attn\.(k|v)_")
+_ENCODER = "encoder: "
 _NORMS = ("norm", "LayerNorm", "ln_")
 
 
@@ -114,17 +119,24 @@ def _facts(file: Path) -> Json:
 
 
 def weight_parts(weights: WeightStore, embeddings: Sequence[str], file: WeightsFile | None = None) -> list[Json]:
-    """Sum parameters and bytes by part of the model and by storage, for tables.
+    """Sum parameters and bytes by part of the model and by storage, for tables; parts of an encoder before a decoder
+    are named so.
 
     Bytes are those of the weights file where there is one, else those of the store: a file packs 4-bit zero points.
     """
+    has_source = any(_CROSS in name for name in weights)
+
+    def part_of(weight: Weight) -> tuple[str, str]:
+        part, storage = _part(weight, embeddings)
+        return (_ENCODER + part if has_source and _READ_ONCE.search(weight.name) else part), storage
+
     sums: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
     for weight in weights.values():
-        row = sums[_part(weight, embeddings)]
+        row = sums[part_of(weight)]
         row[0] += weight.size
         row[1] += weight.nbytes if file is None else 0
     for planned in () if file is None else file.tensors:  # tensors joined in one are of one part and one storage
-        sums[_part(weights[planned.name.partition("+")[0].partition(":")[0]], embeddings)][1] += planned.nbytes
+        sums[part_of(weights[planned.name.partition("+")[0].partition(":")[0]])][1] += planned.nbytes
     return [
         {"part": part, "storage": storage, "parameters": size, "bytes": nbytes, "bits_per_weight": 8 * nbytes / size}
         for (part, storage), (size, nbytes) in sorted(sums.items())

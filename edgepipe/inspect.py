@@ -27,6 +27,7 @@ def inspect_bundle(path: Path) -> Json:
         "task": manifest["task"],
         "engine": manifest["engine"],
         "layers": manifest["model"].get("layers"),
+        **{name: manifest["model"][name] for name in ("encoder_layers",) if name in manifest["model"]},
         "context": manifest["model"]["context"],
         "parameters": weights["parameters"],
         "weight_bytes": weights["bytes"],
@@ -50,10 +51,22 @@ def inspect_model(reference: str) -> Json:
         "name": model.info.name,
         "task": model.info.task,
         "model_type": model.info.config.get("model_type"),
-        "layers": model.info.config.get("num_hidden_layers"),
+        **_layers(model.info.config),
         "parameters": weights.parameters,
         "weight_bytes": weights.nbytes,
         "bits_per_weight": round(8 * weights.nbytes / weights.parameters, 4),
         "licence": model.info.licence.id,
         "parts": weight_parts(weights, model.info.embeddings),
     }
+
+
+def _layers(config: Json) -> Json:
+    """Return the layers that a config names; of a student those of each stack."""
+    from edgepipe.students.config import is_student
+
+    if not is_student(config):
+        return {"layers": config.get("num_hidden_layers")}
+    encoder = config["encoder"]["num_hidden_layers"]
+    if "decoder" not in config:
+        return {"layers": encoder}
+    return {"layers": config["decoder"]["num_hidden_layers"], "encoder_layers": encoder}

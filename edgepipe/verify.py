@@ -237,7 +237,10 @@ def _graph(path: Path, manifest: Json) -> None:
     """Load the graphs in their engine; inputs and outputs must be those of the contract."""
     from edgepipe.runtime import open_graphs
 
-    open_graphs(read_bundle(path), 1)
+    opened = open_graphs(read_bundle(path), 1)
+    behind_encoder = manifest["task"] == "text2text-generation" and not manifest["ends"]
+    if behind_encoder and "scorer" in manifest["graphs"]:
+        opened.scorer()  # opened only when it is used
 
 
 _CHECKS = (

@@ -268,3 +268,22 @@ def cosine_distance_naively(a: np.ndarray, b: np.ndarray) -> float:
     dot = sum(float(x) * float(y) for x, y in zip(a, b, strict=True))
     lengths = math.sqrt(sum(float(x) ** 2 for x in a)) * math.sqrt(sum(float(y) ** 2 for y in b))
     return 1 - dot / lengths
+
+
+def attention_naively(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray, scale: float) -> np.ndarray:
+    """Attend from q [B, heads, S, D] to k, v [B, key heads, N, D] where mask [B, N] is 1, row by row. → q's shape"""
+    y = np.zeros(q.shape, np.float64)
+    for b, h, s in np.ndindex(q.shape[:3]):
+        shared = h // (q.shape[1] // k.shape[1])  # neighbouring heads share keys and values
+        seen = [n for n in range(k.shape[2]) if mask[b, n]]
+        scores = [sum(float(q[b, h, s, d]) * float(k[b, shared, n, d]) for d in range(q.shape[3])) for n in seen]
+        weights = [math.exp(scale * (score - max(scores))) for score in scores]
+        for weight, n in zip(weights, seen, strict=True):
+            y[b, h, s] += weight / sum(weights) * v[b, shared, n]
+    return y
+
+
+def choice_scores_naively(logits: Sequence[float], choices: Sequence[int]) -> list[float]:
+    """Return log p of each choice among the choices, from the logits of a whole vocabulary."""
+    total = sum(math.exp(logits[choice]) for choice in choices)
+    return [math.log(math.exp(logits[choice]) / total) for choice in choices]

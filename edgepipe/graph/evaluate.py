@@ -42,7 +42,7 @@ def evaluate(graph: bytes, weights: WeightStore, feeds: Mapping[str, np.ndarray]
 def logits_in_pieces(
     model: OnnxModel, input_ids: np.ndarray, pieces: Sequence[int], source: Mapping[str, np.ndarray] | None = None
 ) -> np.ndarray:
-    """Return logits [batch, sequence, vocab] float32 of a decoder whose cache grows, fed `pieces` tokens at a time.
+    """Return logits [batch, sequence, vocab] float32 of the graph `decoder`, `pieces` tokens at a time over a cache.
 
     `source` is what the graph `encoder` is given, for a decoder that answers one.
     """
@@ -56,8 +56,11 @@ def logits_in_pieces(
     logits = []
     start = 0
     for count in pieces:
-        ids = input_ids[:, start : start + count]
-        found = evaluate(model.graphs["decoder"], model.weights, {"input_ids": ids, **fixed, **caches})
+        feeds = {"input_ids": input_ids[:, start : start + count], **fixed, **caches}
+        if "ends" not in model.spec:  # edgepipe's own builders take positions, and give the logits that are wanted
+            steps = np.tile(np.arange(count, dtype=np.int64), (batch, 1))
+            feeds |= {"position_ids": start + steps, "logits_positions": steps}
+        found = evaluate(model.graphs["decoder"], model.weights, feeds)
         logits.append(found.pop("logits"))
         caches = {name.replace("present_", "past_"): value for name, value in found.items()}
         start += count

@@ -279,7 +279,7 @@ def seeded_feeds(inputs: Mapping[str, Json], vocab_size: int | None, seed: int) 
     for name, facts in inputs.items():
         shape = [_CHECK_SIZES[size] if isinstance(size, str) else size for size in facts["shape"]]
         if name.endswith("attention_mask"):
-            feeds[name] = _padding(shape)
+            feeds[name] = padding(shape)
         elif name == "token_type_ids":
             feeds[name] = rng.integers(0, 2, shape)
         elif name == "input_ids":
@@ -289,7 +289,7 @@ def seeded_feeds(inputs: Mapping[str, Json], vocab_size: int | None, seed: int) 
     return feeds
 
 
-def _padding(shape: list[int]) -> np.ndarray:
+def padding(shape: list[int]) -> np.ndarray:
     """Return a mask [rows, tokens] int64 whose later rows end in padding."""
     lengths = np.maximum(shape[1] - 4 * np.arange(shape[0]), 1)
     return (np.arange(shape[1])[None] < lengths[:, None]).astype(np.int64)

@@ -8,37 +8,47 @@ then x / max(‖x‖, 1e-12) when embeddings are to have length 1. The same as m
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 import onnx_ir as ir
 
 from edgepipe.errors import StageError
+from edgepipe.graph.dialect import Attribute
 
 _FLOAT = int(ir.DataType.FLOAT)
+
+
+class Tape(Protocol):
+    """Say what takes nodes: the end of a traced graph here, or the dialect's GraphBuilder."""
+
+    def op(self, kind: str, inputs: list[ir.Value | None], attributes: dict[str, Attribute] | None = None) -> ir.Value:
+        """Append a node and return its output."""
+
+    def constant(self, array: np.ndarray) -> ir.Value:
+        """Return a constant."""
 
 
 def add_embedding(graph: ir.Graph, pooling: str, *, normalize: bool) -> None:
     """Make `embedding` [batch, hidden] float32 the first output of a graph that gives last_hidden_state."""
     tape = _Tape(graph)
     (hidden,) = (value for value in graph.outputs if value.name == "last_hidden_state")
-    masks = [value for value in graph.inputs if value.name == "attention_mask"]
-    if pooling == "cls":
-        vector = tape.op("Gather", [hidden, tape.constant(np.array(0, np.int64))], {"axis": 1})
-    elif not masks:
+    mask = next((value for value in graph.inputs if value.name == "attention_mask"), None)
+    if mask is None and pooling != "cls":
         raise StageError(f"the graph takes no attention_mask, which the pooling {pooling!r} needs")
-    else:
-        vector = _over_tokens(tape, hidden, masks[0], pooling)
+    vector = pool(tape, hidden, mask, pooling)
     if normalize:
-        axis = tape.constant(np.array([1], np.int64))
-        length = tape.op("ReduceL2", [vector, axis], {"keepdims": 1})
-        vector = tape.op("Div", [vector, tape.op("Max", [length, tape.constant(np.array(1e-12, np.float32))])])
+        vector = unit_length(tape, vector)
     vector.name = "embedding"
     vector.type = ir.TensorType(ir.DataType.FLOAT)
     graph.extend(tape.nodes)
     graph.outputs.insert(0, vector)
 
 
-def _over_tokens(tape: _Tape, hidden: ir.Value, mask: ir.Value, pooling: str) -> ir.Value:
-    """Pool hidden [B, S, H] over the tokens where mask [B, S] is 1 → [B, H]."""
+def pool(tape: Tape, hidden: ir.Value, mask: ir.Value | None, pooling: str) -> ir.Value:
+    """Pool hidden [B, S, H] over the tokens where mask [B, S] is 1 → [B, H]; "cls" reads no mask."""
+    if pooling == "cls" or mask is None:
+        return tape.op("Gather", [hidden, tape.constant(np.array(0, np.int64))], {"axis": 1})
     second, last = (tape.constant(np.array([axis], np.int64)) for axis in (1, -1))
     if pooling == "last":
         end = tape.op("Sub", [tape.op("ReduceSum", [mask, second], {"keepdims": 1}), tape.constant(np.array(1))])
@@ -54,6 +64,12 @@ def _over_tokens(tape: _Tape, hidden: ir.Value, mask: ir.Value, pooling: str) ->
     return tape.op("Div", [total, tape.op("Max", [count, tape.constant(np.array(1e-9, np.float32))])])
 
 
+def unit_length(tape: Tape, vector: ir.Value) -> ir.Value:
+    """Divide vectors [B, H] by their lengths."""
+    length = tape.op("ReduceL2", [vector, tape.constant(np.array([1], np.int64))], {"keepdims": 1})
+    return tape.op("Div", [vector, tape.op("Max", [length, tape.constant(np.array(1e-12, np.float32))])])
+
+
 class _Tape:
     """Collect nodes and constants for the end of a graph."""
 
@@ -61,7 +77,7 @@ class _Tape:
         self.nodes: list[ir.Node] = []
         self._graph = graph
 
-    def op(self, kind: str, inputs: list[ir.Value], attributes: dict[str, int] | None = None) -> ir.Value:
+    def op(self, kind: str, inputs: list[ir.Value | None], attributes: dict[str, Attribute] | None = None) -> ir.Value:
         self.nodes.append(ir.node(kind, inputs, attributes or {}))
         return self.nodes[-1].outputs[0]
 

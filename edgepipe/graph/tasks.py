@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from edgepipe.artifacts import Json
 from edgepipe.errors import ConfigError
+from edgepipe.students.config import is_student, student_task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +100,11 @@ def task_of(config: Json, source: str, wanted: str | None = None) -> str:
     if wanted is not None:
         if wanted not in TASKS:
             raise ConfigError(f"--task {wanted}: expected one of {', '.join(TASKS)}")
+        if is_student(config) and wanted != student_task(config):
+            raise ConfigError(f"--task {wanted}: the student in {source} is for {student_task(config)}; leave it out")
         return wanted
+    if is_student(config):
+        return student_task(config)
     model_type = str(config.get("model_type"))
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list):

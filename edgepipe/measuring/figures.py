@@ -20,7 +20,17 @@ import numpy as np
 from edgepipe.artifacts import Json
 from edgepipe.measuring.call_figures import call_figures, call_index, call_ratios
 from edgepipe.measuring.intervals import FLAG_ABOVE, median_over_blocks, ratio_over_blocks, spread
-from edgepipe.measuring.limits import decoder_work, precision, prefill_limit, token_limit
+from edgepipe.measuring.limits import (
+    Limit,
+    answer_limit,
+    decoder_work,
+    has_source,
+    precision,
+    prefill_limit,
+    source_limit,
+    source_work,
+    token_limit,
+)
 
 _SEED = 0  # of the bootstrap: the same samples give the same intervals
 _STARTS = ("import_ms", "load_ms", "first_token_ms", "first_call_ms")  # what a cold start is made of, one per block
@@ -54,8 +64,9 @@ def side_figures(bundle: Path, blocks: Sequence[Json], alone: Mapping[str, Json]
         figures |= call_figures(manifest, blocks, alone["limits"], arithmetic)
     else:
         figures |= token_figures(blocks)
-        if "perplexity" in alone:  # a model that continues a text, whose every weight is read for every token
+        if "perplexity" in alone:  # a model that continues a text
             figures |= {key: alone["perplexity"][name] for key, name in _PERPLEXITY.items()}
+        if "perplexity" in alone or has_source(manifest):
             figures["limits"] = _limits(manifest, arithmetic, alone["limits"], figures, blocks[0])
     return figures | {"samples": list(blocks)}
 
@@ -154,17 +165,35 @@ def _ttft(blocks: Sequence[Json], length: int) -> Json:
 
 def _limits(manifest: Json, arithmetic: str, peaks: Json, figures: Json, block: Json) -> Json:
     """Set the time per token and the first step of its prompt beside what could be at best."""
-    from edgepipe.runtime.text_generation import PROMPT_CHUNK
-
-    work = decoder_work(manifest)
     prompt = figures["prompt_tokens"]
-    positions = prompt + block["bursts"] * block["burst_tokens"] // 2  # of the token in the middle
     first_step = next(row["first_step_ms"] for row in figures["ttft"] if row["prompt_tokens"] == prompt)
+    token, prefill = _both_limits(manifest, arithmetic, peaks, figures, block, first_step)
     return {
         "precision": arithmetic,
         "threads": peaks["threads"],
         "read_bytes_per_second": peaks["read_bytes_per_second"],
         "multiply_adds_per_second": peaks["multiply_adds_per_second"][arithmetic],
-        "token": token_limit(work, positions, peaks, arithmetic, figures["token_ms"]).to_json(),
-        "prefill": prefill_limit(work, prompt, PROMPT_CHUNK, peaks, arithmetic, first_step).to_json(),
+        "token": token.to_json(),
+        "prefill": prefill.to_json(),
     }
+
+
+def _both_limits(
+    manifest: Json, arithmetic: str, peaks: Json, figures: Json, block: Json, first_step_ms: float
+) -> tuple[Limit, Limit]:
+    """Return the limits of the token in the middle of a turn and of what comes before the first one."""
+    from edgepipe.runtime.text_generation import PROMPT_CHUNK
+
+    work, prompt, token_ms = decoder_work(manifest), figures["prompt_tokens"], figures["token_ms"]
+    middle = block["bursts"] * block["burst_tokens"] // 2
+    if not has_source(manifest):
+        return (
+            token_limit(work, prompt + middle, peaks, arithmetic, token_ms),
+            prefill_limit(work, prompt, PROMPT_CHUNK, peaks, arithmetic, first_step_ms),
+        )
+    source = source_work(manifest)
+    positions = len(manifest["model"]["decoder_prefix_ids"]) + middle
+    return (
+        answer_limit(work, source, positions, prompt, peaks, arithmetic, token_ms),
+        source_limit(work, source, prompt, peaks, arithmetic, first_step_ms),
+    )

@@ -17,6 +17,8 @@ _CACHE_BYTES = {"float32": 4, "float16": 2}  # of one element of a key or value
 _LEVEL = re.compile(rb"accuracy_level\x18(.)", re.DOTALL)
 _INT8 = 4  # MatMulNBits' accuracy level of int8 activations
 _HEAD_PART = "embedding and head"  # as the manifest's parts name it
+_ENCODER = "encoder: "  # before the name of a part that is read once for a source, not for every token
+_CROSS_BYTES = 4  # of one element of a key or value of the source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +30,17 @@ class Work:
     head_multiply_adds: int  # of one position's logits
     position_multiply_adds: int  # of one token's attention, per position that it looks at
     position_bytes: int  # keys and values of one position, all layers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceWork:
+    """Say what a source costs, once, and at every step of the decoder behind its encoder."""
+
+    weight_bytes: int  # read once: the encoder's layers, and the projections to the decoder's keys and values
+    token_multiply_adds: int  # of one token of the source in those matrices
+    pair_multiply_adds: int  # of the encoder's attention, per pair of tokens
+    token_bytes: int  # keys and values of one token of the source, all layers of the decoder
+    step_multiply_adds: int  # of one step's attention, per token of the source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,15 +74,35 @@ class Limit:
 
 def bytes_per_run(manifest: Mapping[str, Any]) -> int:
     """Return the weight bytes that one run reads: a token's, or a call's of a model without a cache."""
-    if manifest["task"] == "text-generation":
+    if manifest["task"] == "text-generation" or has_source(manifest):
         return decoder_work(manifest).weight_bytes
     parts = manifest["weights"]["parts"]
     return sum(int(part["bytes"]) for part in parts if part["part"] != _HEAD_PART) or int(manifest["weights"]["bytes"])
 
 
+def has_source(manifest: Mapping[str, Any]) -> bool:
+    """Say whether a bundle is a decoder behind an encoder, whose sizes its manifest tells: that of a student."""
+    return "encoder_hidden_size" in manifest["model"]
+
+
+def source_work(manifest: Mapping[str, Any]) -> SourceWork:
+    """Return what a source costs from the manifest of a decoder behind an encoder."""
+    model = manifest["model"]
+    parts = [part for part in manifest["weights"]["parts"] if part["part"].startswith(_ENCODER)]
+    matrices = [part for part in parts if part["part"].removeprefix(_ENCODER) in ("attention", "mlp")]
+    return SourceWork(
+        weight_bytes=sum(part["bytes"] for part in parts),
+        token_multiply_adds=sum(part["parameters"] for part in matrices),
+        pair_multiply_adds=2 * model["encoder_layers"] * model["encoder_hidden_size"],
+        token_bytes=2 * model["layers"] * model["kv_heads"] * model["head_dim"] * _CROSS_BYTES,
+        step_multiply_adds=2 * model["layers"] * model["heads"] * model["head_dim"],
+    )
+
+
 def decoder_work(manifest: Mapping[str, Any]) -> Work:
-    """Return the work of a decoder from its manifest."""
-    model, parts = manifest["model"], manifest["weights"]["parts"]
+    """Return the work of a decoder from its manifest, without that of an encoder before it."""
+    model = manifest["model"]
+    parts = [part for part in manifest["weights"]["parts"] if not part["part"].startswith(_ENCODER)]
     head = model["vocab_size"] * model["hidden_size"]
     matrices = sum(part["parameters"] for part in parts if part["part"] in ("attention", "mlp"))
     element = _CACHE_BYTES[manifest["cache"]["dtype"]]
@@ -88,10 +121,11 @@ def _untouched_bytes(parts: list[Mapping[str, Any]], head: int) -> int:
     Where both are stored differently the larger counts as the embedding, so that the limit stays a limit.
     """
     ends = [part for part in parts if part["part"] == _HEAD_PART]
-    if sum(part["parameters"] for part in ends) < 2 * head:
+    rest = sum(part["parameters"] for part in ends) - head
+    if rest <= 0:
         return 0  # tied: the head reads it whole
     if len(ends) == 1:
-        return int(ends[0]["bytes"]) // 2
+        return int(ends[0]["bytes"] * rest // (rest + head))
     return max(int(part["bytes"]) for part in ends)
 
 
@@ -103,6 +137,26 @@ def precision(graph: bytes) -> str:
     """
     levels = [level[0] for level in _LEVEL.findall(graph)]
     return "int8" if 2 * levels.count(_INT8) > max(len(levels), 1) else "float32"
+
+
+def answer_limit(
+    work: Work, source: SourceWork, positions: int, tokens: int, peaks: Mapping[str, Any], arithmetic: str, ms: float
+) -> Limit:
+    """Return the limit of one output token that looks at `positions` of the answer and `tokens` of the source."""
+    nbytes = work.weight_bytes + positions * work.position_bytes + tokens * source.token_bytes
+    adds = work.step_multiply_adds + work.head_multiply_adds
+    adds += positions * work.position_multiply_adds + tokens * source.step_multiply_adds
+    return _limit(positions, nbytes, adds, peaks, arithmetic, ms)
+
+
+def source_limit(
+    work: Work, source: SourceWork, tokens: int, peaks: Mapping[str, Any], arithmetic: str, ms: float
+) -> Limit:
+    """Return the limit of reading a source of `tokens` tokens at once, and of the first step after it."""
+    first = answer_limit(work, source, 1, tokens, peaks, arithmetic, ms)
+    nbytes = first.bytes + source.weight_bytes + tokens * source.token_bytes
+    adds = first.multiply_adds + tokens * source.token_multiply_adds + tokens * tokens * source.pair_multiply_adds
+    return _limit(tokens, nbytes, adds, peaks, arithmetic, ms)
 
 
 def token_limit(work: Work, positions: int, peaks: Mapping[str, Any], arithmetic: str, measured_ms: float) -> Limit:

@@ -11,7 +11,8 @@ from typing import Any
 from edgepipe.errors import ConfigError, TargetError
 from edgepipe.runtime.bundle import GENERATION, Bundle, read_bundle, verify_hashes
 from edgepipe.runtime.encoder import Encoder
-from edgepipe.runtime.text_generation import Generation, Message, Model
+from edgepipe.runtime.prompts import Message
+from edgepipe.runtime.text_generation import Generation, Model
 
 __all__ = [
     "Bundle",

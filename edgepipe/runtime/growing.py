@@ -55,6 +55,13 @@ class GrowingDecoder:
         crossed = self._encoder.run({"input_ids": ids, "attention_mask": mask})
         cache[row] = Row(past=self.new_cache(1)[0].past, source={**crossed, "encoder_attention_mask": mask})
 
+    def score(self, ids: np.ndarray, prefix: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Return the logits [C] float32 of `tokens` [C] as the next after `prefix` [1, S], for a source [1, N]."""
+        cache = self.new_cache(1)
+        self.read_source(cache, 0, ids)
+        logits: np.ndarray = self._run_row(cache[0], prefix, 0)[-1, tokens]
+        return logits
+
     def run(
         self, cache: list[Row], input_ids: np.ndarray, past: np.ndarray, lengths: np.ndarray, positions: np.ndarray
     ) -> np.ndarray:

@@ -1,14 +1,17 @@
 """Load graphs with onnxruntime, and run a lowered decoder over preallocated key/value caches.
 
-Past and present are bound to the same memory, so a step moves nothing but the new token. onnxruntime maps the weights
-file, makes its packed copy of each matrix and gives the mapping back, except for what it only gathers from.
+Past and present are bound to the same memory, so a step moves nothing but the new token. Behind an encoder, the keys
+and values of a row's source are bound once, when it has been read. onnxruntime maps the weights file, makes its packed
+copy of each matrix and gives the mapping back, except for what it only gathers from.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ import onnxruntime as ort
 
 from edgepipe.errors import ContractError, TargetError
 
+Source = dict[str, np.ndarray]  # cross_key.i, cross_value.i [1, kv_heads, tokens, head_dim]; the mask [1, tokens] int64
+_SOURCE_MASK = "encoder_attention_mask"
 _TENSORS = {"float32": "tensor(float)", "float16": "tensor(float16)"}  # onnxruntime's words
 
 
@@ -38,6 +43,9 @@ class Cache:
                 self.layers.append((layer, kind, ort.OrtValue.ortvalue_from_numpy(self._buffers[-1])))
         self.binding = self.bind(session)
         self.step: _Step | None = None  # made when the first single token is run
+        self._sources: list[Source | None] = [None] * self.batch
+        self._bound: dict[str, ort.OrtValue] | None = None  # the sources of all rows, None when one has changed
+        self._arrays: list[np.ndarray] = []  # the memory behind those
 
     def bind(self, session: ort.InferenceSession) -> ort.IOBinding:
         """Return a new binding whose past and present are this cache."""
@@ -46,6 +54,40 @@ class Cache:
             binding.bind_ortvalue_input(f"past_{kind}.{layer}", value)
             binding.bind_ortvalue_output(f"present_{kind}.{layer}", value)
         return binding
+
+    def set_source(self, row: int, source: Source) -> None:
+        """Keep what the encoder gave for a row."""
+        self._sources[row], self._bound = source, None
+
+    def bind_sources(self) -> None:
+        """Bind the sources of all rows to the bindings of this cache, unless they are; ContractError without one."""
+        if self._bound is None:
+            joined = _joined_sources(self._sources)
+            self._arrays = list(joined.values())
+            self._bound = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in joined.items()}
+            for binding in (self.binding, *(() if self.step is None else (self.step.binding,))):
+                self.bind_sources_to(binding)
+
+    def bind_sources_to(self, binding: ort.IOBinding) -> None:
+        """Bind what is bound to the others to a new binding too."""
+        for name, value in (self._bound or {}).items():
+            binding.bind_ortvalue_input(name, value)
+
+
+def _joined_sources(sources: Sequence[Source | None]) -> Source:
+    """Return the sources of all rows as one batch, padded on the right to the longest; a single one as it is."""
+    read = [source for source in sources if source is not None]
+    if len(read) < len(sources):
+        raise ContractError(f"{len(sources) - len(read)} of {len(sources)} rows have no source: read one first")
+    if len(read) == 1:
+        return read[0]
+    longest = max(source[_SOURCE_MASK].shape[1] for source in read)
+
+    def padded(array: np.ndarray, axis: int) -> np.ndarray:
+        return np.pad(array, [(0, longest - size if a == axis else 0) for a, size in enumerate(array.shape)])
+
+    axes = {name: 1 if name == _SOURCE_MASK else 2 for name in read[0]}  # of the tokens
+    return {name: np.concatenate([padded(source[name], axis) for source in read]) for name, axis in axes.items()}
 
 
 class _Step:
@@ -58,6 +100,7 @@ class _Step:
         self.total = np.zeros(1, np.int32)
         self.logits = np.zeros((batch, 1, vocab_size), np.float32)
         self.binding = cache.bind(session)
+        cache.bind_sources_to(self.binding)
         positions = np.zeros((batch, 1), np.int64)  # the only new token of each row
         inputs = {
             "input_ids": self.ids,
@@ -73,10 +116,26 @@ class _Step:
 
 
 class Decoder:
-    """Run the graph `decoder` of a bundle. Safe for concurrent calls on different caches."""
+    """Run the graph `decoder` of a bundle, behind its graph `encoder` if there is one.
 
-    def __init__(self, session: ort.InferenceSession, model: dict[str, Any], cache_dtype: str) -> None:
+    Safe for concurrent calls on different caches.
+    """
+
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        model: dict[str, Any],
+        cache_dtype: str,
+        encoder: Graph | None = None,
+        open_scorer: Callable[[], Graph] | None = None,
+    ) -> None:
+        """Join the opened graphs; `open_scorer` opens the one that only `score` needs, when it is needed."""
         self._session = session
+        self._encoder = encoder
+        self._source_context = 0 if encoder is None else int(model["source_context"])
+        self._open_scorer = open_scorer
+        self._scorer: Graph | None = None
+        self._opening = threading.Lock()
         self._cache_dtype = cache_dtype
         self._layers = int(model["layers"])
         self._cache_shape = (int(model["kv_heads"]), int(model["context"]), int(model["head_dim"]))
@@ -89,8 +148,40 @@ class Decoder:
         return Cache(self._session, self._layers, (batch, *self._cache_shape), self._cache_dtype)
 
     def read_source(self, cache: Cache, row: int, ids: np.ndarray) -> None:
-        """Refuse: this decoder has no encoder in front."""
-        raise ContractError("this decoder continues its prompt and reads no source")
+        """Run the encoder over ids [1, tokens] int64 and keep what the decoder reads of it for one row of the cache.
+
+        Raises ContractError for a source that is too long, or a decoder that has no encoder in front.
+        """
+        cache.set_source(row, self._read(ids))
+
+    def _read(self, ids: np.ndarray) -> Source:
+        if self._encoder is None:
+            raise ContractError("this decoder continues its prompt and reads no source")
+        if ids.shape[1] > self._source_context:
+            raise ContractError(
+                f"a source of {ids.shape[1]} tokens does not fit the {self._source_context} it may have"
+            )
+        mask = np.ones(ids.shape, np.int64)
+        crossed = self._encoder.run({"input_ids": np.ascontiguousarray(ids, np.int64), "attention_mask": mask})
+        return {**crossed, _SOURCE_MASK: mask}
+
+    def score(self, ids: np.ndarray, prefix: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Return the logits [C] float32 of `tokens` [C] int64 as the next after `prefix` [1, S], for a source [1, N].
+
+        Of the output matrix only the rows of those tokens are read.
+        """
+        feeds = {"input_ids": prefix, "token_ids": tokens, **self._read(ids)}
+        logits: np.ndarray = self.scorer().run(feeds)["logits"][0]
+        return logits
+
+    def scorer(self) -> Graph:
+        """Return the graph `scorer`, opened on first use; ContractError when the bundle has none."""
+        if self._open_scorer is None:
+            raise ContractError("the bundle has no graph `scorer`: build it again")
+        with self._opening:
+            if self._scorer is None:
+                self._scorer = self._open_scorer()
+            return self._scorer
 
     def run(
         self, cache: Cache, input_ids: np.ndarray, past: np.ndarray, lengths: np.ndarray, positions: np.ndarray
@@ -107,6 +198,8 @@ class Decoder:
             raise ContractError(f"{longest + sequence} tokens do not fit the context of {self.context}")
         if batch > 1 and sequence > 1 and past.any():
             raise ContractError("several rows can only take several tokens when all start at past 0")
+        if self._encoder is not None:
+            cache.bind_sources()
         if sequence == 1 and positions.shape[1] == 1:
             return self._run_step(cache, input_ids, past)
         totals = past + lengths
@@ -137,13 +230,34 @@ class Decoder:
 
 
 def open_decoder(path: Path, manifest: dict[str, Any], threads: int | None) -> Decoder:
-    """Open a bundle's decoder; `threads` None takes onnxruntime's choice (one per physical core).
+    """Open a bundle's decoder, and its encoder; `threads` None takes onnxruntime's choice (one per physical core).
 
-    Raises TargetError when onnxruntime can't load it, ContractError when it isn't the decoder the manifest describes.
+    Raises TargetError when onnxruntime can't load one, ContractError when it isn't the graph the manifest describes.
     """
-    session = _open(path / manifest["graphs"]["decoder"], threads)
-    check_ends(session, manifest["model"], manifest["cache"]["dtype"])
-    return Decoder(session, manifest["model"], manifest["cache"]["dtype"])
+    model, graphs, dtype = manifest["model"], manifest["graphs"], manifest["cache"]["dtype"]
+    session = _open(path / graphs["decoder"], threads)
+    has_source = "encoder" in graphs and "source_context" in model
+    check_ends(session, model, dtype, has_source=has_source)
+    if not has_source:
+        return Decoder(session, model, dtype)
+
+    def opened(role: str, ends: tuple[_Ends, _Ends]) -> Graph:
+        other = _open(path / graphs[role], threads)
+        _compare_ends(other, *ends)
+        return Graph(other)
+
+    cross, ids = _cross_ends(model), ("tensor(int64)", (None, None))
+    encoder = opened("encoder", ({"input_ids": ids, "attention_mask": ids}, cross))
+    scored = {"input_ids": ids, "token_ids": ("tensor(int64)", (None,)), **cross, _SOURCE_MASK: ids}
+    logits = ("tensor(float)", (None, None))
+    open_scorer = partial(opened, "scorer", (scored, {"logits": logits})) if "scorer" in graphs else None
+    return Decoder(session, model, dtype, encoder, open_scorer)
+
+
+def _cross_ends(model: dict[str, Any]) -> _Ends:
+    """Return what a decoder reads of its source: keys and values of every layer."""
+    end = ("tensor(float)", (None, model["kv_heads"], None, model["head_dim"]))
+    return {f"cross_{kind}.{layer}": end for layer in range(model["layers"]) for kind in ("key", "value")}
 
 
 def _open(file: Path, threads: int | None) -> ort.InferenceSession:
@@ -234,7 +348,9 @@ def bind_products(
     return [bound(a, b) for a, b in pairs]
 
 
-def check_ends(session: ort.InferenceSession, model: dict[str, Any], cache_dtype: str) -> None:
+def check_ends(
+    session: ort.InferenceSession, model: dict[str, Any], cache_dtype: str, *, has_source: bool = False
+) -> None:
     """Raise ContractError unless the graph's inputs and outputs are those of the contract (docs/bundle.md)."""
     cache = (_TENSORS[cache_dtype], (None, model["kv_heads"], model["context"], model["head_dim"]))
     layers = [f"{kind}.{layer}" for layer in range(model["layers"]) for kind in ("key", "value")]
@@ -245,6 +361,8 @@ def check_ends(session: ort.InferenceSession, model: dict[str, Any], cache_dtype
         "logits_positions": ("tensor(int64)", (None, None)),
         **{f"past_{layer}": cache for layer in layers},
     }
+    if has_source:
+        inputs |= {**_cross_ends(model), _SOURCE_MASK: ("tensor(int64)", (None, None))}
     outputs = {
         "logits": ("tensor(float)", (None, None, model["vocab_size"])),
         **{f"present_{layer}": cache for layer in layers},

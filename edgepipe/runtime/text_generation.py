@@ -16,13 +16,13 @@ from edgepipe.errors import ConfigError
 from edgepipe.runtime.bundle import Bundle
 from edgepipe.runtime.caches import CachePool, Slot
 from edgepipe.runtime.chat import ChatTemplate
+from edgepipe.runtime.prompts import Message, checked_ids, checked_stop, choice_ids, split_prompts
 from edgepipe.runtime.sampling import Sampling, choose_token, log_softmax, random_generator
 from edgepipe.runtime.tokenizer import StopFilter, Tokenizer
 
 PROMPT_CHUNK = 128  # tokens of a prompt run at once: bounds activation memory (70 MB less than 512), as fast
 _LOGITS_CHUNK = 64  # positions whose logits are held at once: 64 × 150k tokens of vocabulary = 38 MB
 
-Message = dict[str, Any]  # {"role": "user", "content": "…"}
 FinishReason = Literal["stop", "length", "context"]
 
 
@@ -46,6 +46,9 @@ class Decoder(Protocol):
 
     def read_source(self, cache: Any, row: int, ids: np.ndarray) -> None:
         """Run the encoder over ids [1, tokens] for one row of the cache; only decoders behind an encoder do."""
+
+    def score(self, ids: np.ndarray, prefix: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Return the logits [C] of tokens [C] after prefix [1, S], for a source ids [1, N]; only behind an encoder."""
 
     def run(
         self, cache: Any, input_ids: np.ndarray, past: np.ndarray, lengths: np.ndarray, positions: np.ndarray
@@ -230,9 +233,9 @@ class Model:
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be a whole number of at least 1, but is {max_new_tokens!r}")
         random_generator(seed)  # refuses a wrong seed before anything runs
-        stops = _checked_stop(stop)
+        stops = checked_stop(stop)
         end_ids = frozenset[int]() if ignore_eos else self._end_ids
-        prompts, is_batch = _split(prompt)
+        prompts, is_batch = split_prompts(prompt)
         if stream and is_batch:
             raise ConfigError("a batch cannot be streamed: pass one prompt, or stream=False")
         rows: list[_Row] = []
@@ -294,6 +297,26 @@ class Model:
             start += len(chunk)
         return np.concatenate(scores) if scores else np.empty(0, np.float64)
 
+    def score(self, source: str | Sequence[str], choices: Sequence[str | int]) -> np.ndarray:
+        """Return log p of each choice as an answer's first token, among the choices: float64 [choices] or [n, choices].
+
+        One run of the encoder and one step of the decoder per source, as monoT5 ranks passages (arXiv:2003.06713); a
+        bundle with a graph `scorer` computes the logits of the choices alone. A choice is an id or a text of one token.
+        Raises ConfigError for anything else, and for a model without an encoder: see `token_logprobs`.
+        """
+        if self._prefix is None:
+            raise ConfigError(f"{self.name} continues its prompt and has no source to score: use token_logprobs")
+        tokens = np.asarray(choice_ids(choices, self._tokenizer), np.int64)
+        self._check_ids(tokens.tolist(), len(tokens), "no limit")
+        prefix = np.asarray([self._prefix], np.int64)
+        sources, is_batch = split_prompts(source)
+        scores = []
+        for one in sources:
+            ids = np.asarray([self._prompt_ids(one)], np.int64)
+            with self._pool.turn():
+                scores.append(log_softmax(self._decoder.score(ids, prefix, tokens)))
+        return np.stack(scores) if is_batch else scores[0]
+
     def _prompt_ids(self, prompt: str | list[Message]) -> tuple[int, ...]:
         """Return the ids of a prompt that leaves room for one token at least; raise ConfigError otherwise."""
         if isinstance(prompt, str):
@@ -310,7 +333,7 @@ class Model:
         """Return the ids of text or ids to score; raise ConfigError when there are none or too many."""
         if self._prefix is not None:
             raise ConfigError(f"{self.name} answers a source: it scores no text by itself, use generate")
-        ids: Sequence[int] = self._tokenizer.encode(prompt) if isinstance(prompt, str) else _checked_ids(prompt)
+        ids: Sequence[int] = self._tokenizer.encode(prompt) if isinstance(prompt, str) else checked_ids(prompt)
         self._check_ids(ids, self.context, "score it in parts")
         return tuple(ids)
 
@@ -451,39 +474,3 @@ class _Row:
             reused_tokens=self.reused_tokens,
             finish_reason=self.finish_reason,
         )
-
-
-def _checked_ids(ids: object) -> list[int]:
-    """Return token ids as a list; raise ConfigError when they are no whole numbers."""
-    array = np.asarray(ids) if isinstance(ids, list | tuple | np.ndarray) else None
-    if array is None or array.ndim != 1 or not (np.issubdtype(array.dtype, np.integer) or array.size == 0):
-        raise ConfigError(f"expected a text or a list of token ids, got {type(ids).__name__}: {str(ids)[:40]!r}")
-    found: list[int] = array.tolist()
-    return found
-
-
-def _checked_stop(stop: object) -> tuple[str, ...]:
-    """Return the stop strings as a tuple; raise ConfigError when one is empty or no text."""
-    stops = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, list | tuple) else (None,)
-    if not all(isinstance(one, str) and one for one in stops):
-        raise ConfigError(f"stop must be texts of at least one character, but is {stop!r}")
-    return stops
-
-
-def _split(prompt: Any) -> tuple[list[str | list[Message]], bool]:
-    """Return the prompts, and whether they are a batch; raise ConfigError for what is neither text nor messages."""
-    if isinstance(prompt, str):
-        return [prompt], False
-    if not isinstance(prompt, list | tuple):
-        raise ConfigError(
-            f"a prompt must be a text, a list of messages, or a list of either, but is {type(prompt).__name__}"
-        )
-    if len(prompt) == 0:
-        raise ConfigError("the prompt is an empty list: give a text, messages, or a batch of them")
-    if all(isinstance(one, Mapping) for one in prompt):
-        return [list(prompt)], False
-    if all(isinstance(one, str) for one in prompt):
-        return list(prompt), True
-    if all(isinstance(one, list | tuple) for one in prompt):
-        return [list(one) for one in prompt], True
-    raise ConfigError("a batch must hold only texts or only lists of messages, but holds a mixture")

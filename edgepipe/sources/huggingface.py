@@ -1,7 +1,8 @@
 """Hugging Face models: a directory (config.json + safetensors + tokenizer), or a hub id that is downloaded to one.
 
 Only safetensors are read: a pickle can run any code when it is opened. Values of the Llama family are read one tensor
-at a time, when somebody asks; other families go through transformers' loader (framework.py). A tied output matrix is an
+at a time, when somebody asks, and so are those of a student (students/); other families go through transformers'
+loader (framework.py). A tied output matrix is an
 alias of the embedding. When a config says "tied" but the file also holds an lm_head.weight, the file wins: an identical
 one is dropped, a different one is kept.
 Source: https://huggingface.co/docs/safetensors (format), transformers' index.json for sharded checkpoints.
@@ -29,6 +30,7 @@ from edgepipe.sources.facts import (
 )
 from edgepipe.sources.framework import FrameworkWeights, read_framework, read_sentence_settings
 from edgepipe.sources.tokenizer import TOKENIZER_FILES, TokenizerParts, read_directory_tokenizer
+from edgepipe.students.config import is_student
 from edgepipe.weights import Weight, WeightStore
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -79,6 +81,7 @@ def open_directory(
     shards = _shards(directory)
     weights = _read_weights(directory, shards, config, task)
     tokenizer = _tokenizer(directory)
+    template = None if is_student(config) else tokenizer.chat_template  # a student was trained on plain texts
     generation_path = directory / "generation_config.json"
     generation = read_json(generation_path) if generation_path.is_file() else {}
     eos = token_ids(config.get("eos_token_id")) | token_ids(generation.get("eos_token_id")) | tokenizer.eos_token_ids
@@ -93,7 +96,7 @@ def open_directory(
         task=task,
         config=config,
         tokenizer=tokenizer.files,
-        chat_template=tokenizer.chat_template,
+        chat_template=template,
         eos_token_ids=tuple(sorted(eos)),
         bos_token_id=min(bos, default=None),
         licence=_licence(directory, config, source or directory.resolve().name),
@@ -109,6 +112,11 @@ def _read_weights(directory: Path, shards: list[Path], config: Json, task: str) 
     """Return weights under the names of the class that will hold them: lazily where edgepipe knows the family."""
     with compress_extra("opening a model"):
         from edgepipe.graph.shape import VARIANTS
+        from edgepipe.students.config import embedding_names, head_alias, read_student
+    if is_student(config):
+        student = read_student(config)
+        store = WeightStore(_read_headers(shards), head_alias(student))
+        return FrameworkWeights(weights=store, embeddings=embedding_names(student))
     if task != "text-generation" or config.get("model_type") not in VARIANTS:
         return read_framework(directory, config, task)
     weights = _named_for_class(_read_headers(shards))

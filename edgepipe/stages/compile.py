@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgepipe.artifacts import CompiledModel, Context, OnnxModel
+from edgepipe.artifacts import CompiledModel, Context, Json, OnnxModel
 from edgepipe.errors import ConfigError, ContractError
 
 # Largest error allowed with exact arithmetic: float32 rounding through all layers, or that of 11-bit keys and values.
@@ -87,29 +87,64 @@ class Compile:
         ctx.note(found + (f", {_within('as shipped', loss, self.shipped_tolerance)}" if level != _EXACT else ""))
 
     def _check_decoder(self, model: OnnxModel, path: Path, level: int, ctx: Context) -> None:
-        """Compare the lowered decoder with the portable graph; ContractError when they differ too much."""
+        """Compare the lowered decoder, and what stands before it, with the portable graphs."""
         from edgepipe.engines import onnxruntime as engine
-        from edgepipe.graph.evaluate import prompt_logits
 
         count = min(self.check_tokens, model.spec["context"])
-        ids = np.random.default_rng(ctx.seed + 1).integers(0, model.spec["vocab_size"], (1, count), dtype=np.int64)
+        asked = _Asked.seeded(model.spec, count, ctx.seed + 1)
         ctx.progress("the portable graph's logits", 0, 3)
-        expected = prompt_logits(model, ids)
+        expected = _portable(model, asked)
         graphs, _ = engine.lower(model, accuracy_level=_EXACT, cache_dtype=self.cache_dtype)
-        exact_graph = path / "exact.onnx"  # beside the weights: onnxruntime refuses weights outside a graph's folder
-        exact_graph.write_bytes(graphs["decoder"])
+        exact_graphs = {name: f"exact-{name}.onnx" for name in graphs}  # beside the weights: onnxruntime wants them so
+        for name, graph in graphs.items():
+            (path / exact_graphs[name]).write_bytes(graph)
         ctx.progress("the lowered graph's logits, exact", 1, 3)
-        exact = _run_in_steps(exact_graph, model, ids, self.cache_dtype) - expected
-        exact_graph.unlink()
-        worst = float(np.abs(exact).max() / np.abs(expected).max())
+        got = _run_in_steps(path, exact_graphs, model, asked, self.cache_dtype)
+        for file in exact_graphs.values():
+            (path / file).unlink()
+        worst = float(np.max([np.abs(g - e).max() / np.abs(e).max() for g, e in zip(got, expected, strict=True)]))
         allowed = self.exact_tolerance or _CACHE_TOLERANCES[self.cache_dtype]
         found = f"agrees with the portable graph on {count} tokens: {_within('exact', worst, allowed)}"
         if level != _EXACT:
             ctx.progress("the lowered graph's logits, as shipped", 2, 3)
-            shipped = _run_in_steps(path / "decoder.onnx", model, ids, self.cache_dtype) - expected
-            loss = _rms(shipped) / _rms(expected)
+            got = _run_in_steps(path, {name: f"{name}.onnx" for name in graphs}, model, asked, self.cache_dtype)
+            loss = float(np.max([_rms(g - e) / _rms(e) for g, e in zip(got, expected, strict=True)]))
             found += f", {_within('as shipped', loss, self.shipped_tolerance)}"
         ctx.note(found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """Hold the seeded ids of a check: an answer, and what an encoder and a scorer are asked where there are such."""
+
+    ids: np.ndarray  # [1, n] int64
+    sources: dict[str, np.ndarray]  # input_ids, attention_mask [rows, n] int64, the first row whole
+    tokens: np.ndarray  # [5] int64
+
+    @classmethod
+    def seeded(cls, spec: Json, count: int, seed: int) -> _Asked:
+        from edgepipe.graph.parts import padding
+
+        rng, shape = np.random.default_rng(seed), (2, count)
+        ids = rng.integers(0, spec["vocab_size"], (1, count), dtype=np.int64)
+        sources = {"input_ids": rng.integers(0, spec["vocab_size"], shape), "attention_mask": padding([*shape])}
+        return cls(ids, sources, rng.integers(0, spec["vocab_size"], 5))
+
+    @property
+    def source(self) -> dict[str, np.ndarray]:
+        """Return the one source that is answered."""
+        return {name: value[:1] for name, value in self.sources.items()}
+
+
+def _portable(model: OnnxModel, asked: _Asked) -> list[np.ndarray]:
+    """Return the portable logits [1, n, vocab], and behind an encoder those of the scorer and the encoder's outputs."""
+    from edgepipe.graph.evaluate import evaluate, logits_in_pieces, prompt_logits
+
+    if "encoder" not in model.graphs:
+        return [prompt_logits(model, asked.ids)]
+    logits = logits_in_pieces(model, asked.ids, [asked.ids.shape[1]], asked.source)
+    crossed = evaluate(model.graphs["encoder"], model.weights, asked.sources)
+    return [logits, logits[0, 0, asked.tokens], *crossed.values()]
 
 
 def _within(kind: str, error: float, allowed: float) -> str:
@@ -133,18 +168,28 @@ def _run_graph(graph: Path, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarra
     return open_graph(graph, None).run(feeds)
 
 
-def _run_in_steps(graph: Path, model: OnnxModel, ids: np.ndarray, cache_dtype: str) -> np.ndarray:
-    """Run ids [1, n] as a prompt of n − n//4 tokens and then one by one. → logits [1, n, vocab]"""
+def _run_in_steps(
+    path: Path, graphs: dict[str, str], model: OnnxModel, asked: _Asked, cache_dtype: str
+) -> list[np.ndarray]:
+    """Run the answer as a prompt of n − n//4 tokens and then one by one, through the runtime that ships.
+
+    → what `_portable` returns; the scorer's logits are those after the answer's first token.
+    """
     from edgepipe.runtime.onnxruntime import open_decoder
 
-    manifest = {"graphs": {"decoder": graph.name}, "model": model.spec, "cache": {"dtype": cache_dtype}}
-    decoder = open_decoder(graph.parent, manifest, None)
+    manifest = {"graphs": graphs, "model": model.spec, "cache": {"dtype": cache_dtype}}
+    decoder = open_decoder(path, manifest, None)
     cache = decoder.new_cache(1)
-    count = ids.shape[1]
+    found = []
+    if "encoder" in graphs:
+        decoder.read_source(cache, 0, asked.source["input_ids"])
+        found.append(decoder.score(asked.source["input_ids"], asked.ids[:, :1], asked.tokens))
+        found += _run_graph(path / graphs["encoder"], asked.sources).values()
+    count = asked.ids.shape[1]
     prompt = count - count // 4
     pieces = []
     for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, count))]:
         positions = np.arange(end - start, dtype=np.int64)[None]
-        logits = decoder.run(cache, ids[:, start:end], np.array([start]), np.array([end - start]), positions)
+        logits = decoder.run(cache, asked.ids[:, start:end], np.array([start]), np.array([end - start]), positions)
         pieces.append(logits.copy())
-    return np.concatenate(pieces, axis=1)
+    return [np.concatenate(pieces, axis=1), *found]

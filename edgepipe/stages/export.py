@@ -1,14 +1,15 @@
 """Export: write the model as graphs of the portable dialect, and check them against the framework's own model.
 
-The Llama family has a builder (graph/llama.py); every other family goes through the framework's exporter and passes
-into the dialect (graph/framework.py). The check runs both on the same seeded inputs: transformers' module against the
-graph run by onnx's reference operators. What is exported is therefore what transformers would compute, to float32
-rounding; a decoder with a cache is run in pieces, against the framework's run without one.
+The Llama family has a builder (graph/llama.py), and so have students (graph/students.py); every other family goes
+through the framework's exporter and passes into the dialect (graph/framework.py). The check runs both on the same
+seeded inputs: torch's module, transformers' or the student's, against the graph run by onnx's reference operators. What
+is exported is therefore what torch would compute, to float32 rounding; a decoder with a cache is run in pieces, against
+torch's run without one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from edgepipe.errors import ConfigError, ContractError
 if TYPE_CHECKING:
     from edgepipe.graph.framework import Part
     from edgepipe.graph.shape import Shape
+    from edgepipe.students.config import StudentConfig
 
 _DEFAULT_CONTEXT = 2048
 _LEAST_CONTEXT = 8  # a prompt and an answer of a few tokens
@@ -54,8 +56,11 @@ class Export:
     def check(self, model: TorchModel) -> None:
         """Refuse a model that can't be exported, as far as that can be seen before any work."""
         from edgepipe.graph.framework import check_model
+        from edgepipe.students.config import is_student
 
-        if self._builds(model):
+        if is_student(model.info.config):
+            self._student(model)
+        elif self._builds(model):
             self._shape(model)
         else:
             check_model(model.info)
@@ -71,7 +76,11 @@ class Export:
 
     def __call__(self, model: TorchModel, ctx: Context) -> OnnxModel:
         """Return the model as graphs over the same weight store."""
+        from edgepipe.students.config import is_student
+
         self.check(model)
+        if is_student(model.info.config):
+            return self._build_student(model, ctx)
         return self._build(model, ctx) if self._builds(model) else self._trace(model, ctx)
 
     def _builds(self, model: TorchModel) -> bool:
@@ -125,6 +134,42 @@ class Export:
         ctx.progress("the graph's logits", 1, 2)
         error = self._error("", prompt_logits(exported, ids), expected, "logit")
         ctx.note(f"agrees with torch on {count} tokens to {error:.1e} of the largest logit")
+
+    def _student(self, model: TorchModel) -> StudentConfig:
+        """Return what a student's graphs are built from, with the pooling that was asked for."""
+        from edgepipe.graph.students import check_weights, student_spec
+        from edgepipe.students.config import read_student
+
+        if self.exporter != "auto":
+            raise ConfigError(f"export.exporter={self.exporter}: students have a builder of their own; leave it out")
+        config = read_student(model.info.config)
+        if self.pooling != "auto":
+            config = replace(config, pooling=self.pooling)
+        if self.normalize != "auto":
+            config = replace(config, normalize=self.normalize == "yes")
+        check_weights(model.weights, config)
+        student_spec(config, model.info, self.context or None)
+        return config
+
+    def _build_student(self, model: TorchModel, ctx: Context) -> OnnxModel:
+        """Return a student as its graphs: encoder, decoder and scorer, or an encoder's `model`."""
+        from edgepipe.graph.parts import ends_of
+        from edgepipe.graph.students import build_student, student_spec
+        from edgepipe.students.agreement import disagreements
+
+        config, context = self._student(model), self.context or None
+        graphs = build_student(config, context)
+        spec = student_spec(config, model.info, context)
+        if config.decoder is None:
+            spec["ends"] = {name: ends_of(graph) for name, graph in graphs.items()}
+        exported = OnnxModel(info=model.info, graphs=graphs, weights=model.weights, spec=spec, history=model.history)
+        if self.check_tokens:
+            ctx.progress("the student's outputs, in torch and by its graphs", 0, 1)
+            found = disagreements(config, exported, min(self.check_tokens, spec["context"]), ctx.seed)
+            errors = [self._error(f" {what},", got, expected, "output") for what, got, expected in found]
+            how = ", with a cache and without" if "decoder" in graphs else ""
+            ctx.note(f"agrees with torch to {max(errors):.1e} of the largest output{how}")
+        return exported
 
     def _trace(self, model: TorchModel, ctx: Context) -> OnnxModel:
         """Return a model of any other family as the graphs its task needs."""

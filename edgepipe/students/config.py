@@ -102,7 +102,7 @@ class StudentConfig:
 
 def is_student(config: Json) -> bool:
     """Say whether a config.json is that of an encoder or encoder-decoder student."""
-    return config.get("model_type") in MODEL_TYPES
+    return str(config.get("model_type")) in MODEL_TYPES  # a stranger's config may hold a list here
 
 
 def student_task(config: Json) -> str:

@@ -10,7 +10,19 @@ import numpy as np
 import pytest
 
 from edgepipe.measuring import peaks, products
-from edgepipe.measuring.limits import Limit, decoder_work, precision, prefill_limit, token_limit
+from edgepipe.measuring.limits import (
+    Limit,
+    answer_limit,
+    bytes_per_run,
+    decoder_work,
+    precision,
+    prefill_limit,
+    source_limit,
+    source_work,
+    token_limit,
+)
+from tests.students.test_models import PAIRS
+from tests.students.tiny import save_tiny_student
 from tests.tiny_models import save_tiny_model
 
 PEAKS = {"read_bytes_per_second": 1e9, "multiply_adds_per_second": {"float32": 2e9, "int8": 8e9}}
@@ -73,6 +85,41 @@ def test_of_two_storages_the_larger_counts_as_looked_up() -> None:
         "weights": {"parts": [part | {"bytes": 300}, part | {"bytes": 500}]},
     }
     assert decoder_work(manifest).weight_bytes == 300
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory, build_tiny: Callable[..., Path]) -> Path:
+    """Make a 16-bit bundle of a tiny encoder-decoder: two layers of width 48 before one of width 32."""
+    path = tmp_path_factory.mktemp("student") / "student"
+    return build_tiny(save_tiny_student(path, PAIRS["narrow decoder"]), ("quantize", "bits", 16))
+
+
+def test_a_source_is_read_once(student: Path, manifest_of: Callable[[Path], dict[str, Any]]) -> None:
+    """Every matrix of the encoder for every token of the source; of the decoder only its own for a token."""
+    manifest = manifest_of(student)
+    work, source = decoder_work(manifest), source_work(manifest)
+    # encoder: width 48, 4 heads of 16 over 2, FFN 80. Decoder: width 32, 2 heads of 16 over 1, FFN 80.
+    encoder_layer = 48 * 64 + 2 * 48 * 32 + 64 * 48 + 3 * 48 * 80
+    crossed = 2 * 48 * 16
+    decoder_layer = (32 * 32 + 2 * 32 * 16 + 32 * 32) + 2 * 32 * 32 + 3 * 32 * 80
+    token = answer_limit(work, source, 5, 20, PEAKS, "float32", 1.0)
+    assert token.multiply_adds == decoder_layer + 32 * 384 + 2 * (5 + 20) * 32
+    norms = 4 * 4 * 32  # three of a block and the last, float32
+    assert token.bytes == 2 * (decoder_layer + 32 * 384) + norms + 2 * 16 * (5 * 2 + 20 * 4)
+    first = source_limit(work, source, 20, PEAKS, "float32", 1.0)
+    attention = 2 * 2 * 48 * 20 * 20
+    read = 20 * (2 * encoder_layer + crossed) + attention
+    assert first.multiply_adds == read + decoder_layer + 32 * 384 + 2 * (1 + 20) * 32
+    assert first.bytes > 2 * (2 * encoder_layer + crossed) + 2 * (decoder_layer + 32 * 384)
+    assert bytes_per_run(manifest) == work.weight_bytes
+    assert first.tokens == 20
+
+
+def test_the_parts_of_an_encoder_are_named(student: Path, manifest_of: Callable[[Path], dict[str, Any]]) -> None:
+    parts = {part["part"]: part["parameters"] for part in manifest_of(student)["weights"]["parts"]}
+    assert parts["mlp"] == 3 * 32 * 80 and parts["encoder: mlp"] == 2 * 3 * 48 * 80
+    assert parts["embedding and head"] == 384 * (48 + 32)
+    assert parts["norms and rest"] == 4 * 32 and parts["encoder: norms and rest"] == 5 * 48
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
 """Lower the portable dialect for onnxruntime: fused operators, packed weights, one memory-mapped file for all graphs.
 
 The order is the list below. Each pass is one file, says what it rewrites and what it leaves alone. Graphs that the
-framework's exporter traced keep their inputs and outputs; their attention stays the standard operator.
+framework's exporter traced keep their inputs and outputs, and so do a student's encoder and scorer; the attention of
+traced ones stays the standard operator.
 
-Lowered graph `decoder` of the Llama builder (docs/bundle.md): input_ids, seqlens_k, total_sequence_length,
+Lowered graph `decoder` of the builders (docs/bundle.md): input_ids, seqlens_k, total_sequence_length,
 logits_positions and the caches past_key.i / past_value.i [batch, kv_heads, context, head_dim] → logits, and the same
 buffers as present_key.i / …
 """
@@ -19,10 +20,12 @@ import onnx_ir as ir
 from edgepipe.artifacts import OnnxModel
 from edgepipe.engines.onnxruntime.fuse_attention import fuse_attention
 from edgepipe.engines.onnxruntime.fuse_norms import fuse_norms
+from edgepipe.engines.onnxruntime.fuse_reading import fuse_reading
 from edgepipe.engines.onnxruntime.join_projections import join_projections
 from edgepipe.engines.onnxruntime.place_weights import place_weights
 from edgepipe.engines.onnxruntime.planned import FILE_NAME, WeightsFile
 from edgepipe.errors import TargetError
+from edgepipe.students.config import is_student
 
 _HEAD_DIM_STEP = 16  # GroupQueryAttention refuses others (onnxruntime 1.31)
 CACHE_DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
@@ -39,6 +42,7 @@ def lower(
     keys and values are kept in where the cache is preallocated: "float32" or "float16".
     """
     preallocated = "ends" not in model.spec
+    built = preallocated or is_student(model.info.config)  # by edgepipe's own builders, in forms the passes know
     if preallocated:
         _check_head_size(model)
     file = WeightsFile()
@@ -47,11 +51,15 @@ def lower(
         source = ir.from_proto(onnx.load_model_from_string(portable))
         graph = source.graph
         join_projections(graph, model.weights)
-        if preallocated:
+        if built:
+            fuse_reading(graph)
+        cached = preallocated and name == "decoder"
+        if cached:
             fuse_attention(graph, model.spec, CACHE_DTYPES[cache_dtype])
+        if built:
             fuse_norms(graph)
         place_weights(graph, model.weights, file, accuracy_level, many_rows=name in _WHOLE_TEXT)
-        _drop_unused(graph)
+        _drop_unused(graph, inputs=cached)
         graph.opset_imports.update(_OPSETS)
         graphs[name] = bytes(ir.to_proto(source).SerializeToString(deterministic=True))
     return graphs, file
@@ -76,13 +84,13 @@ def write(
     file.write(directory / FILE_NAME, progress)
 
 
-def _drop_unused(graph: ir.Graph) -> None:
-    """Remove nodes, last to first, then inputs and initializers that nothing reads."""
+def _drop_unused(graph: ir.Graph, *, inputs: bool) -> None:
+    """Remove nodes, last to first, then initializers that nothing reads, and inputs where the contract has others."""
     outputs = set(graph.outputs)
     for node in reversed(list(graph)):
         if not any(o.uses() or o in outputs for o in node.outputs):
             graph.remove([node], safe=True)
-    for value in list(graph.inputs):
+    for value in list(graph.inputs) if inputs else ():
         if not value.uses():
             graph.inputs.remove(value)
     for name, value in list(graph.initializers.items()):
