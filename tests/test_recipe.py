@@ -145,7 +145,10 @@ def test_settings_of_another_form(text: str) -> None:
             [("quantise", "bits", 4)],
             r"^there is no stage 'quantise' \(did you mean 'quantize'\?\): known are compile, ",
         ),
-        ([("distill", "steps", 4)], r"^there is no stage 'distill': known are compile, export, measure, quantize, trim$"),
+        (
+            [("distill", "steps", 4)],
+            r"^there is no stage 'distill': known are compile, export, measure, quantize, trim$",
+        ),
         ([("", "bits", 4)], r"^there is no stage ''"),
         (
             [("quantize", "bitz", 4)],
