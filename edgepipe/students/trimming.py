@@ -97,8 +97,8 @@ def trim(
     rules, config = _rules(info), _with_default_ids(info.config, rows)
     ids = {token: i for token, i in all_tokens(rules).items() if i < rows}
     names = {i: token for token, i in ids.items()}
-    given = [text for text in texts if text.strip()]
-    if not given:
+    given = [text for text in texts if text]
+    if not any(text.strip() for text in given):
         raise ConfigError("there is no text in the data: a vocabulary is trimmed to what texts use")
     old = Tokenizer.from_str(json.dumps(rules))
     used = _use(old, rules, given)

@@ -51,8 +51,8 @@ def model_tokens(data: Json) -> dict[str, int]:
 
 
 def all_tokens(data: Json) -> dict[str, int]:
-    """Return every token with its id."""
-    return model_tokens(data) | {token["content"]: int(token["id"]) for token in _added(data)}
+    """Return every token with its id; of one in the model and added too, the model's counts."""
+    return {token["content"]: int(token["id"]) for token in _added(data)} | model_tokens(data)
 
 
 def _added(data: Json) -> list[Json]:
