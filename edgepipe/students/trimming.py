@@ -106,28 +106,19 @@ def trim(
         raise ConfigError(
             f"the texts use {old.id_to_token(beyond[0])!r}, whose id {beyond[0]} has no row in the embedding of {rows}"
         )
+    must = (permanent_tokens(rules, characters=characters) & ids.keys()) | used.unknown
+    must |= {names[i] for i in _special_ids(info, config, old) if i in names}
     needs = needs_of(rules)
-    must = {token for token in permanent_tokens(rules, characters=characters) if token in ids} | used.unknown
-    special = [
-        *_ids_in_config(config),
-        *info.eos_token_ids,
-        *([] if info.bos_token_id is None else [info.bos_token_id]),
-    ]
-    must |= {names[i] for i in special if i in names}
-    must |= {names[i] for text in _template_texts(info) for i in _encoded(old, [text], False)[0] if i in names}
-    pad = config.get("pad_token_id")
-    if isinstance(pad, int) and pad < _FIRST_IDS:
-        must |= {names[i] for i in range(pad) if i in names}
     permanent = choose_tokens({}, must, needs, size)
     kept = choose_tokens({names[i]: n for i, n in used.counts.items()}, must, needs, size)
     changed_rules, order = write_tokenizer(rules, kept)
     bare = sorted(i for i in set(_ids_in_config(config)) if i < rows and i not in names)  # rows without a token
     old_ids = np.array([ids[token] for token in order] + bare, np.int64)
     new_ids = {int(i): place for place, i in enumerate(old_ids)}
-    if isinstance(pad, int) and pad < _FIRST_IDS and new_ids.get(pad) != pad:
+    pad = _counted_from(config)
+    if pad is not None and new_ids.get(pad) != pad:
         raise ConfigError(f"the padding token's id {pad} would change, but some families count positions from it")
-    new = Tokenizer.from_str(json.dumps(changed_rules))
-    after = _compare(old, new, given, new_ids)
+    after = _compare(old, Tokenizer.from_str(json.dumps(changed_rules)), given, new_ids)
     smaller = TorchModel(
         info=_renumbered_info(info, config, changed_rules, new_ids),
         weights=_cut(model, rows, old_ids),
@@ -142,6 +133,21 @@ def trim(
         tokens_after=after,
         covered=sum(n for i, n in used.counts.items() if i in new_ids),
     )
+
+
+def _special_ids(info: ModelInfo, config: Json, tokenizer: Tokenizer) -> set[int]:
+    """Return the ids that a model's files name, or its chat template writes."""
+    found = {*_ids_in_config(config), *info.eos_token_ids}
+    found |= set() if info.bos_token_id is None else {info.bos_token_id}
+    for ids in _encoded(tokenizer, _template_texts(info), frame=False):
+        found.update(ids)
+    return found | set(range(_counted_from(config) or 0))
+
+
+def _counted_from(config: Json) -> int | None:
+    """Return the padding token's id if it is one of the first: RoBERTa's kin count positions from it, so it stays."""
+    pad = config.get("pad_token_id")
+    return pad if isinstance(pad, int) and 0 <= pad < _FIRST_IDS else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
