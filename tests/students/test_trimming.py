@@ -297,9 +297,7 @@ def test_a_table_of_positions_of_the_same_height_stays() -> None:
     rows = tokenizer.get_vocab_size()
     position = stored("embeddings.position_embeddings.weight", np.zeros((rows, 3), np.float32))
     bias = stored("model.layers.0.mlp.up_proj.bias", np.zeros(rows, np.float32))
-    weights = WeightStore(
-        {**{name: model.weights[name] for name in model.weights}, position.name: position, bias.name: bias}
-    )
+    held = {weight.name: weight for weight in [*model.weights.values(), position, bias]}
     names = (*model.info.embeddings, position.name)
     model = TorchModel(info=dataclasses.replace(model.info, embeddings=names), weights=WeightStore(held))
     smaller, kept = trim(model, ["The river"])
