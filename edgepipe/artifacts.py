@@ -8,6 +8,7 @@ model is: nothing is read until somebody asks for one tensor.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,6 +93,16 @@ class ModelInfo:
     embeddings: tuple[str, ...] = ()  # weights that are gathered from, or give logits over a vocabulary
     sentence: Json | None = None  # of a sentence encoder: "pooling", "normalize", "max_tokens"
     preprocessor: str | None = None  # preprocessor_config.json of a model of images or sound
+
+    @property
+    def special_tokens(self) -> dict[str, str | None]:
+        """Return the special tokens that a chat template may name, as tokenizer_config.json has them."""
+        config = json.loads(self.tokenizer.get("tokenizer_config.json", b"{}"))
+        found: dict[str, str | None] = {}
+        for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
+            token = config.get(key)
+            found[key] = token.get("content") if isinstance(token, dict) else token
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

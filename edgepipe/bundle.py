@@ -7,7 +7,6 @@ same bytes. Seconds, machines and measurements live outside, in run.json.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections import defaultdict
@@ -109,7 +108,7 @@ def _tokenizer(info: ModelInfo) -> Json | None:
     return {
         "file": _TOKENIZER,
         "chat_template": None if info.chat_template is None else _TEMPLATE,
-        "special_tokens": _special_tokens(info),
+        "special_tokens": info.special_tokens,
     }
 
 
@@ -149,16 +148,6 @@ def _part(weight: Weight, embeddings: Sequence[str]) -> tuple[str, str]:
     rest = any(mark in weight.name for mark in _NORMS)
     part = _EMBEDDINGS if weight.name in embeddings else _REST if rest else next(marked, _REST)
     return part, f"{weight.dtype} {weight.grid}" if weight.grid else weight.dtype
-
-
-def _special_tokens(info: ModelInfo) -> dict[str, str | None]:
-    """Read the special tokens a chat template may name from tokenizer_config.json."""
-    config = json.loads(info.tokenizer.get("tokenizer_config.json", b"{}"))
-    found: dict[str, str | None] = {}
-    for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        token = config.get(key)
-        found[key] = token.get("content") if isinstance(token, dict) else token
-    return found
 
 
 def _recorded(record: StageRecord) -> Json:

@@ -62,6 +62,7 @@ def main() -> None:
 @click.option("--target", help="Name in `edgepipe targets`, or a TOML file.  [default: cpu]")
 @click.option("--bits", type=int, help="Bits per weight of the layers: 4, 8 or 16.  [default: 4]")
 @click.option("--embedding-bits", type=int, help="Bits of embedding and output head: 4, 8 or 16.  [default: 8]")
+@click.option("--trim-vocab", metavar="DATA", help="Keep only the tokens that the texts of a file use (docs/trim.md).")
 @click.option("--out", type=click.Path(path_type=Path), help="Where the bundle goes.  [default: runs/NAME/bundle]")
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="A recipe in TOML.")
 @click.option("--set", "settings", multiple=True, metavar="STAGE.OPTION=VALUE", help="Set one option of a stage.")
@@ -77,6 +78,7 @@ def compress_command(
     target: str | None,
     bits: int | None,
     embedding_bits: int | None,
+    trim_vocab: str | None,
     out: Path | None,
     recipe_file: Path | None,
     settings: tuple[str, ...],
@@ -90,10 +92,12 @@ def compress_command(
     from edgepipe.compress import compress
     from edgepipe.recipe import parse_setting, resolve
 
-    flags = [("quantize", "bits", bits), ("quantize", "embedding_bits", embedding_bits), ("export", "context", context)]
-    chosen: list[tuple[str, str, object]] = [parse_setting(text) for text in settings]
+    flags: list[tuple[str, str, object]] = [("trim", "data", trim_vocab), ("quantize", "bits", bits)]
+    flags += [("quantize", "embedding_bits", embedding_bits), ("export", "context", context)]
+    chosen = [parse_setting(text) for text in settings]
     chosen += [(stage, option, value) for stage, option, value in flags if value is not None]
-    recipe = resolve(target=target, file=recipe_file, settings=chosen, seed=seed)
+    before = [] if trim_vocab is None else ["trim"]
+    recipe = resolve(target=target, file=recipe_file, settings=chosen, seed=seed, before=before)
     _say(f"recipe: {json.dumps(recipe.to_json())}")
     if dry_run:
         _print_json({"model": model, "recipe": recipe.to_json()})

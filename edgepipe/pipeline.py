@@ -1,6 +1,6 @@
 """The whole program on one page: check the chain, run each stage, record it, save it, publish the bundle.
 
-    source ─▶ quantize ─▶ export ─▶ compile ─▶ measure
+    source ─▶ (trim) ─▶ quantize ─▶ export ─▶ compile ─▶ measure
 
 Every finished stage is saved under runs/NAME/NN-stage with a key over the contents it depends on. A second run with
 the same prefix reuses it, and a run that was stopped goes on after the last finished stage. The uncompressed baseline
@@ -176,7 +176,9 @@ def _flow(model: TorchModel, river: _River, baseline: CompiledModel | None) -> A
     done: list[str] = []
     compiled: CompiledModel | None = None
     for number, (name, stage) in enumerate(river.stages, start=1):
-        key = cache_key(key, name, stage_options(stage), dataclasses.asdict(river.recipe.target), river.recipe.seed)
+        read = stage.reads() if hasattr(stage, "reads") else {}  # hashes of files that an option names
+        target = dataclasses.asdict(river.recipe.target)
+        key = cache_key(key, name, stage_options(stage), read, target, river.recipe.seed)
         river.listener.begin(river.label + name, *river.step())
         directory = river.directory / f"{number:02d}-{name}"
         started = time.perf_counter()

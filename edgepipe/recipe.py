@@ -103,13 +103,18 @@ def resolve(
     file: Path | None = None,
     settings: Sequence[tuple[str, str, object]] = (),
     seed: int | None = None,
+    before: Sequence[str] = (),
 ) -> Recipe:
-    """Build the recipe from a file and settings (later ones win); ConfigError says what is wrong with it."""
+    """Build the recipe from a file and settings (later ones win); ConfigError says what is wrong with it.
+
+    `before` names stages that flags put in front of the recipe's, unless it has them in a place of its own.
+    """
     table = read_recipe_file(file) if file is not None else {}
     where = str(file) if file is not None else "the recipe"
     names = table.get("stages", list(DEFAULT_STAGES))
     if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
         raise ConfigError(f"{where}: stages must be a list of stage names, not {names!r}")
+    names = [*(name for name in before if name not in names), *names]
     if len(set(names)) < len(names):
         raise ConfigError(f"{where}: a stage is named twice in {', '.join(names)}")
     chosen_seed = seed if seed is not None else table.get("seed", 0)

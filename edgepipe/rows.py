@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from edgepipe.artifacts import Json
 from edgepipe.calibration import Purpose, list_sets
 from edgepipe.errors import ConfigError
 from edgepipe.package_data import data_folder
 
 _MOST_DATA_BYTES = 1 << 30  # a larger file was named by mistake: evaluating it would take weeks
+_PASSAGE_CHARACTERS = 1 << 20  # of a text that are cut into tokens at a time
 _SUFFIXES = (".tsv", ".csv", ".jsonl")
 # A cell that is one of these words makes the first line a header.
 _HEADER_WORDS = {"text", "sentence", "sentence1", "sentence2", "score", "label", "input", "output", "reference", "ref"}
@@ -51,7 +53,7 @@ class Columns:
     option: str = "--columns"  # what a user corrects, for messages
 
 
-def open_data(given: str, purpose: Purpose | Literal["training"] = "evaluation") -> Data:
+def open_data(given: str, purpose: Purpose | Literal["training", "trimming"] = "evaluation") -> Data:
     """Read a file, or the shipped set of that name; refuse a shipped text that is meant for something else.
 
     A score on text that steered the compression would flatter it. Raises ConfigError, also for what can't be read.
@@ -81,8 +83,8 @@ def open_data(given: str, purpose: Purpose | Literal["training"] = "evaluation")
 
 
 def _serves(set_purpose: str, purpose: str) -> bool:
-    """Say whether a shipped set may be used: training may see what calibration sees."""
-    return (set_purpose == "evaluation") == (purpose == "evaluation")
+    """Say whether a shipped set may be used: training may see what calibration sees, a vocabulary may serve any."""
+    return purpose == "trimming" or (set_purpose == "evaluation") == (purpose == "evaluation")
 
 
 def read_text(data: Data) -> str:
@@ -92,6 +94,34 @@ def read_text(data: Data) -> str:
     except UnicodeDecodeError as error:
         line = data.content.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{data.name}, line {line}: expected UTF-8, but it is not: convert the file") from None
+
+
+def read_texts(data: Data) -> list[str]:
+    """Return every text in a file: cells of a table, strings of JSON objects, else lines and what they make together.
+
+    Lines alone would leave out how line ends are cut into tokens; together they are given in passages of 1 MiB.
+    """
+    if data.suffix == ".jsonl":
+        found = [text for _, record in _records(data) for text in _strings(record)]
+    elif data.suffix in _SUFFIXES:
+        lines = [row for _, row in _table_lines(data)]
+        found = [cell for row in lines[1 if lines and _names_columns(lines[0]) else 0 :] for cell in row]
+    else:
+        text = read_text(data)
+        found = [*_passages(text), *text.splitlines()]
+    texts = [text for text in found if text.strip()]
+    if not texts:
+        raise ConfigError(f"{data.name} holds no texts: give a file with some")
+    return texts
+
+
+def _passages(text: str) -> Iterator[str]:
+    """Yield a text in pieces of about 1 MiB that begin where a line does."""
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + _PASSAGE_CHARACTERS) + 1 or len(text)
+        yield text[start:end]
+        start = end
 
 
 def first_names(data: Data) -> list[str]:
@@ -139,22 +169,27 @@ def rows(data: Data, columns: Columns, lists: str = "") -> Iterator[tuple[str, d
 
 def _table_rows(data: Data, columns: Columns) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield line numbers and parts of a .tsv or .csv file."""
+    places: dict[str, int] | None = None
+    for line, row in _table_lines(data):
+        if places is None:
+            places, is_header = _places(data, columns, row)
+            if is_header:
+                continue
+        if row:
+            yield line, _cells(data, columns, places, row, line)
+
+
+def _table_lines(data: Data) -> Iterator[tuple[int, list[str]]]:
+    """Yield line numbers and cells of a .tsv or .csv file."""
     text = io.StringIO(read_text(data), newline="")
     if data.suffix == ".tsv":
         reader = csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE)
     else:
         reader = csv.reader(text, strict=True)
-    places: dict[str, int] | None = None
     line = 1
     try:
         for row in reader:
-            if places is None:
-                places, is_header = _places(data, columns, row)
-                if is_header:
-                    line = reader.line_num + 1
-                    continue
-            if row:
-                yield line, _cells(data, columns, places, row, line)
+            yield line, row
             line = reader.line_num + 1  # where the next one begins: quoted cells may hold line ends
     except csv.Error as error:
         raise ConfigError(f"{data.name}, line {line}: not a well-formed {data.suffix} line: {error}") from None
@@ -177,7 +212,7 @@ def _places(data: Data, columns: Columns, first: Sequence[str]) -> tuple[dict[st
     by_name = any(not place.isdecimal() for place in columns.places.values())
     is_header = columns.header
     if is_header is None:
-        is_header = by_name or any(name.lower() in _HEADER_WORDS for name in names)
+        is_header = by_name or _names_columns(names)
     places = {}
     for part, place in columns.places.items():
         if place.isdecimal():
@@ -192,12 +227,14 @@ def _places(data: Data, columns: Columns, first: Sequence[str]) -> tuple[dict[st
     return places, is_header
 
 
+def _names_columns(cells: Sequence[str]) -> bool:
+    """Say whether a first line looks like a header."""
+    return any(cell.strip().lower() in _HEADER_WORDS for cell in cells)
+
+
 def _json_rows(data: Data, columns: Columns) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield line numbers and parts of a .jsonl file; numbers are given as texts."""
-    for line, text in enumerate(read_text(data).split("\n"), start=1):
-        if not text.strip():
-            continue
-        record = _json_object(data, line, text)
+    for line, record in _records(data):
         if missing := [key for key in columns.places.values() if key not in record]:
             raise ConfigError(
                 f"{data.name}, line {line}: expected the key {missing[0]!r}, but it has "
@@ -216,6 +253,22 @@ def _json_object(data: Data, line: int, text: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ConfigError(f"{data.name}, line {line}: expected a JSON object, but it holds {short(record)}")
     return record
+
+
+def _records(data: Data) -> Iterator[tuple[int, Json]]:
+    """Yield line numbers and objects of a .jsonl file."""
+    for line, text in enumerate(read_text(data).split("\n"), start=1):
+        if text.strip():
+            yield line, _json_object(data, line, text)
+
+
+def _strings(value: object) -> Iterator[str]:
+    """Yield the strings in a JSON value, keys left out."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _strings(one)
 
 
 def short(value: object) -> str:

@@ -145,7 +145,10 @@ def test_settings_of_another_form(text: str) -> None:
             [("quantise", "bits", 4)],
             r"^there is no stage 'quantise' \(did you mean 'quantize'\?\): known are compile, ",
         ),
-        ([("distill", "steps", 4)], r"^there is no stage 'distill': known are compile, export, measure, quantize$"),
+        (
+            [("distill", "steps", 4)],
+            r"^there is no stage 'distill': known are compile, export, measure, quantize, trim$",
+        ),
         ([("", "bits", 4)], r"^there is no stage ''"),
         (
             [("quantize", "bitz", 4)],
@@ -280,7 +283,7 @@ def test_a_negative_seed_from_a_flag() -> None:
 
 
 def test_every_stage_is_found_by_its_file() -> None:
-    assert list_stages() == ("compile", "export", "measure", "quantize")
+    assert list_stages() == ("compile", "export", "measure", "quantize", "trim")
     for name in list_stages():
         kind = find_stage(name)
         assert kind.__module__ == f"edgepipe.stages.{name}"

@@ -10,7 +10,7 @@ import pytest
 
 from edgepipe import stage_help
 from edgepipe.errors import ConfigError
-from edgepipe.recipe import find_stage, list_stages, resolve, stage_options
+from edgepipe.recipe import DEFAULT_STAGES, find_stage, list_stages, resolve, stage_options
 from edgepipe.stage_help import describe_stages, stage_options_help
 
 OPTIONS = [(stage, option["name"]) for stage in list_stages() for option in stage_options_help(stage)]
@@ -41,13 +41,15 @@ def test_every_option_has_a_meaning(stage: str, name: str) -> None:
 def test_a_default_stands_as_it_would_in_a_recipe(stage: str, name: str) -> None:
     (option,) = [o for o in stage_options_help(stage) if o["name"] == name]
     value = tomllib.loads(f"value = {option['default']}")["value"]
-    assert resolve(target=None, settings=[(stage, name, value)]) == resolve(target=None)
+    before = [] if stage in DEFAULT_STAGES else [stage]
+    with_default = resolve(target=None, settings=[(stage, name, value)], before=before)
+    assert with_default == resolve(target=None, before=before)
 
 
 def test_an_unknown_stage() -> None:
     with pytest.raises(ConfigError, match=r"no stage 'exporrt' \(did you mean 'export'"):
         stage_options_help("exporrt")
-    with pytest.raises(ConfigError, match="no stage 'distill': known are compile, export, measure, quantize"):
+    with pytest.raises(ConfigError, match="no stage 'distill': known are compile, export, measure, quantize, trim"):
         stage_options_help("distill")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgepipe.artifacts import Json
+from edgepipe.report.rows import same_tokens
 
 
 def over_budget(figures: Json, budgets: Mapping[str, Any], target: str) -> list[str]:
@@ -14,7 +15,7 @@ def over_budget(figures: Json, budgets: Mapping[str, Any], target: str) -> list[
     checks = [("TTFT in ms", "ttft_ms", after.get("ttft_ms"))]
     if before is not None:
         checks.append(("shipped ratio", "shipped_ratio", after["bundle_bytes"] / before["bundle_bytes"]))
-        if after.get("perplexity") is not None and before.get("perplexity") is not None:
+        if None not in (after.get("perplexity"), before.get("perplexity")) and same_tokens(before, after):
             checks.append(("perplexity ratio", "perplexity_ratio", after["perplexity"] / before["perplexity"]))
     return [
         f"over budget: {title} is {value:.3f}, the target {target} allows {allowed:.3f}"

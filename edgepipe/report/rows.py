@@ -6,6 +6,7 @@ and what older versions measured lacks some.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -87,8 +88,14 @@ def measured_rows(figures: Json) -> list[Row]:
         *_rows(_SIZES, before, after, {}),
         *_ttft_rows(before, after, ratios),
         *_call_rows(before, after, ratios),
-        *_rows([*_TIMES, _cold_start(after), *_LOAD_AND_MEMORY, _perplexity(after)], before, after, ratios),
+        *_rows([*_TIMES, _cold_start(after), *_LOAD_AND_MEMORY], before, after, ratios),
+        *_perplexity_row(before, after),
     ]
+
+
+def same_tokens(before: Json, after: Json) -> bool:
+    """Say whether the text of the perplexity was cut into as many tokens on both sides; else a ratio means nothing."""
+    return bool(before.get("perplexity_tokens") == after.get("perplexity_tokens"))
 
 
 def _cold_start(after: Json) -> _Figure:
@@ -155,9 +162,13 @@ def _ratio(ratio: Ratio | None) -> str:
     return f"{ratio.value:.3f} {between(ratio.low, ratio.high, 3)}{tie}"
 
 
-def _perplexity(after: Json) -> _Figure:
-    over = f" ({after['perplexity_tokens']} tokens)" if "perplexity_tokens" in after else ""
-    return _Figure(key="perplexity", title=f"perplexity{over}", unit="", digits=3)
+def _perplexity_row(before: Json | None, after: Json) -> Iterator[Row]:
+    alike = before is None or same_tokens(before, after)
+    counts = [side.get("perplexity_tokens") for side in (before, after) if side is not None]
+    tokens = counts[-1:] if alike else counts  # of a trimmed vocabulary there are more
+    over = f" ({' and '.join(map(str, tokens))} tokens)" if tokens[-1] is not None else ""
+    for row in _rows([_Figure(key="perplexity", title=f"perplexity{over}", unit="", digits=3)], before, after, {}):
+        yield row if alike else dataclasses.replace(row, ratio=None)
 
 
 def _rows(figures: Sequence[_Figure], before: Json | None, after: Json, ratios: Json) -> Iterator[Row]:

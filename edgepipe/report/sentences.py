@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from edgepipe.artifacts import Json
-from edgepipe.report.rows import between, figure, in_order, shape_of
+from edgepipe.report.rows import between, figure, in_order, same_tokens, shape_of
 
 _NO_WORSE = 1.01  # perplexity ratio up to which the verdict says that nothing was lost
 _TIMES = {"token_ms": "time per output token", "ttft_ms": "TTFT"}  # others are calls, named by their shape
@@ -64,6 +64,11 @@ def _faster(what: str, ratio: Json, other: str) -> str:
 def _quality(before: Json, after: Json, other: str) -> str:
     if after.get("perplexity") is None or before.get("perplexity") is None:
         return "Quality was not measured here: `edgepipe eval` scores it."
+    if not same_tokens(before, after):
+        return (
+            f"Perplexities can't be compared: the text is {before['perplexity_tokens']} tokens of {other} and "
+            f"{after['perplexity_tokens']} of this vocabulary."
+        )
     quality = after["perplexity"] / before["perplexity"]
     if not math.isfinite(quality):
         return "Perplexity is no number: the model is broken."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ from edgepipe import package_data
 from edgepipe.calibration import describe_set
 from edgepipe.errors import ConfigError
 from edgepipe.measuring.examples import read_asked, read_labelled, read_pairs, sample
-from edgepipe.rows import Columns, Data, open_data, read_text
+from edgepipe.rows import Columns, Data, open_data, read_text, read_texts
 
 LABELLED = Columns(places={"text": "0", "label": "1"})
 ASKED = Columns(places={"input": "0", "reference": "1"})
@@ -165,3 +166,27 @@ def test_calibration_text_is_refused_under_any_name(tmp_path: Path, monkeypatch:
         with pytest.raises(ConfigError, match="is the calibration set own, and a score on it would flatter"):
             open_data(name)
     assert open_data("prose-eval").content
+
+
+def test_every_text_of_a_file_is_read(tmp_path: Path) -> None:
+    """Columns, header and all kinds of files; what a vocabulary is trimmed to."""
+
+    def texts(name: str, content: str) -> list[str]:
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        return read_texts(open_data(str(tmp_path / name), "trimming"))
+
+    assert texts("a.csv", 'mr,ref\n"name[A, B]",A mill.\n"two\nlines",\n') == ["name[A, B]", "A mill.", "two\nlines"]
+    assert texts("b.tsv", 'a "b\tc\n1\t2\n') == ['a "b', "c", "1", "2"]
+    record = {"text": "river", "score": 5, "more": [{"x": "mill"}, ["water", None]], "none": " "}
+    assert texts("c.jsonl", f"{json.dumps(record)}\n\n") == ["river", "mill", "water"]
+    assert texts("d.txt", "a\r\n\r\nb\n") == ["a\r\n\r\nb\n", "a", "b"]
+    long = "word\n" * 300_000
+    passages = texts("e.md", long)[:2]
+    assert "".join(passages) == long and passages[0].endswith("word\n")
+    with pytest.raises(ConfigError, match=r"f\.jsonl holds no texts: give a file with some$"):
+        texts("f.jsonl", '{"score": 5}\n')
+    with pytest.raises(ConfigError, match=r"g\.jsonl, line 2: not valid JSON"):
+        texts("g.jsonl", '{"a": "b"}\n{"a"\n')
+    with pytest.raises(ConfigError, match=r"h\.csv, line 2: not a well-formed \.csv line"):
+        texts("h.csv", 'a,b\n"c"d,e\n')
+    assert read_texts(open_data("prose-eval", "trimming"))

@@ -41,6 +41,13 @@ def test_budgets_that_are_broken(
     assert over_budget({"bundle": bundle, "baseline": baseline}, dataclasses.asdict(Budgets()), "cpu") == []
 
 
+def test_perplexities_of_other_tokens_are_not_compared() -> None:
+    sides = {"bundle": {"bundle_bytes": 1, "perplexity": 99.0, "perplexity_tokens": 7}}
+    for tokens, broken in ((7, 1), (6, 0)):
+        sides["baseline"] = {"bundle_bytes": 1, "perplexity": 10.0, "perplexity_tokens": tokens}
+        assert len(over_budget(sides, {"perplexity_ratio": 1.05}, "board")) == broken
+
+
 @pytest.mark.parametrize("baseline", [None, {"bundle_bytes": 100}, {"bundle_bytes": 100, "perplexity": 10.0}])
 def test_what_was_not_measured_breaks_none(baseline: dict[str, float] | None) -> None:
     """An encoder has neither TTFT nor perplexity."""
