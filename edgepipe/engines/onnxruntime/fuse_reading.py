@@ -4,10 +4,10 @@
                                              no mask, If nothing is padding, and else by the one that does
     Attention(q [B, H, S, D], cross_key, …)  FusedMatMul · softmax · MatMul over keys and values as they come
 
-Heads that share keys and values are not repeated: their queries become further rows of the shared head. Measured on one
-    Attention(q, k, v, mask [B, 1, 1, N])    all tokens see all: MultiHeadAttention, by its blocked kernel without a mask
-                                             If nothing is padding, and else by the one that takes a mask
-48 by Attention, and keys stored transposed gain nothing.
+Heads that share keys and values are not repeated: their queries become further rows of the shared head. Measured on
+one thread of an AMD EPYC (onnxruntime 1.31; 8 heads of 64): at 2048 tokens 90 ms blocked, 170 by Attention, 178 with a
+mask, 255 as plain products; over a source of 512 tokens a step of a layer takes 29 µs with 2 key heads as plain
+products, 48 by Attention, and keys that are stored transposed gain nothing.
 Left alone: causal attention without a cache, and masks that aren't made from a graph's input of ones and zeros.
 """
 
