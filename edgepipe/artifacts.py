@@ -169,3 +169,4 @@ class Context:
     figures: Callable[[Json], None] = field(default=_unheard)  # figures for the stage's record
     recipe: Json = field(default_factory=dict)  # what was asked for, resolved; goes into the bundle's manifest
     baseline: CompiledModel | None = None  # the same model down the same river without the compression stages
+    no_baseline: str = ""  # why there is none

@@ -42,7 +42,7 @@ class _Commands(click.Group):
             _fail(str(error), error.exit_code)
         except KeyboardInterrupt:
             kept = "; finished stages are kept, the same command goes on from there"
-            _fail(f"stopped{kept if ctx.invoked_subcommand == 'compress' else ''}", _INTERRUPTED)
+            _fail(f"stopped{kept if ctx.invoked_subcommand in ('compress', 'distill') else ''}", _INTERRUPTED)
         except BrokenPipeError:  # the reader of our stdout is gone: nothing left to tell anybody
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
@@ -63,6 +63,12 @@ def main() -> None:
 @click.option("--bits", type=int, help="Bits per weight of the layers: 4, 8 or 16.  [default: 4]")
 @click.option("--embedding-bits", type=int, help="Bits of embedding and output head: 4, 8 or 16.  [default: 8]")
 @click.option("--trim-vocab", metavar="DATA", help="Keep only the tokens that the texts of a file use (docs/trim.md).")
+@click.option("--student", help="Distill MODEL into an encoder-decoder, encoder or decoder first (docs/distill.md).")
+@click.option(
+    "--data", help="What the student learns from: .jsonl, .csv, .tsv, a text.  [default: its teacher's texts]"
+)
+@click.option("--steps", type=int, help="Steps the student is trained for.")
+@click.option("--minutes", type=float, help="Minutes it is trained for, in place of steps.  [default: 20]")
 @click.option("--out", type=click.Path(path_type=Path), help="Where the bundle goes.  [default: runs/NAME/bundle]")
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="A recipe in TOML.")
 @click.option("--set", "settings", multiple=True, metavar="STAGE.OPTION=VALUE", help="Set one option of a stage.")
@@ -79,6 +85,10 @@ def compress_command(
     bits: int | None,
     embedding_bits: int | None,
     trim_vocab: str | None,
+    student: str | None,
+    data: str | None,
+    steps: int | None,
+    minutes: float | None,
     out: Path | None,
     recipe_file: Path | None,
     settings: tuple[str, ...],
@@ -94,9 +104,11 @@ def compress_command(
 
     flags: list[tuple[str, str, object]] = [("trim", "data", trim_vocab), ("quantize", "bits", bits)]
     flags += [("quantize", "embedding_bits", embedding_bits), ("export", "context", context)]
+    flags += [("distill", "student", student), ("distill", "data", data)]
+    flags += [("distill", "steps", steps), ("distill", "minutes", minutes)]
     chosen = [parse_setting(text) for text in settings]
     chosen += [(stage, option, value) for stage, option, value in flags if value is not None]
-    before = [] if trim_vocab is None else ["trim"]
+    before = [stage for stage, asked in (("trim", trim_vocab), ("distill", student)) if asked is not None]
     recipe = resolve(target=target, file=recipe_file, settings=chosen, seed=seed, before=before)
     _say(f"recipe: {json.dumps(recipe.to_json())}")
     if dry_run:
@@ -122,6 +134,46 @@ def compress_command(
         _say(sentence)
     if broken:
         sys.exit(_OVER_BUDGET)
+
+
+@main.command("distill")
+@click.argument("model", default="smollm2-135m")
+@click.option("--student", default="encoder-decoder", show_default=True, help="encoder-decoder, encoder or decoder.")
+@click.option(
+    "--data", help="What the student learns from: .jsonl, .csv, .tsv, a text.  [default: its teacher's texts]"
+)
+@click.option("--steps", type=int, help="Steps it is trained for.")
+@click.option("--minutes", type=float, help="Minutes it is trained for, in place of steps.  [default: 20]")
+@click.option("--trim-vocab", metavar="DATA", help="Keep only the tokens that the texts of a file use (docs/trim.md).")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The student's model directory.")
+@click.option("--set", "settings", multiple=True, metavar="STAGE.OPTION=VALUE", help="Set one option of a stage.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
+@click.option("--fresh", is_flag=True, help="Begin anew where an earlier run was stopped.")
+def distill_command(
+    model: str,
+    student: str,
+    data: str | None,
+    steps: int | None,
+    minutes: float | None,
+    trim_vocab: str | None,
+    out: Path,
+    settings: tuple[str, ...],
+    seed: int,
+    fresh: bool,
+) -> None:
+    """Make a student of MODEL, teach it, and write it as a model directory, which `edgepipe compress` takes."""
+    from edgepipe.distill import distill
+    from edgepipe.recipe import parse_setting
+    from edgepipe.report.progress import Progress
+
+    flags: list[tuple[str, str, object]] = [("trim", "data", trim_vocab), ("distill", "data", data)]
+    flags += [("distill", "student", student)]
+    flags += [("distill", "steps", steps), ("distill", "minutes", minutes)]
+    chosen = [parse_setting(text) for text in settings]
+    chosen += [(stage, option, value) for stage, option, value in flags if value is not None]
+    found = distill(model, chosen, out=out, seed=seed, fresh=fresh, listener=Progress())
+    _say(f"student: {out}    next: edgepipe compress {out}")
+    _print_json(found)
 
 
 @main.command("run")

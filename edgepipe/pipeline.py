@@ -1,6 +1,6 @@
 """The whole program on one page: check the chain, run each stage, record it, save it, publish the bundle.
 
-    source ─▶ (trim) ─▶ quantize ─▶ export ─▶ compile ─▶ measure
+    source ─▶ (trim) ─▶ (distill) ─▶ quantize ─▶ export ─▶ compile ─▶ measure
 
 Every finished stage is saved under runs/NAME/NN-stage with a key over the contents it depends on. A second run with
 the same prefix reuses it, and a run that was stopped goes on after the last finished stage. The uncompressed baseline
@@ -86,9 +86,7 @@ def run(
     Raises ConfigError before any work begins when a stage can't take the model or another run is at work in the run's
     directory or at `out`, and StageError when a stage fails; whatever stood at `out` before is untouched then.
     """
-    for _, stage in recipe.stages:
-        if hasattr(stage, "check"):
-            stage.check(model)
+    _check(model, recipe)
     directory = runs / run_name(model, recipe)
     target = out if out is not None else directory / "bundle"
     check_output(target)
@@ -105,13 +103,45 @@ def run(
         return result
 
 
+def run_stages(model: TorchModel, recipe: Recipe, *, runs: Path, fresh: bool, listener: Listener) -> Artifact:
+    """Run the stages of a recipe that ends before there is a bundle, and return what the last one gives.
+
+    Raises what `run` raises.
+    """
+    _check(model, recipe)
+    directory = runs / run_name(model, recipe)
+    make_directory(directory)
+    with alone(directory / ".lock", str(directory)):
+        tidy(directory, _OWN_NAMES)
+        numbers = iter(range(1, len(recipe.stages) + 1))
+        river = _River(
+            recipe=recipe,
+            stages=recipe.stages,
+            directory=directory,
+            label="",
+            fresh=fresh,
+            listener=listener,
+            step=lambda: (next(numbers), len(recipe.stages)),
+        )
+        return _flow(model, river, None, "")
+
+
+def _check(model: TorchModel, recipe: Recipe) -> None:
+    """Let every stage look at the model before any work; what comes after another model was made looks at that one."""
+    for _, stage in recipe.stages:
+        if hasattr(stage, "check"):
+            stage.check(model)
+        if getattr(stage, "makes_another", False):
+            return
+
+
 def _run(
     model: TorchModel, recipe: Recipe, directory: Path, target: Path, fresh: bool, listener: Listener
 ) -> CompiledModel | Measured:
     """Run baseline and stages in `directory`, which is ours alone, and put the bundle at `target`."""
-    wants_baseline = any(name == "measure" for name, _ in recipe.stages)
     weights = model.weights
-    wants_baseline = wants_baseline and 4 * weights.parameters <= BASELINE_LIMIT_BYTES
+    without = _no_baseline(weights, recipe)
+    wants_baseline = not without and any(name == "measure" for name, _ in recipe.stages)
     total = len(recipe.stages) + (len(_BASELINE_STAGES) if wants_baseline else 0)
     numbers = iter(range(1, total + 1))
     river = _River(
@@ -128,10 +158,10 @@ def _run(
         floats = dataclasses.replace(model, weights=weights.as_float32())
         stages = tuple((name, _uncompressed(name, stage)) for name, stage in recipe.stages if name in _BASELINE_STAGES)
         side = dataclasses.replace(river, stages=stages, directory=directory / "baseline", label="baseline ")
-        result = _flow(floats, side, None)
+        result = _flow(floats, side, None, "")
         assert isinstance(result, CompiledModel)
         baseline = result
-    finished = _flow(model, river, baseline)
+    finished = _flow(model, river, baseline, without)
     compiled = finished.model if isinstance(finished, Measured) else finished
     assert isinstance(compiled, CompiledModel)
     _publish_bundle(compiled, target)
@@ -162,12 +192,22 @@ def _uncompressed(name: str, stage: Stage) -> Stage:
 
 
 def run_name(model: TorchModel, recipe: Recipe) -> str:
-    """Name a run's directory after what is made: model, target, and bits when there is a quantize stage."""
+    """Name a run's directory after what is made: model, kind of student, target, and bits, as far as it has them."""
+    student = next((f"-{stage.student}" for name, stage in recipe.stages if name == "distill"), "")
     bits = next((f"-{stage.bits}bit" for name, stage in recipe.stages if name == "quantize"), "")
-    return f"{model.info.name.replace('/', '--')}-{recipe.target.name}{bits}"
+    return f"{model.info.name.replace('/', '--')}{student}-{recipe.target.name}{bits}"
 
 
-def _flow(model: TorchModel, river: _River, baseline: CompiledModel | None) -> Artifact:
+def _no_baseline(weights: WeightStore, recipe: Recipe) -> str:
+    """Say why no float32 baseline is built; empty when one is."""
+    if 4 * weights.parameters > BASELINE_LIMIT_BYTES:
+        return "it would be larger than the limit for one"
+    if any(name == "distill" and stage.student == "encoder" for name, stage in recipe.stages):
+        return "an encoder and the decoder it was made of do different work"
+    return ""
+
+
+def _flow(model: TorchModel, river: _River, baseline: CompiledModel | None, without: str) -> Artifact:
     """Run the stages one after another, each from its cache where it has been run before."""
     weights = WeightStore({n: model.weights[n] for n in model.weights}, model.weights.aliases, origin="source")
     source = dataclasses.replace(model, weights=weights)
@@ -185,7 +225,7 @@ def _flow(model: TorchModel, river: _River, baseline: CompiledModel | None) -> A
         kept = None if river.fresh else _read_back(directory, key, source, compiled)
         if kept is None:
             make_directory(river.directory)
-            _run_stage(artifact, (name, stage, key), directory, river, baseline, tuple(done))
+            _run_stage(artifact, (name, stage, key), directory, river, (baseline, without), tuple(done))
         artifact = kept or load_artifact(directory, source, compiled)
         if isinstance(artifact, CompiledModel):
             compiled = artifact
@@ -211,7 +251,7 @@ def _run_stage(
     work: tuple[str, Stage, str],
     directory: Path,
     river: _River,
-    baseline: CompiledModel | None,
+    baseline: tuple[CompiledModel | None, str],
     done: tuple[str, ...],
 ) -> None:
     """Run one stage and save its result in `directory`, whole or not at all."""
@@ -234,7 +274,8 @@ def _run_stage(
             note=notes.append,
             figures=figures.update,
             recipe=river.recipe.to_json(),
-            baseline=baseline,
+            baseline=baseline[0],
+            no_baseline=baseline[1],
         )
         result = stage(artifact, ctx)
         record = StageRecord(stage=name, options=stage_options(stage), key=key, notes=tuple(notes), figures=figures)

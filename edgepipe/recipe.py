@@ -104,14 +104,16 @@ def resolve(
     settings: Sequence[tuple[str, str, object]] = (),
     seed: int | None = None,
     before: Sequence[str] = (),
+    stages: Sequence[str] | None = None,
 ) -> Recipe:
     """Build the recipe from a file and settings (later ones win); ConfigError says what is wrong with it.
 
-    `before` names stages that flags put in front of the recipe's, unless it has them in a place of its own.
+    `before` names stages that flags put in front of the recipe's, unless it has them in a place of its own. `stages`
+    are those of a verb that has no bundle: they end in a model, and no file names others.
     """
     table = read_recipe_file(file) if file is not None else {}
     where = str(file) if file is not None else "the recipe"
-    names = table.get("stages", list(DEFAULT_STAGES))
+    names = list(stages) if stages is not None else table.get("stages", list(DEFAULT_STAGES))
     if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
         raise ConfigError(f"{where}: stages must be a list of stage names, not {names!r}")
     names = [*(name for name in before if name not in names), *names]
@@ -132,7 +134,7 @@ def resolve(
                 _put(options, stage, option, value)
     for stage, option, value in settings:
         _put(options, stage, option, value)
-    check_chain(kinds)
+    check_chain(kinds, (CompiledModel, Measured) if stages is None else (TorchModel,))
     return Recipe(
         target=load_target(chosen_target),
         stages=tuple((name, _make_stage(kind, name, options[name])) for name, kind in kinds.items()),
@@ -140,7 +142,7 @@ def resolve(
     )
 
 
-def check_chain(kinds: Mapping[str, type[Stage]]) -> None:
+def check_chain(kinds: Mapping[str, type[Stage]], ends: tuple[type, ...] = (CompiledModel, Measured)) -> None:
     """Compare what each stage gives with what the next one takes; ConfigError names the pair that doesn't fit."""
     given: type = TorchModel
     for kind in kinds.values():
@@ -148,7 +150,7 @@ def check_chain(kinds: Mapping[str, type[Stage]]) -> None:
         if hints["model"] is not given:
             raise ConfigError(f"{kind.__name__} takes {hints['model'].__name__}, but would be given {given.__name__}")
         given = hints["return"]
-    if given not in (CompiledModel, Measured):
+    if given not in ends:
         raise ConfigError(f"the stages end in {given.__name__}: the last one must be compile or measure")
 
 

@@ -31,6 +31,7 @@ FLOORS = (
     {"search"},
     {
         "compress",
+        "distill",
         "doctor",
         "evaluate",
         "inspect",

@@ -146,8 +146,8 @@ def test_settings_of_another_form(text: str) -> None:
             r"^there is no stage 'quantise' \(did you mean 'quantize'\?\): known are compile, ",
         ),
         (
-            [("distill", "steps", 4)],
-            r"^there is no stage 'distill': known are compile, export, measure, quantize, trim$",
+            [("prune", "steps", 4)],
+            r"^there is no stage 'prune': known are compile, distill, export, measure, quantize, trim$",
         ),
         ([("", "bits", 4)], r"^there is no stage ''"),
         (
@@ -231,7 +231,7 @@ def test_values_at_the_edge_of_their_range(stage: str, option: str, values: tupl
         ('stages = ["quantize"]', "the stages end in TorchModel: the last one must be compile or measure"),
         ('stages = ["export"]', "the stages end in OnnxModel"),
         ('stages = ["export", "compile", "measure", "measure"]', "a stage is named twice in export, compile"),
-        ('stages = ["distill", "export", "compile"]', "^there is no stage 'distill': known are compile, export"),
+        ('stages = ["prune", "export", "compile"]', "^there is no stage 'prune': known are compile, distill"),
         ('stages = ["prune", "export", "compile"]', "^there is no stage 'prune': known are"),
         ('stages = ["Quantize"]', r"no stage 'Quantize' \(did you mean 'quantize'"),
         ('stages = ["../errors"]', "no stage '../errors'"),
@@ -245,7 +245,7 @@ def test_values_at_the_edge_of_their_range(stage: str, option: str, values: tupl
         ('target = ""', "target must be a name or a path, not ''"),
         ('target = "cpux"', r"unknown target 'cpux' \(did you mean 'cpu'"),
         ("bits = 4", r"mine\.toml: unknown key 'bits': known are target, stages, seed and a table per stage"),
-        ("[distill]", "^there is no stage 'distill'"),
+        ("[prune]", "^there is no stage 'prune'"),
         ("[prune]\nratio = 0.3", "^there is no stage 'prune'"),
         ("[quantize", r"mine\.toml is not valid TOML"),
         (
@@ -283,7 +283,7 @@ def test_a_negative_seed_from_a_flag() -> None:
 
 
 def test_every_stage_is_found_by_its_file() -> None:
-    assert list_stages() == ("compile", "export", "measure", "quantize", "trim")
+    assert list_stages() == ("compile", "distill", "export", "measure", "quantize", "trim")
     for name in list_stages():
         kind = find_stage(name)
         assert kind.__module__ == f"edgepipe.stages.{name}"

@@ -8,6 +8,7 @@ training/, put together in training/course.py and training/encoder_course.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from edgepipe.artifacts import Context, Json, TorchModel
 from edgepipe.errors import ConfigError
@@ -19,6 +20,8 @@ _USUAL_MINUTES = 20.0
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distill:
     """Options of the stage `distill`."""
+
+    makes_another: ClassVar[bool] = True  # model: what later stages can do with it shows when it is there
 
     student: str = "encoder-decoder"  # encoder-decoder, encoder, decoder
     data: str = ""  # .jsonl, .csv, .tsv, a text, or what `datasets` saved; empty: the teacher writes its own texts
@@ -57,7 +60,7 @@ class Distill:
     batch: int = 32  # examples of a step
     rows: int = 0  # examples that run at once, what memory holds; 0: the batch
     learning_rate: float = 3e-4  # highest one, after the warm-up
-    warmup: int = 20  # steps
+    warmup: int = 20  # steps until the learning rate is at its highest
     patience: int = 0  # evaluations without a better one after which training stops; 0: never
     precision: str = "auto"  # auto, bf16, no; auto: bf16 where the machine has it and gains by it
     max_source: int = 512  # tokens of a source or text

@@ -46,7 +46,7 @@ class Measure:
         if ctx.baseline is not None:
             bundles = {"baseline": ctx.baseline.path, **bundles}
         else:
-            ctx.note("no float32 baseline: it would be larger than the limit for one")
+            ctx.note(f"no float32 baseline: {ctx.no_baseline or 'none was asked for'}")
         threads = ctx.target.onnxruntime.threads
         figures = self.figures(bundles, default_threads=threads, progress=ctx.progress, work_dir=ctx.work_dir)
         return Measured(model=model, figures=figures, history=model.history)

@@ -1,0 +1,61 @@
+"""Distill: the library function behind `edgepipe distill`: a student of its own, as a model directory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgepipe.artifacts import Json, TorchModel
+from edgepipe.errors import ConfigError, StageError
+
+if TYPE_CHECKING:
+    from edgepipe.pipeline import Listener
+
+_OURS = {"config.json", "model.safetensors", "README.md"}
+
+
+def distill(
+    model: str,
+    settings: Sequence[tuple[str, str, object]],
+    *,
+    out: Path,
+    seed: int,
+    fresh: bool,
+    listener: Listener,
+    runs: Path = Path("runs"),
+) -> Json:
+    """Make a student of MODEL, write it to the directory `out`, and return what it is and how training went.
+
+    `settings` are those of the stage distill, and of trim where its data are among them. A run that was stopped goes
+    on from its last checkpoint in `runs`; `fresh` begins anew. Raises ConfigError before any work begins (a directory
+    at `out` that is no student's stays as it is), StageError when a stage fails.
+    """
+    from edgepipe.pipeline import run_stages
+    from edgepipe.recipe import resolve
+    from edgepipe.sources import open_model
+    from edgepipe.students.result import save
+
+    if out.exists() and not _may_be_replaced(out):
+        raise ConfigError(f"--out {out} is there and is no student's directory: name a new one or empty it")
+    names = ["trim", "distill"] if any(stage == "trim" for stage, _, _ in settings) else ["distill"]
+    recipe = resolve(target=None, settings=settings, seed=seed, stages=names)
+    student = run_stages(open_model(model), recipe, runs=runs, fresh=fresh, listener=listener)
+    assert isinstance(student, TorchModel), "the chain of stages was checked"
+    try:
+        save(student, out)
+    except OSError as error:
+        raise StageError(f"the student can't be written to {out}: {error.strerror}; it is kept in {runs}") from error
+    record = student.history[-1]
+    return {
+        "student": str(out),
+        "task": student.info.task,
+        "parameters": student.weights.parameters,
+        "notes": list(record.notes),
+        "figures": record.figures,
+    }
+
+
+def _may_be_replaced(out: Path) -> bool:
+    """Say whether what stands at `out` is an empty directory or an earlier student."""
+    return out.is_dir() and (not any(out.iterdir()) or all((out / name).is_file() for name in _OURS))
