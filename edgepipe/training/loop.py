@@ -268,6 +268,7 @@ class _Run:
     def go(self) -> None:
         """Take the steps that are left, and put the best weights into the module."""
         self.common.train()
+        self._tell("getting ready", 0, 1)  # the steps are another work: time left is judged from where they begin
         if self.data.held_out is not None and not self.state.held_out:
             self._evaluate()
         while not self.state.stopped:
@@ -361,10 +362,12 @@ class _Run:
             means = {name: value / count for name, value in state.window.items()}
             state.train.append({"step": state.step, "learning_rate": rate, **means})
             state.window = {}
+        speed = state.tokens / max(self._elapsed(), 1e-9)
+        self._tell(f"loss {figures['loss']:.3f}, {speed:,.0f} tokens/s", state.step, self.total or _PROBED_STEPS)
+
+    def _tell(self, what: str, done: int, total: int) -> None:
         if self.accelerator.is_main_process:
-            speed = state.tokens / max(self._elapsed(), 1e-9)
-            what = f"loss {figures['loss']:.3f}, {speed:,.0f} tokens/s"
-            self.place.progress(what, state.step, self.total or _PROBED_STEPS)
+            self.place.progress(what, done, total)
 
     def _elapsed(self) -> float:
         """Return seconds since the beginning, those of runs that were killed up to their last checkpoint."""
