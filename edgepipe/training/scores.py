@@ -28,6 +28,7 @@ from edgepipe.numerics.losses import IGNORED, TopK, top_k
 from edgepipe.store import cache_key, publish, read_json, tidy, write_json
 from edgepipe.training.batches import Seq2Seq
 from edgepipe.training.precision import choose_precision
+from edgepipe.training.processes import device, mine, shared, wait_for_all
 from edgepipe.training.teacher import Teacher, judge
 
 _SHARD = 512  # examples: minutes of work at most, and few files
@@ -78,25 +79,19 @@ def keep_scores(
 
     Several processes share the work; they need one disk. Raises ConfigError for options out of range.
     """
-    from accelerate import PartialState
-
     if options.k < 1 or options.temperature <= 0 or options.vocab < 1:
         raise ConfigError("scores: expected k and vocab of at least 1, and a temperature above 0")
-    processes = PartialState()
-    key = {
-        "key": cache_key(teacher.fingerprint, examples_hash(examples), options.k, options.temperature, options.vocab)
-    }
-    if processes.is_main_process:
-        _claim(folder, key, lambda: _precision(teacher, examples, options))
-    processes.wait_for_everyone()
-    short = read_json(folder / _KEY)["precision"] == "bf16"
+    kept = (options.k, options.temperature, options.vocab, options.precision)
+    key = {"key": cache_key(teacher.fingerprint, examples_hash(examples), kept)}
+    place = shared(lambda: str(_claim(folder, key, lambda: _precision(teacher, examples, options))))
+    work = _Work(teacher, examples, options, read_json(Path(place) / _KEY)["precision"] == "bf16")
     count = -(-len(examples.sources) // _SHARD)
-    for number in range(processes.process_index, count, processes.num_processes):
-        path = folder / f"shard-{number:05}"
+    for number in mine(count):
+        path = Path(place) / f"shard-{number:05}"
         if not path.exists():
-            _write(path, _Work(teacher, examples, options, short), number, progress)
-    processes.wait_for_everyone()
-    return _open(folder, examples, count, options)
+            _write(path, work, number, progress)
+    wait_for_all()
+    return _open(Path(place), examples, count, options)
 
 
 def examples_hash(examples: Seq2Seq) -> str:
@@ -108,8 +103,8 @@ def examples_hash(examples: Seq2Seq) -> str:
     return digest.hexdigest()
 
 
-def _claim(folder: Path, key: Json, precision: Callable[[], str]) -> None:
-    """Clear away what belongs to other scores, and decide the precision of new ones."""
+def _claim(folder: Path, key: Json, precision: Callable[[], str]) -> Path:
+    """Clear away what belongs to other scores, decide the precision of new ones, and return the folder."""
     tidy(folder, r"shard-\d+")
     try:
         same = read_json(folder / _KEY)["key"] == key["key"]
@@ -120,6 +115,7 @@ def _claim(folder: Path, key: Json, precision: Callable[[], str]) -> None:
             shutil.rmtree(path)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / _KEY, {**key, "precision": precision()})
+    return folder
 
 
 class _Work(NamedTuple):
@@ -132,9 +128,9 @@ class _Work(NamedTuple):
 
     def scores(self, rows: Sequence[int]) -> tuple[TopK, Tensor]:
         """Return the scores of examples, and their targets."""
-        device = next(self.teacher.module.parameters()).device
-        batch = {name: value.to(device) for name, value in self.examples.collate(rows).items()}
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.short):
+        place = device()
+        batch = {name: value.to(place) for name, value in self.examples.collate(rows).items()}
+        with torch.autocast(place.type, torch.bfloat16, enabled=self.short):
             logits = judge(self.teacher, batch).logits
         options = self.options
         return top_k(logits, options.k, vocab=options.vocab, temperature=options.temperature), batch["target"]
@@ -146,7 +142,7 @@ def _precision(teacher: Teacher, examples: Seq2Seq, options: ScoreOptions) -> st
     def step(short: bool) -> None:
         _Work(teacher, examples, options, short).scores(rows)
 
-    return choose_precision(options.precision, next(teacher.module.parameters()).device, step)
+    return choose_precision(options.precision, device(), step)
 
 
 def _write(path: Path, work: _Work, number: int, progress: Callable[[str, int, int], None]) -> None:
