@@ -20,24 +20,30 @@ class Progress:
         self._moving = self._stream.isatty()
         self._title = ""
         self._begun = self._drawn = 0.0
+        self._work = (0, 0, 0)  # done when it began, done last, total: a stage does one after another
 
     def begin(self, stage: str, number: int, total: int) -> None:
         """Start a stage's line."""
         self._title = f"[{number}/{total}] {stage}"
         self._begun = self._drawn = time.monotonic()
+        self._work = (0, 0, 0)
         if self._moving:
             self._draw(f"{self._title} …")
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Redraw the stage's line with how far it is and about how long it will take."""
         now = time.monotonic()
+        first, last, before = self._work
+        if before and (total != before or done < last):  # another work, which may go on where a killed run left off
+            first, self._begun = done, now
+        self._work = (first, done, total)
         if now - self._drawn < (_REDRAW_S if self._moving else _SILENT_STEP_S):
             return
         self._drawn = now
         spent = now - self._begun
         left = ""
-        if 0 < done < total and spent > _ESTIMATE_AFTER_S:
-            left = f", about {spent / done * (total - done):.0f} s left"
+        if first < done < total and spent > _ESTIMATE_AFTER_S:
+            left = f", about {spent / (done - first) * (total - done):.0f} s left"
         text = f"{self._title}: {what}, {done} of {total}{left}"
         if self._moving:
             self._draw(text)

@@ -277,7 +277,7 @@ def _next(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw a token by inverting the cumulative distribution; return it, it or IGNORED, and which rows are over."""
     kept = min(options.sample_top_k or logits.shape[-1], logits.shape[-1])
-    top = (logits.double() / options.sample_temperature).topk(kept, -1)
+    top = (logits.float() / options.sample_temperature).topk(kept, -1)
     cumulative = top.values.softmax(-1).cumsum(-1)
     place = torch.searchsorted(cumulative, draw[:, None] * cumulative[:, -1:], right=True).clamp_max(kept - 1)
     ids = top.indices.gather(-1, place)

@@ -43,6 +43,7 @@ from edgepipe.store import cache_key
 from edgepipe.training import checkpoints
 from edgepipe.training.batches import Batch, Examples, batch_at
 from edgepipe.training.precision import choose_precision
+from edgepipe.training.processes import shared
 
 _BETAS = (0.9, 0.98)
 _PROBED_STEPS = 8  # whose speed decides how many steps a number of minutes is
@@ -190,7 +191,7 @@ class _Run:
         self._check()
         self.optimizer = torch.optim.AdamW(self._groups(), lr=options.learning_rate, betas=_BETAS)
         self._wrap()
-        self.plan: Json = self._shared(lambda: checkpoints.open_folder(place.folder, self._key()))
+        self.plan: Json = shared(lambda: checkpoints.open_folder(place.folder, self._key()))
         self.precision = self._decide("precision", self._choose_precision)
         self.total = options.steps or int(self.plan.get("steps", 0))  # 0: not known yet
         self._restore()
@@ -231,18 +232,11 @@ class _Run:
         self.accelerator.free_memory()
         self.common = self.accelerator.prepare_model(self.shell)
 
-    def _shared(self, make: Callable[[], Any]) -> Any:
-        """Return what the first process makes, in all of them."""
-        from accelerate.utils import broadcast_object_list
-
-        made = [make() if self.accelerator.is_main_process else None]
-        return broadcast_object_list(made)[0] if self.accelerator.num_processes > 1 else made[0]
-
     def _decide(self, name: str, make: Callable[[], Any]) -> Any:
         """Return what the plan says; the first time, what `make` (run in all processes) gives the first one."""
         if name not in self.plan:
             made = make()
-            self.plan = {**self.plan, name: self._shared(lambda: made)}
+            self.plan = {**self.plan, name: shared(lambda: made)}
             if self.accelerator.is_main_process:
                 checkpoints.save_plan(self.place.folder, self.plan)
         return self.plan[name]
@@ -258,7 +252,7 @@ class _Run:
 
     def _restore(self) -> None:
         """Go on from the last checkpoint, if there is one."""
-        found = self._shared(lambda: checkpoints.load_last(self.place.folder))
+        found = shared(lambda: checkpoints.load_last(self.place.folder))
         if found is not None:
             checkpoints.put_weights(self.trained, found["weights"])
             self.optimizer.load_state_dict(found["optimizer"])
@@ -268,6 +262,7 @@ class _Run:
     def go(self) -> None:
         """Take the steps that are left, and put the best weights into the module."""
         self.common.train()
+        self._tell("getting ready", 0, 1)  # the steps are another work: time left is judged from where they begin
         if self.data.held_out is not None and not self.state.held_out:
             self._evaluate()
         while not self.state.stopped:
@@ -277,7 +272,7 @@ class _Run:
             if not self.total:
                 self._time()
             self._after_step()
-        best = self._shared(lambda: checkpoints.load_best(self.place.folder))
+        best = shared(lambda: checkpoints.load_best(self.place.folder))
         if best is not None:
             checkpoints.put_weights(self.trained, best)
 
@@ -361,10 +356,12 @@ class _Run:
             means = {name: value / count for name, value in state.window.items()}
             state.train.append({"step": state.step, "learning_rate": rate, **means})
             state.window = {}
+        speed = state.tokens / max(self._elapsed(), 1e-9)
+        self._tell(f"loss {figures['loss']:.3f}, {speed:,.0f} tokens/s", state.step, self.total or _PROBED_STEPS)
+
+    def _tell(self, what: str, done: int, total: int) -> None:
         if self.accelerator.is_main_process:
-            speed = state.tokens / max(self._elapsed(), 1e-9)
-            what = f"loss {figures['loss']:.3f}, {speed:,.0f} tokens/s"
-            self.place.progress(what, state.step, self.total or _PROBED_STEPS)
+            self.place.progress(what, done, total)
 
     def _elapsed(self) -> float:
         """Return seconds since the beginning, those of runs that were killed up to their last checkpoint."""
@@ -398,7 +395,7 @@ class _Run:
             state.stopped = "steps"
         by_time = options.save_seconds > 0 and time.monotonic() - self.saved > options.save_seconds
         by_steps = options.save_every > 0 and state.step % options.save_every == 0
-        if self._shared(lambda: bool(state.stopped) or by_steps or by_time):
+        if shared(lambda: bool(state.stopped) or by_steps or by_time):
             self._save()
 
     def _save(self) -> None:
@@ -467,7 +464,8 @@ def schedule(step: int, warmup: int, total: int) -> float:
 
 def _add(sums: dict[str, Tensor], found: Mapping[str, Tensor]) -> None:
     """Add a batch's loss and figures, weighted, and its weight."""
-    weight = found["weight"].detach().double()
+    wide = torch.float32 if found["weight"].device.type == "mps" else torch.float64  # what Apple's GPUs have
+    weight = found["weight"].detach().to(wide)
     for name, value in found.items():
-        term = weight if name == "weight" else value.detach().double() * weight
+        term = weight if name == "weight" else value.detach().to(wide) * weight
         sums[name] = sums[name] + term if name in sums else term

@@ -1,6 +1,6 @@
 """Keep a teacher's scores on disk: of every target token the k most likely, computed once.
 
-    key.json                 what decides the scores: teacher, examples, k, temperature, vocabulary
+    key.json                 what decides the scores: teacher, examples, k, temperature, vocabulary; and the precision
     shard-00000/ …           log_probs.npy [tokens, k] float16 · ids.npy [tokens, k] int32 · rest.npy [tokens] float16
 
 A token's row holds log p of its k likeliest and of all others together (numerics/losses.py). A shard holds the targets
@@ -16,15 +16,19 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from edgepipe.artifacts import Json
 from edgepipe.errors import ConfigError
 from edgepipe.numerics.losses import IGNORED, TopK, top_k
 from edgepipe.store import cache_key, publish, read_json, tidy, write_json
 from edgepipe.training.batches import Seq2Seq
+from edgepipe.training.precision import choose_precision
+from edgepipe.training.processes import device, mine, shared, wait_for_all
 from edgepipe.training.teacher import Teacher, judge
 
 _SHARD = 512  # examples: minutes of work at most, and few files
@@ -39,6 +43,7 @@ class ScoreOptions:
     temperature: float = 1.0  # of the distribution; the loss must use the same
     vocab: int = 0  # the student's tokens: scores are over these alone
     rows: int = 16  # examples the teacher reads at once
+    precision: str = "auto"  # of the teacher's products: auto, bf16, no; auto: bf16 where that is faster
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,24 +79,19 @@ def keep_scores(
 
     Several processes share the work; they need one disk. Raises ConfigError for options out of range.
     """
-    from accelerate import PartialState
-
     if options.k < 1 or options.temperature <= 0 or options.vocab < 1:
         raise ConfigError("scores: expected k and vocab of at least 1, and a temperature above 0")
-    processes = PartialState()
-    key = {
-        "key": cache_key(teacher.fingerprint, examples_hash(examples), options.k, options.temperature, options.vocab)
-    }
-    if processes.is_main_process:
-        _claim(folder, key)
-    processes.wait_for_everyone()
+    kept = (options.k, options.temperature, options.vocab, options.precision)
+    key = {"key": cache_key(teacher.fingerprint, examples_hash(examples), kept)}
+    place = shared(lambda: str(_claim(folder, key, lambda: _precision(teacher, examples, options))))
+    work = _Work(teacher, examples, options, read_json(Path(place) / _KEY)["precision"] == "bf16")
     count = -(-len(examples.sources) // _SHARD)
-    for number in range(processes.process_index, count, processes.num_processes):
-        path = folder / f"shard-{number:05}"
+    for number in mine(count):
+        path = Path(place) / f"shard-{number:05}"
         if not path.exists():
-            _write(path, teacher, examples, options, number, progress)
-    processes.wait_for_everyone()
-    return _open(folder, examples, count, options)
+            _write(path, work, number, progress)
+    wait_for_all()
+    return _open(Path(place), examples, count, options)
 
 
 def examples_hash(examples: Seq2Seq) -> str:
@@ -103,42 +103,62 @@ def examples_hash(examples: Seq2Seq) -> str:
     return digest.hexdigest()
 
 
-def _claim(folder: Path, key: Json) -> None:
-    """Clear away what belongs to other scores."""
+def _claim(folder: Path, key: Json, precision: Callable[[], str]) -> Path:
+    """Clear away what belongs to other scores, decide the precision of new ones, and return the folder."""
     tidy(folder, r"shard-\d+")
     try:
-        same = read_json(folder / _KEY) == key
-    except (OSError, ValueError):
+        same = read_json(folder / _KEY)["key"] == key["key"]
+    except (OSError, ValueError, KeyError, TypeError):
         same = False
     if not same:
         for path in folder.glob("shard-*"):
             shutil.rmtree(path)
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / _KEY, key)
+        write_json(folder / _KEY, {**key, "precision": precision()})
+    return folder
 
 
-def _write(
-    path: Path,
-    teacher: Teacher,
-    examples: Seq2Seq,
-    options: ScoreOptions,
-    number: int,
-    progress: Callable[[str, int, int], None],
-) -> None:
+class _Work(NamedTuple):
+    """Hold what scoring needs."""
+
+    teacher: Teacher
+    examples: Seq2Seq
+    options: ScoreOptions
+    short: bool  # products in bfloat16
+
+    def scores(self, rows: Sequence[int]) -> tuple[TopK, Tensor]:
+        """Return the scores of examples, and their targets."""
+        place = device()
+        batch = {name: value.to(place) for name, value in self.examples.collate(rows).items()}
+        with torch.autocast(place.type, torch.bfloat16, enabled=self.short):
+            logits = judge(self.teacher, batch).logits
+        options = self.options
+        return top_k(logits, options.k, vocab=options.vocab, temperature=options.temperature), batch["target"]
+
+
+def _precision(teacher: Teacher, examples: Seq2Seq, options: ScoreOptions) -> str:
+    rows = np.argsort(examples.lengths, kind="stable")[len(examples.lengths) // 2 :][: options.rows].tolist()
+
+    def step(short: bool) -> None:
+        _Work(teacher, examples, options, short).scores(rows)
+
+    return choose_precision(options.precision, device(), step)
+
+
+def _write(path: Path, work: _Work, number: int, progress: Callable[[str, int, int], None]) -> None:
     """Score one shard's examples, those of like length together."""
-    chosen = np.arange(number * _SHARD, min((number + 1) * _SHARD, len(examples.sources)))
-    order = chosen[np.argsort(examples.lengths[chosen], kind="stable")]
-    device = next(teacher.module.parameters()).device
+    total = len(work.examples.sources)
+    chosen = np.arange(number * _SHARD, min((number + 1) * _SHARD, total))
+    order = chosen[np.argsort(work.examples.lengths[chosen], kind="stable")]
     found: dict[int, tuple[np.ndarray, ...]] = {}
-    for first in range(0, len(order), options.rows):
-        rows = order[first : first + options.rows].tolist()
-        batch = {name: value.to(device) for name, value in examples.collate(rows).items()}
-        scores = top_k(judge(teacher, batch).logits, options.k, vocab=options.vocab, temperature=options.temperature)
+    for first in range(0, len(order), work.options.rows):
+        rows = order[first : first + work.options.rows].tolist()
+        scores, target = work.scores(rows)
         for row, example in enumerate(rows):
-            mask = batch["target"][row] != IGNORED
+            mask = target[row] != IGNORED
             parts = (scores.log_probs[row][mask].half(), scores.ids[row][mask].int(), scores.log_rest[row][mask].half())
             found[example] = tuple(part.cpu().numpy() for part in parts)
-        progress("the teacher scores", number * _SHARD + first + len(rows), len(examples.sources))
+        progress("the teacher scores", number * _SHARD + first + len(rows), total)
     staged = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()

@@ -26,6 +26,7 @@ from edgepipe.errors import ConfigError, StageError
 from edgepipe.store import cache_key, read_json, versions, write_json, write_text
 from edgepipe.training.batches import pad
 from edgepipe.training.data import TrainingData, read_data
+from edgepipe.training.processes import shared
 from edgepipe.training.teacher import Teacher
 
 _PART = 128  # texts: minutes of work at most
@@ -67,20 +68,27 @@ def write_targets(
     """
     different = {record.first: ids for record, ids in zip(data.records, sources, strict=True)}
     origin: Json = {"data": {"name": data.name, "sha256": data.sha256}}
-    return _write("targets", list(different), list(different.values()), origin, writing, options)
+    return _written("targets", list(different), list(different.values()), origin, writing, options)
 
 
 def write_texts(count: int, start: int, writing: Writing, options: WriteOptions) -> TrainingData:
     """Return `count` texts that the teacher writes from its token `start` on; blank ones are left out."""
     if options.temperature == 0:
         raise ConfigError("writing: texts of a teacher's own are sampled, so the temperature must be above 0")
-    return _write("texts", [""] * count, [np.array([start], np.int32)] * count, {}, writing, options)
+    return _written("texts", [""] * count, [np.array([start], np.int32)] * count, {}, writing, options)
+
+
+def _written(
+    name: str, sources: list[str], prompts: Sequence[np.ndarray], origin: Json, writing: Writing, options: WriteOptions
+) -> TrainingData:
+    """Read what was written as any other file; of several processes the first one writes."""
+    return read_data(shared(lambda: _write(name, sources, prompts, origin, writing, options)))
 
 
 def _write(
     name: str, sources: list[str], prompts: Sequence[np.ndarray], origin: Json, writing: Writing, options: WriteOptions
-) -> TrainingData:
-    """Write part after part, join them, and read the file as any other."""
+) -> str:
+    """Write part after part, join them, and return the file's path."""
     digest = hashlib.sha256(b"".join(np.append(ids, -1).astype(np.int32).tobytes() for ids in prompts)).hexdigest()
     key = cache_key(writing.teacher.fingerprint, digest, asdict(options), sorted(writing.eos))
     folder, whole = writing.folder, writing.folder / f"{name}.jsonl"
@@ -110,7 +118,7 @@ def _write(
         )
         for path in [*parts, plan]:
             path.unlink()
-    return read_data(str(whole))
+    return str(whole)
 
 
 def _is(path: Path, key: str) -> bool:
@@ -146,11 +154,11 @@ def _part(
 @torch.no_grad()
 def generate(module: Any, prompts: Sequence[np.ndarray], eos: Sequence[int], options: WriteOptions) -> list[list[int]]:
     """Return what transformers' generate writes after each prompt, without the end token."""
-    device = next(module.parameters()).device
+    place = next(module.parameters()).device
     turned = pad([ids[::-1] for ids in prompts], -1).flip(1)  # padded on the left
     written = module.generate(
-        input_ids=turned.clamp_min(0).to(device),
-        attention_mask=(turned >= 0).long().to(device),
+        input_ids=turned.clamp_min(0).to(place),
+        attention_mask=(turned >= 0).long().to(place),
         max_new_tokens=options.tokens,
         do_sample=options.temperature > 0,
         temperature=options.temperature or None,

@@ -118,6 +118,21 @@ def test_the_estimate_begins_anew_with_every_stage(clock: Clock) -> None:
     assert terminal.getvalue().endswith("weights, 1 of 2, about 3 s left")
 
 
+def test_the_estimate_begins_anew_with_every_work(clock: Clock) -> None:
+    """A stage scores, then trains; a training that goes on at step 500 didn't take its first 500 in no time."""
+    terminal = Terminal()
+    progress = Progress(terminal)
+    progress.begin("distil", 1, 2)
+    for second in range(100):
+        clock.now += 1
+        progress.progress("the teacher scores", second, 100)
+    progress.progress("loss 3.1", 500, 1000)
+    for step in range(501, 511):
+        clock.now += 1
+        progress.progress("loss 3.1", step, 1000)
+    assert terminal.getvalue().endswith("loss 3.1, 510 of 1000, about 490 s left")
+
+
 def test_people_are_told_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress()
     progress.begin("export", 1, 1)

@@ -156,7 +156,7 @@ def test_samples_follow_the_distribution() -> None:
 def test_scores_from_disk(tmp_path: Path) -> None:
     """Kept scores of all tokens give the loss of asking the teacher; a killed scoring goes on after its last shard."""
     asked, examples = teacher(), reversals(600, 9)
-    options = ScoreOptions(k=VOCAB, vocab=VOCAB, temperature=2.0)
+    options = ScoreOptions(k=VOCAB, vocab=VOCAB, temperature=2.0, precision="no")
     scores = keep_scores(asked, examples, options, tmp_path, lambda *_: None)
     assert len(scores.shards) == 2
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
@@ -172,6 +172,10 @@ def test_scores_from_disk(tmp_path: Path) -> None:
         online = distillation(distil, asked)(student, batch, 1)
         stored = distillation(distil, scores=scores)(student, batch, 1)
     assert float(stored.loss) == pytest.approx(float(online.loss), rel=2e-3)
+    short = dataclasses.replace(options, precision="bf16")
+    with torch.no_grad():
+        nearly = distillation(distil, scores=keep_scores(asked, examples, short, tmp_path / "short", lambda *_: None))
+        assert float(nearly(student, batch, 1).loss) == pytest.approx(float(online.loss), rel=2e-2)
     other = dataclasses.replace(asked, fingerprint="another")
     keep_scores(other, examples, dataclasses.replace(options, k=4), tmp_path, lambda *_: None)
     assert np.load(tmp_path / "shard-00000" / "ids.npy").shape[1] == 4

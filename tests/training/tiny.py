@@ -50,7 +50,7 @@ def predict(module: nn.Module, batch: Batch, _step: int) -> Step:
     return Step(loss, mask.sum(), {"accuracy": masked_mean(right, mask)})
 
 
-OPTIONS = LoopOptions(steps=40, batch=16, learning_rate=3e-3, evaluate_every=10, save_every=5, precision="no")
+OPTIONS = LoopOptions(steps=60, batch=16, learning_rate=3e-3, evaluate_every=10, save_every=5, precision="no")
 
 
 def run_tiny(folder: Path, options: LoopOptions = OPTIONS, dropout: float = 0.1, seed: int = 0) -> tuple[Any, Any]:
