@@ -179,7 +179,8 @@ def test_operators(folder: Path) -> None:
     assert "Split" not in encoder
     assert encoder.count("If") == 2 and encoder.count("MultiHeadAttention") == 4
     assert decoder.count("GroupQueryAttention") == 1
-    assert decoder.count("MatMulNBits") == 4 + 2 + 1  # q+k+v, o, gate+up, down; q and o over the source; the head
+    # q+k+v, o, gate+up, down; q and o over the source; the head
+    assert decoder.count("MatMulNBits") == 4 + 2 + 1
     assert decoder.count("FusedMatMul") == decoder.count("Softmax") == decoder.count("Where") == 1
     for found in (encoder, decoder):
         assert not {"Attention", "RMSNormalization", "Sigmoid", "Tile"} & set(found)

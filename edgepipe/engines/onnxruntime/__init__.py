@@ -50,7 +50,7 @@ def lower(
     for name, portable in model.graphs.items():
         source = ir.from_proto(onnx.load_model_from_string(portable))
         graph = source.graph
-        # Over many rows a call's own cost is nothing, and the Split copies: a student's encoder is 2 to 4 % faster apart
+        # Over many rows a call's own cost is nothing, and the Split copies: apart, a student's encoder takes 2–4 % less
         if not (built and name in _WHOLE_TEXT):
             join_projections(graph, model.weights)
         if built:
