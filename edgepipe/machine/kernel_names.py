@@ -25,6 +25,7 @@ NEEDED_AT: dict[str, frozenset[int]] = {
     "GroupQueryAttention, float32 cache": _ALL,
     "GroupQueryAttention, float32 cache, not flash": _NONE,  # only where the environment asks for it
     "GroupQueryAttention, float16 cache": _ALL,
+    "MultiHeadAttention": _ALL,
 }
 KERNEL_NAMES = tuple(NEEDED_AT)
 

@@ -305,6 +305,35 @@ def _attended(packed: np.ndarray, tables: dict[str, np.ndarray], window: int) ->
     return result.reshape(tokens, -1)
 
 
+def _whole_attention() -> Iterator[Pair]:
+    """Let 5 and 70 tokens of two texts see each other, then with padding at the end of the second."""
+    random = np.random.default_rng(_SEED)
+    for tokens in (5, 70):
+        width = _HEADS * _HEAD_DIM
+        feeds = {name: random.standard_normal((2, tokens, width)).astype(np.float32) for name in "qkv"}
+        padded = np.stack([np.ones(tokens, np.int32), np.arange(tokens, dtype=np.int32) < tokens - 2])
+        for inputs, mask in ((["q", "k", "v"], np.ones_like(padded)), (["q", "k", "v", "", "mask"], padded)):
+            node = Node(
+                op_type="MultiHeadAttention",
+                inputs=inputs,
+                outputs=["y"],
+                domain=_MICROSOFT,
+                attributes={"num_heads": _HEADS, "scale": _HEAD_DIM**-0.5},
+            )
+            given = {**feeds, "mask": mask} if "mask" in inputs else feeds
+            yield _run(node, given, {}), _seen_both_ways(feeds, mask)
+
+
+def _seen_both_ways(feeds: dict[str, np.ndarray], mask: np.ndarray) -> np.ndarray:
+    """Return attention of q [rows, tokens, width] to all k and v where mask [rows, tokens] is 1."""
+    q, k, v = (x.astype(np.float64).reshape(*x.shape[:2], _HEADS, _HEAD_DIM) for x in feeds.values())
+    scores = np.einsum("bqhd,bkhd->bhqk", q, k) * _HEAD_DIM**-0.5
+    scores = np.where(mask[:, None, None] == 1, scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    result: np.ndarray = np.einsum("bhqk,bkhd->bqhd", weights / weights.sum(axis=-1, keepdims=True), v)
+    return result.reshape(feeds["q"].shape)
+
+
 def _run(node: Node, feeds: dict[str, np.ndarray], constants: dict[str, Array]) -> np.ndarray:
     """Run a graph of one node whose output is y, float32, of the first input's dimensions or one more (a Gather)."""
     dimensions = next(iter(feeds.values())).ndim + (node.op_type == "GatherBlockQuantized")
@@ -328,6 +357,7 @@ KERNELS: dict[str, Kernel] = {
     "GroupQueryAttention, float32 cache": Kernel(cases=lambda: _attention("float32")),
     "GroupQueryAttention, float32 cache, not flash": Kernel(cases=_attention_without_flash),
     "GroupQueryAttention, float16 cache": Kernel(cases=lambda: _attention("float16"), tolerance=_CLOSE_HALF),
+    "MultiHeadAttention": Kernel(cases=_whole_attention),
 }
 
 if __name__ == "__main__":

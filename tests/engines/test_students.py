@@ -172,13 +172,15 @@ def _nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
 
 
 def test_operators(folder: Path) -> None:
-    """Two encoder layers and one of the decoder: joined projections, fused norms, one cache, no repeated keys."""
+    """Two encoder layers and one of the decoder: one cache, fused norms, no repeated keys, steps' projections joined."""
     graphs, _ = engine.lower(exported(all_on(opened(folder, "shared"), "4 bits")), accuracy_level=4)
     encoder, decoder, scorer = (operators(graphs[name]) for name in ("encoder", "decoder", "scorer"))
-    assert encoder.count("MatMulNBits") == 2 * 4 + 1  # q+k+v, o, gate+up, down; keys and values of all decoder layers
+    assert encoder.count("MatMulNBits") == 2 * 7 + 2  # q, k, v, o, gate, up, down; keys and values of a decoder layer
+    assert "Split" not in encoder
     assert encoder.count("If") == 2 and encoder.count("MultiHeadAttention") == 4
     assert decoder.count("GroupQueryAttention") == 1
-    assert decoder.count("MatMulNBits") == 4 + 2 + 1  # the encoder's four, q and o over the source, the head
+    # q+k+v, o, gate+up, down; q and o over the source; the head
+    assert decoder.count("MatMulNBits") == 4 + 2 + 1
     assert decoder.count("FusedMatMul") == decoder.count("Softmax") == decoder.count("Where") == 1
     for found in (encoder, decoder):
         assert not {"Attention", "RMSNormalization", "Sigmoid", "Tile"} & set(found)
