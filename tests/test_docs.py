@@ -21,11 +21,11 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import encoders, memory, quality, readme
+from benchmarks import encoders, memory, quality, readme, trim
 from benchmarks.stored import RESULTS, read_result, section
 from edgepipe import errors
 from edgepipe.cli import main
-from edgepipe.recipe import list_stages
+from edgepipe.recipe import DEFAULT_STAGES, list_stages
 from edgepipe.runtime import load
 from edgepipe.stage_help import stage_options_help
 from tests.tiny_models import tiny_config
@@ -225,7 +225,9 @@ def test_options_that_are_named_exist(page: str) -> None:
         if option not in ("py", "md"):
             assert option in {o["name"] for o in stage_options_help(stage)}, f"{page}: {stage}.{option}"
     for setting in re.findall(r"--set ([a-z]+\.[a-z_]+=[\w.\"/*\[\]=-]+)", text):
-        assert resolve(target="cpu", settings=[parse_setting(setting.strip('"'))])
+        stage, option, value = parse_setting(setting.strip('"'))
+        before = [] if stage in DEFAULT_STAGES else [stage]
+        assert resolve(target="cpu", settings=[(stage, option, value)], before=before)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -390,7 +392,7 @@ def test_the_dialect_s_page_names_every_operator() -> None:
     assert set(re.findall(r"`(\w+)`", " ".join(first))) == used
 
 
-@pytest.mark.parametrize("benchmark", [readme, quality, memory, encoders], ids=lambda module: module.NAME)
+@pytest.mark.parametrize("benchmark", [readme, quality, memory, encoders, trim], ids=lambda module: module.NAME)
 def test_tables_are_those_of_the_stored_runs(benchmark: Any) -> None:
     """No figure of a generated table is typed by hand."""
     assert section(benchmark.PAGE, benchmark.NAME) == benchmark.page_section(read_result(benchmark.NAME)).strip()

@@ -52,6 +52,9 @@ class Trim:
             f"tokens per word of the data: {kept.tokens_before / kept.words:.3f} before, "
             f"{kept.tokens_after / kept.words:.3f} after"
         )
+        figures = {"tokens": len(kept.old_ids), "tokens_before": kept.rows_before, "coverage": kept.coverage}
+        words = {"per_word": kept.tokens_after / kept.words, "per_word_before": kept.tokens_before / kept.words}
+        ctx.figures({**figures, **words})
         return trimmed
 
     def _texts(self) -> list[str]:
