@@ -12,7 +12,7 @@ from edgepipe.report.rows import MISSING, Row, between, cells, shown_title
 from edgepipe.report.sentences import limit_title
 
 _BUNDLE = "bundle"
-_STOPPED = {"steps": "its steps", "early": "no better loss"}  # what ended a training
+_STOPPED = {"early": "patience"}  # what ended a training, by the option's name
 _PRECISIONS = {"no": "float32", "bf16": "bfloat16"}  # as the loop calls them
 _LONG = 100  # seconds from which a tenth says nothing
 
@@ -163,22 +163,22 @@ def _parts(one: BundleReport) -> Table:
 
 def _phases(training: Training) -> Table:
     return Table(
-        header=("phase", "steps", "tokens", "seconds", "tokens/s", "held-out loss", "best", "at step", "ended by"),
+        header=("phase", "steps", "stopped by", "held-out loss", "best", "at step", "tokens", "seconds", "tokens/s"),
         rows=tuple(
             (
                 phase.phase,
                 f"{phase.steps:,}",
-                f"{phase.tokens:,}",
-                _number(phase.seconds, 0 if phase.seconds >= _LONG else 1),
-                _number(phase.tokens_per_second, 0),
+                _STOPPED.get(phase.stopped, phase.stopped),
                 _number(phase.first_loss, 3),
                 _number(phase.best_loss, 3),
                 _number(phase.best_step, 0),
-                _STOPPED.get(phase.stopped, phase.stopped),
+                f"{phase.tokens:,}",
+                _number(phase.seconds, 0 if phase.seconds >= _LONG else 1),
+                _number(phase.tokens_per_second, 0),
             )
             for phase in training.phases
         ),
-        words=frozenset({8}),
+        words=frozenset({2}),
     )
 
 
