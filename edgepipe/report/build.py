@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
@@ -11,7 +12,7 @@ from edgepipe.artifacts import Json
 from edgepipe.measuring.intervals import FLAG_ABOVE
 from edgepipe.report.budgets import over_budget
 from edgepipe.report.compare import compare
-from edgepipe.report.record import BundleReport, Latency, Limit, Material, Measurement, Report, Time
+from edgepipe.report.record import BundleReport, Latency, Limit, Material, Measurement, Phase, Report, Time, Training
 from edgepipe.report.rows import figure, measured_rows, shape_of, start_rows, static_figures
 from edgepipe.report.sentences import certainty, limit_sentences, limits_of, machine_sentences, verdict
 
@@ -56,6 +57,7 @@ def _bundle_report(material: Material) -> BundleReport:
         limits=tuple(chain.from_iterable(_limits(name, side) for name, side in sides)),
         limit_sentences=tuple(limit_sentences(figures["bundle"]) if figures is not None else ()),
         parts=tuple(byte_parts(weights["parts"])),
+        training=_training(material.history or ()),
         stages=tuple(_stages(material.history or manifest["history"])),
         recipe={"target": target, "seed": recipe["seed"]},
         source={
@@ -149,6 +151,40 @@ def _limits(name: str, side: Json) -> Iterator[Limit]:
 def _stages(history: Sequence[Json]) -> Iterator[Json]:
     for record in history:
         yield {"stage": record["stage"], "options": record["options"], "notes": list(record["notes"])}
+
+
+def _training(history: Sequence[Json]) -> Training | None:
+    """Return what the stages' figures say of training; a manifest's history has none."""
+    figures = [found for record in history if "training" in (found := record.get("figures") or {})]
+    if not figures:
+        return None
+    phases = (_phase(name, record) for found in figures for name, record in found["training"].items())
+    return Training(data=figures[-1].get("data"), phases=tuple(phases))
+
+
+def _phase(name: str, record: Json) -> Phase:
+    """Return one training; what isn't finite has no place on a curve, nor in JSON."""
+    train, held_out = (tuple(_numbers(row) for row in record[key]) for key in ("train", "held_out"))
+    best = _numbers(record["best"])
+    return Phase(
+        phase=name,
+        steps=record["steps"],
+        tokens=record["tokens"],
+        seconds=record["seconds"],
+        tokens_per_second=record["tokens"] / record["seconds"] if record["seconds"] > 0 else 0.0,
+        precision=record["precision"],
+        processes=record["processes"],
+        stopped=record["stopped"],
+        first_loss=held_out[0]["loss"] if held_out else None,
+        best_loss=best.get("loss"),
+        best_step=best.get("step"),
+        train=train,
+        held_out=held_out,
+    )
+
+
+def _numbers(row: Json) -> Json:
+    return {key: value if math.isfinite(value) else None for key, value in row.items()}
 
 
 def _measurement(figures: Json) -> Measurement:

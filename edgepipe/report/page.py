@@ -9,12 +9,14 @@ from importlib import resources
 import jinja2
 
 from edgepipe.artifacts import Json
+from edgepipe.report.curves import loss_curves
 from edgepipe.report.record import BundleReport, Latency, Report
 from edgepipe.report.sections import bundle_sections, comparison_section
 from edgepipe.report.sentences import limit_title
 
 _TOGETHER = re.compile(r"\[[^\]]*\]|, a tie| \*$")
 _CHART_WIDTH, _CHART_HEIGHT = 640, 120  # units of the drawing; it scales with the page
+_CURVE_HEIGHT = 240
 
 
 def render_page(report: Report) -> str:
@@ -27,10 +29,20 @@ def render_page(report: Report) -> str:
     return environment.from_string(template).render(
         report=report,
         comparison=None if report.comparison is None else comparison_section(report.comparison),
-        bundles=[(one, list(bundle_sections(one)), histograms(one.latency), limit_bars(one)) for one in report.bundles],
+        bundles=[(one, list(bundle_sections(one)), _drawn(one)) for one in report.bundles],
         width=_CHART_WIDTH,
         height=_CHART_HEIGHT,
+        curve_height=_CURVE_HEIGHT,
     )
+
+
+def _drawn(one: BundleReport) -> Json:
+    """Lay out everything that is drawn of one bundle, by the key of its section."""
+    return {
+        "latency": histograms(one.latency),
+        "limits": limit_bars(one),
+        "training": loss_curves(one.training, _CHART_WIDTH, _CURVE_HEIGHT),
+    }
 
 
 def unbroken(cell: str) -> str:

@@ -82,6 +82,33 @@ class Limit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """Hold one training of the model, of its teacher or of one head: how long it took and what it brought."""
+
+    phase: str  # "teacher", "student" …
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    precision: str
+    processes: int
+    stopped: str  # "steps", or "early": no better held-out loss
+    first_loss: float | None  # held out, before the first step; None without held-out data
+    best_loss: float | None
+    best_step: int | None
+    train: tuple[Json, ...]  # points of a curve: step, loss, and the objective's own figures
+    held_out: tuple[Json, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """Hold what a model was taught with, phase after phase."""
+
+    data: Json | None  # name, form, and how many examples were trained with and held out
+    phases: tuple[Phase, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
     """Say when, on what and how the figures were taken."""
 
@@ -118,6 +145,7 @@ class BundleReport:
     limits: tuple[Limit, ...]
     limit_sentences: tuple[str, ...]
     parts: tuple[Json, ...]  # the largest first, with its share of the bytes
+    training: Training | None  # None: no stage trained it
     stages: tuple[Json, ...]  # stage, options, notes
     recipe: Json  # target and seed
     source: Json  # model, licence, lineage

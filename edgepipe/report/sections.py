@@ -7,11 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from edgepipe.report.compare import compared_cells
-from edgepipe.report.record import BundleReport, Comparison, Time
+from edgepipe.report.record import BundleReport, Comparison, Time, Training
 from edgepipe.report.rows import MISSING, Row, between, cells, shown_title
 from edgepipe.report.sentences import limit_title
 
 _BUNDLE = "bundle"
+_STOPPED = {"early": "patience"}  # what ended a training, by the option's name
+_PRECISIONS = {"no": "float32", "bf16": "bfloat16"}  # as the loop calls them
+_LONG = 100  # seconds from which a tenth says nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +31,7 @@ class Section:
     """Hold one section of a report."""
 
     title: str
-    key: str  # what a page may draw above it: "latency", "limits", "parts"; others are tables alone
+    key: str  # what a page may draw above it: "latency", "limits", "parts", "training"; others are tables alone
     table: Table | None = None
     sentences: tuple[str, ...] = ()
 
@@ -53,6 +56,10 @@ def bundle_sections(one: BundleReport) -> Iterator[Section]:
     if one.start:
         yield Section(title="Cold start", key="start", table=_before_and_after(one.start, one.baseline))
     yield Section(title="Where the bytes are", key="parts", table=_parts(one))
+    if one.training is not None:
+        yield Section(
+            title="Training", key="training", table=_phases(one.training), sentences=tuple(_taught(one.training))
+        )
     yield Section(title="How it was made", key="stages", table=_stages(one), sentences=(_origin(one),))
     if one.measured is not None:
         yield Section(title="Measured on", key="machine", sentences=one.measured.sentences)
@@ -152,6 +159,51 @@ def _parts(one: BundleReport) -> Table:
         ),
         words=frozenset({1}),
     )
+
+
+def _phases(training: Training) -> Table:
+    return Table(
+        header=("phase", "steps", "stopped by", "held-out loss", "best", "at step", "tokens", "seconds", "tokens/s"),
+        rows=tuple(
+            (
+                phase.phase,
+                f"{phase.steps:,}",
+                _STOPPED.get(phase.stopped, phase.stopped),
+                _number(phase.first_loss, 3),
+                _number(phase.best_loss, 3),
+                _number(phase.best_step, 0),
+                f"{phase.tokens:,}",
+                _number(phase.seconds, 0 if phase.seconds >= _LONG else 1),
+                _number(phase.tokens_per_second, 0),
+            )
+            for phase in training.phases
+        ),
+        words=frozenset({2}),
+    )
+
+
+def _taught(training: Training) -> Iterator[str]:
+    """Say with what it was trained, and how the losses are to be read."""
+    if training.data is not None:
+        found = training.data
+        yield (
+            f"Data: {found['name']} ({found['form']}), {found['train']:,} examples to train with, "
+            f"{found['held_out']:,} held out."
+        )
+    computed = dict.fromkeys((phase.precision, phase.processes) for phase in training.phases)
+    yield (
+        "Computed in "
+        + ", then ".join(
+            f"{_PRECISIONS.get(precision, precision)} by {processes} process{'es' if processes > 1 else ''}"
+            for precision, processes in computed
+        )
+        + "; tokens per second count held-out scoring as well."
+    )
+    if any(phase.held_out for phase in training.phases):
+        yield (
+            "The weights of the best held-out loss are the ones that were kept. A phase may be judged by another loss "
+            "than it is trained with: compare losses along a curve, not between the two."
+        )
 
 
 def _stages(one: BundleReport) -> Table:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from edgepipe.measuring import peaks, products
@@ -21,6 +23,9 @@ from edgepipe.measuring.limits import (
     source_work,
     token_limit,
 )
+from edgepipe.sources import open_model
+from edgepipe.stages.export import Export
+from tests.decoders import context
 from tests.students.test_models import PAIRS
 from tests.students.tiny import save_tiny_student
 from tests.tiny_models import save_tiny_model
@@ -120,6 +125,61 @@ def test_the_parts_of_an_encoder_are_named(student: Path, manifest_of: Callable[
     assert parts["mlp"] == 3 * 32 * 80 and parts["encoder: mlp"] == 2 * 3 * 48 * 80
     assert parts["embedding and head"] == 384 * (48 + 32)
     assert parts["norms and rest"] == 4 * 32 and parts["encoder: norms and rest"] == 5 * 48
+
+
+def graph_multiply_adds(graph: bytes, keys: dict[str, int], tokens: int, wanted: int = 1) -> dict[str, int]:
+    """Count those of an exported graph's products for `tokens` tokens: "products", and of each attention "keys" kind.
+
+    An attention's heads are as wide together as the input of the product behind it. `keys` says how many positions an
+    attention looks at, by a part of the name of its keys or, for the encoder's own, "".
+    """
+    nodes = list(onnx.load_model_from_string(graph).graph.node)
+    dims = {
+        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in onnx.load_model_from_string(graph).graph.input
+    }
+    counts = {"products": 0, "attention": 0}
+    for at, node in enumerate(nodes):
+        if node.op_type == "MatMul":
+            n_in, n_out = dims[node.input[1]]
+            counts["products"] += (wanted if "lm_head" in node.input[1] else tokens) * n_in * n_out
+        elif node.op_type == "Attention":
+            after = next(other for other in nodes[at:] if other.op_type == "MatMul")
+            seen = next(count for name, count in keys.items() if any(name in value for value in node.input))
+            counts["attention"] += 2 * tokens * seen * dims[after.input[1]][0]  # scores, and the sum of the values
+    return counts
+
+
+# Encoders whose heads are together as wide as the stack: a manifest doesn't say how wide they are else.
+EVEN = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12}
+
+
+@pytest.mark.parametrize("kind", ["shared", "untied", "narrow decoder", "narrow untied", "qwen3"])
+def test_counts_are_those_of_the_graphs(
+    kind: str, tmp_path: Path, build_tiny: Callable[..., Path], manifest_of: Callable[[Path], dict[str, Any]]
+) -> None:
+    """What the manifest says of a source and of a token is what the exported graphs multiply."""
+    pair = PAIRS[kind]
+    pair = dataclasses.replace(pair, encoder={**pair.encoder, **EVEN})
+    model = save_tiny_student(tmp_path / "student", pair)
+    manifest = manifest_of(build_tiny(model, ("quantize", "bits", 16)))
+    work, source = decoder_work(manifest), source_work(manifest)
+    graphs = Export(check_tokens=0)(open_model(str(model)), context(tmp_path)).graphs
+    tokens, answered = 20, 5
+    step = graph_multiply_adds(graphs["decoder"], {"cross_key": tokens, "past_key": answered}, 1)
+    token = answer_limit(work, source, answered, tokens, PEAKS, "float32", 1.0)
+    assert token.multiply_adds == step["products"] + step["attention"]
+    read = graph_multiply_adds(graphs["encoder"], {"": tokens}, tokens)
+    first = source_limit(work, source, tokens, PEAKS, "float32", 1.0)
+    alone = graph_multiply_adds(graphs["decoder"], {"cross_key": tokens, "past_key": 1}, 1)
+    assert first.multiply_adds == sum(read.values()) + sum(alone.values())
+
+
+def test_bytes_are_those_of_the_graphs(student: Path, manifest_of: Callable[[Path], dict[str, Any]]) -> None:
+    """Encoder and decoder read disjoint weights; of the embeddings only the head counts."""
+    manifest = manifest_of(student)
+    work, source = decoder_work(manifest), source_work(manifest)
+    assert source.weight_bytes + work.weight_bytes == manifest["weights"]["bytes"] - 2 * 384 * 48
 
 
 @pytest.mark.parametrize(

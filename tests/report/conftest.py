@@ -59,6 +59,36 @@ def change_run(run: Path, tmp_path: Path) -> Callable[[Callable[[dict[str, Any]]
     return change
 
 
+@pytest.fixture(scope="session")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Train a tiny student in two phases, the first without held-out data; return a stage's figures of it."""
+    import torch
+
+    from edgepipe.students.files import make_student
+    from edgepipe.training.loop import LoopData, Place, train
+    from tests.training.tiny import OPTIONS, PAIR, predict, reversals
+
+    folder, student = tmp_path_factory.mktemp("taught"), make_student(PAIR, seed=0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    contrast = train(student, predict, LoopData(train=reversals(99, 2)), OPTIONS, Place(folder=folder / "c", key="c"))
+    data = LoopData(train=reversals(200, 0), held_out=reversals(30, 1))
+    last = train(student, predict, data, OPTIONS, Place(folder=folder / "s", key="s"))
+    torch.set_num_threads(before)
+    said = {"name": "pairs.jsonl", "form": "source-target", "sha256": "0" * 64, "train": 200, "held_out": 30}
+    return {"training": {"contrast": contrast, "student": last}, "data": said}
+
+
+@pytest.fixture
+def trained_run(change_run: Callable[..., Path], taught: dict[str, Any]) -> Path:
+    """Return the run as if its first stage had trained the model."""
+
+    def edit(record: dict[str, Any]) -> None:
+        record["history"][0]["figures"] = taught
+
+    return change_run(edit)
+
+
 def as_older(record: dict[str, Any]) -> None:
     """Leave what a version before wrote: no history, no budgets, and of the figures only the old ones."""
     for key in ("history", "budgets"):

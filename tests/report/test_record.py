@@ -23,6 +23,8 @@ DESCRIBED = {
     "time": record.Time,
     "latency": record.Latency,
     "limit": record.Limit,
+    "phase": record.Phase,
+    "training": record.Training,
     "measurement": record.Measurement,
     "bundle": record.BundleReport,
     "compared_row": record.ComparedRow,
