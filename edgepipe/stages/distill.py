@@ -52,6 +52,7 @@ class Distill:
     on_policy: float = 0.0  # share of steps whose targets the student samples, in [0, 1]
     match_hidden: float = 0.0  # weight of the distance to the teacher's hidden states
     top_k: int = 32  # tokens of the teacher's distribution that are kept on disk
+    scores: str = ""  # folder where that is kept for other runs with the same teacher and data; empty: this run's own
     mask_steps: int = 0  # of an encoder: steps of masked next-token prediction first
     contrast_steps: int = 0  # of an encoder: steps of unsupervised contrast before those of pairs or labels
     # --- how long, and how

@@ -47,6 +47,7 @@ from edgepipe.training.texts import WriteOptions, Writing, write_targets, write_
 if TYPE_CHECKING:
     from edgepipe.stages.distill import Distill
 
+SPLIT_SEED = 0  # the same part is held out whatever the seed: runs of several seeds are judged alike
 _CROSS = r"\.cross_att"  # the parameters that cross-attention adds: projections and norm
 
 
@@ -97,7 +98,7 @@ def teach_generator(model: TorchModel, options: Distill, ctx: Context) -> TorchM
     teacher = Lazy(model)
     data = _data(teacher, options, ctx, folder)
     reading = _reading(model, options, data)
-    train_part, held_part = hold_out(data, options.held_out, ctx.seed)
+    train_part, held_part = hold_out(data, options.held_out, SPLIT_SEED)
     examples, held_out = (reading.examples(part, ctx.note) for part in (train_part, held_part))
     records: Json = {}
     if options.adapt_steps:
@@ -289,7 +290,8 @@ def _objective(
     scores: Scores | None = None
     if how.alpha and how.on_policy < 1 and not how.hidden:
         kept = ScoreOptions(k=options.top_k, temperature=how.temperature, vocab=_vocabulary(student))
-        scores = keep_scores(teacher.module(), examples, kept, folder / "scores", ctx.progress)
+        place = Path(options.scores) if options.scores else folder / "scores"
+        scores = keep_scores(teacher.module(), examples, kept, place, ctx.progress)
     asks = how.hidden > 0 or (how.alpha > 0 and (how.on_policy > 0 or scores is None))
     layers = LayerMap()
     if how.hidden:

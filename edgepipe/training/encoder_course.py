@@ -19,7 +19,7 @@ from edgepipe.artifacts import Context, Json, TorchModel
 from edgepipe.errors import ConfigError
 from edgepipe.students.models import Encoder
 from edgepipe.students.result import as_model, teacher_tokens
-from edgepipe.training.course import change, describe_data, kept_folder, loop_options, new_student
+from edgepipe.training.course import SPLIT_SEED, change, describe_data, kept_folder, loop_options, new_student
 from edgepipe.training.data import TrainingData, hold_out, read_data
 from edgepipe.training.encoder_data import (
     Reading,
@@ -67,7 +67,7 @@ class _Course:
         self._options, self._ctx, self._model = options, ctx, model
         self._folder: Path = kept_folder(ctx)
         self.labels = label_names(data) if data.form == "labels" else ()
-        self.train_part, self.held_part = hold_out(data, options.held_out, ctx.seed)
+        self.train_part, self.held_part = hold_out(data, options.held_out, SPLIT_SEED)
         student = new_student(model, options, ctx, self.labels)
         assert isinstance(student, Encoder)
         self.student = student

@@ -1,0 +1,299 @@
+"""Does distilling pay in quality?  Students of SmolLM2 on the E2E data, by BLEU and ROUGE-L through their bundles.
+
+    python benchmarks/e2e.py --data e2e-dev.csv [--steps 400] [--adapt-steps 200] [--seeds 3]   run what isn't stored yet
+    python benchmarks/e2e.py --page-only                                       rewrite the table of docs/distill.md
+
+A part of the meanings is kept for the test, with all their human texts as references. The teacher's vocabulary is
+trimmed to what the data use, then the teacher is adapted to the task (LoRA) once; its top-k scores are computed once.
+Every arm and seed trains for the same steps on the same examples, and is kept in results/e2e.json as soon as it is
+scored: what is there is not run again. An arm's hours of training lie in runs/e2e and go on after a stop.
+Source of the claims: arXiv:2501.16273 (KD), 2504.06225 (adapted against scratch, bidirectional against causal).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.stored import RESULTS, ROOT, markdown_table, provenance, read_result, replace_section, write_result
+from edgepipe.artifacts import Context, Json, TorchModel
+from edgepipe.evaluate import evaluate
+from edgepipe.measuring.metrics import Evaluation
+from edgepipe.measuring.run import describe_machine
+from edgepipe.pipeline import run, run_stages
+from edgepipe.recipe import resolve
+from edgepipe.report.progress import Progress
+from edgepipe.sources import open_model
+from edgepipe.stages.trim import Trim
+from edgepipe.students.result import save, teacher_tokens
+from edgepipe.students.tokenizer import with_end_token
+from edgepipe.target import load_target
+from edgepipe.training.adapt import Adapters, adapt_teacher
+from edgepipe.training.batches import Limits, Special, seq2seq
+from edgepipe.training.data import hold_out, read_data
+from edgepipe.training.loop import LoopData, LoopOptions, Place
+
+NAME = "e2e"
+PAGE = ROOT / "docs" / "distill.md"
+TEACHER = "smollm2-135m"
+TEST_SHARE = 0.2  # of the meanings
+SPLIT_SEED = 1
+MAX_SOURCE, MAX_TARGET = 96, 96
+METRICS = ("bleu", "rouge")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """Name one way to make a student."""
+
+    name: str
+    settings: dict[str, object] = field(default_factory=dict)  # of the stage distill, beside the common ones
+
+
+ARMS = (
+    Arm(name="adapted, KD"),
+    Arm(name="adapted, CE alone", settings={"alpha": 0.0}),
+    Arm(name="scratch, KD", settings={"scratch": True}),
+    Arm(name="adapted, KD, causal encoder", settings={"causal_encoder": True}),
+)
+COMMON: dict[str, object] = {
+    "student": "encoder-decoder",
+    "encoder_layers": 8,
+    "decoder_layers": 4,
+    "alpha": 0.5,
+    "batch": 32,
+    "learning_rate": 3e-4,
+    "warmup": 20,
+    "max_source": MAX_SOURCE,
+    "max_target": MAX_TARGET,
+    "held_out": 0.05,
+}
+
+
+def main(arguments: list[str]) -> None:
+    """Run, store and show, as the arguments say."""
+    parser = argparse.ArgumentParser(description="Compare students of SmolLM2 on the E2E data.")
+    parser.add_argument("--data", type=Path, help="E2E's table of mr and ref, .csv")
+    parser.add_argument("--steps", type=int, default=400, help="steps of every student (default: 400)")
+    parser.add_argument("--adapt-steps", type=int, default=200, help="steps of the teacher's adapters (default: 200)")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of every arm (default: 3)")
+    parser.add_argument("--page-only", action="store_true", help="rewrite the table from what is stored")
+    options = parser.parse_args(arguments)
+    if not options.page_only:
+        if options.data is None:
+            parser.error("--data FILE is needed")
+        take(options.data, options.steps, options.adapt_steps, options.seeds)
+    result = read_result(NAME)
+    replace_section(PAGE, NAME, page_section(result))
+    print(json.dumps({arm: [round(x, 2) for x in found["bleu"]] for arm, found in by_arm(result).items()}))
+
+
+def take(data: Path, steps: int, adapt_steps: int, seeds: int) -> None:
+    """Run every arm and seed that isn't stored yet, and store each as soon as it is scored."""
+    folder = ROOT / "runs" / NAME
+    folder.mkdir(parents=True, exist_ok=True)
+    train_file, test_file, counts = split(data, folder)
+    came_from = provenance()
+    result = stored({"steps": steps, "adapt_steps": adapt_steps, "common": COMMON, "test_share": TEST_SHARE})
+    teacher = make_teacher(train_file, folder, adapt_steps)
+    result |= {**came_from, "machine": describe_machine(0), "data": counts}
+    if result.get("teacher") is None:
+        result["teacher"] = {
+            "parameters": open_model(str(teacher)).weights.parameters,
+            **score(teacher, test_file, folder),
+        }
+        write_result(NAME, result)
+    for seed in range(seeds):
+        for arm in ARMS:
+            if any(row["arm"] == arm.name and row["seed"] == seed for row in result["rows"]):
+                continue
+            print(f"{arm.name}, seed {seed}", file=sys.stderr, flush=True)
+            result["rows"].append(one_run(arm, seed, steps, teacher, train_file, test_file, folder))
+            write_result(NAME, result)
+
+
+def stored(settings: Json) -> Json:
+    """Return what was stored with these settings, or a new result."""
+    if (RESULTS / f"{NAME}.json").is_file():
+        found = read_result(NAME)
+        if found["settings"] == settings:
+            return found
+    return {"settings": settings, "rows": [], "teacher": None}
+
+
+def split(data: Path, folder: Path) -> tuple[Path, Path, Json]:
+    """Write the table's meanings as two tables, no meaning in both; return them and their sizes."""
+    with data.open(encoding="utf-8", newline="") as file:
+        pairs = [(row["mr"], row["ref"]) for row in csv.DictReader(file)]
+    meanings = sorted({mr for mr, _ in pairs})
+    random.Random(SPLIT_SEED).shuffle(meanings)
+    chosen = set(meanings[: round(TEST_SHARE * len(meanings))])
+    files = []
+    for name, is_test in (("train", False), ("test", True)):
+        path = folder / f"{name}.csv"
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["mr", "ref"])
+            writer.writerows(pair for pair in pairs if (pair[0] in chosen) == is_test)
+        files.append(path)
+    counts = {
+        "pairs": len(pairs),
+        "meanings": len(meanings),
+        "test_meanings": len(chosen),
+        "test_references": sum(mr in chosen for mr, _ in pairs),
+    }
+    return files[0], files[1], counts
+
+
+def make_teacher(data: Path, folder: Path, steps: int) -> Path:
+    """Trim and adapt the teacher, unless that was done; return its directory."""
+    out = folder / f"teacher-{steps}"
+    if (out / "config.json").is_file():
+        return out
+    work = folder / "teacher-work"
+    work.mkdir(exist_ok=True)
+    listener = Progress()
+    listener.begin("teacher", 1, 1)
+    begun = time.perf_counter()
+    context = Context(target=load_target("cpu"), work_dir=work, progress=listener.progress)
+    model = Trim(data=str(data))(open_model(TEACHER), context)
+    tokens = teacher_tokens(model.info)
+    special = Special(start=tokens["decoder_start_token_id"], eos=tokens["pad_token_id"], pad=tokens["pad_token_id"])
+    files = with_end_token(model.info.tokenizer, special.eos)
+    parts = hold_out(read_data(str(data)), 0.05, 0)
+    limits = Limits(source=MAX_SOURCE, target=MAX_TARGET)
+    train, held_out = (seq2seq(part, files, limits, special, lambda _note: None) for part in parts)
+    loop = LoopOptions(steps=steps, batch=32, rows=16, learning_rate=3e-4, warmup=20)
+    place = Place(folder=work / "adapters", key=model.info.fingerprint, progress=listener.progress)
+    adapted, _, record = adapt_teacher(model, LoopData(train=train, held_out=held_out), Adapters(), loop, place)
+    save(_named(adapted, out.name, files), out)
+    write_record = {key: record[key] for key in ("steps", "tokens", "seconds", "best", "held_out")}
+    (folder / f"teacher-{steps}.json").write_text(json.dumps(write_record), encoding="utf-8")
+    listener.end("teacher", time.perf_counter() - begun, reused=False, notes=())
+    return out
+
+
+def _named(model: TorchModel, name: str, files: dict[str, bytes]) -> TorchModel:
+    config = {**model.info.config, "tie_word_embeddings": "lm_head.weight" in model.weights.aliases}
+    info = dataclasses.replace(model.info, name=name, tokenizer=files, chat_template=None, config=config)
+    return dataclasses.replace(model, info=info)
+
+
+def one_run(arm: Arm, seed: int, steps: int, teacher: Path, train: Path, test: Path, folder: Path) -> Json:
+    """Train one student and score it."""
+    settings: list[tuple[str, str, object]] = [
+        ("distill", key, value)
+        for key, value in {
+            **COMMON,
+            **arm.settings,
+            "steps": steps,
+            "data": str(train),
+            "scores": str(folder / "scores"),
+        }.items()
+    ]
+    recipe = resolve(target="cpu", settings=settings, seed=seed, stages=["distill"])
+    place = folder / f"{arm.name.replace(', ', '-').replace(' ', '-')}-{seed}"
+    student = run_stages(open_model(str(teacher)), recipe, runs=place, fresh=False, listener=Progress())
+    assert isinstance(student, TorchModel)
+    save(student, place / "student")
+    record = student.history[-1].figures["training"]["student"]
+    return {
+        "arm": arm.name,
+        "seed": seed,
+        "parameters": student.weights.parameters,
+        "seconds": record["seconds"],
+        "tokens": record["tokens"],
+        "precision": record["precision"],
+        "best": record["best"],
+        "held_out": record["held_out"],
+        **score(place / "student", test, place),
+    }
+
+
+def score(model: Path, test: Path, folder: Path) -> Json:
+    """Build the float32 bundle of a model and score it on the test's meanings."""
+    recipe_file = folder / "recipe.toml"
+    recipe_file.write_text('stages = ["export", "compile"]\n', encoding="utf-8")
+    settings: list[tuple[str, str, object]] = [
+        ("export", "context", MAX_SOURCE + MAX_TARGET),
+        ("compile", "cache_dtype", "float32"),
+    ]
+    recipe = resolve(target="cpu", file=recipe_file, settings=settings)
+    bundle = folder / f"{model.name}-bundle"
+    run(open_model(str(model)), recipe, out=bundle, runs=folder / "build", fresh=False, listener=Progress())
+    found: Json = {}
+    for metric in METRICS:
+        one = evaluate(bundle, str(test), Evaluation(metric=metric, max_new_tokens=MAX_TARGET - 1), listener=Progress())
+        found[metric] = {key: one[key] for key in ("value", "interval", "count")}
+        if metric == "rouge":
+            found["rougeL"] = {key: one["rougeL"][key] for key in ("value", "interval")}
+        else:
+            found["signature"] = one["signature"]
+            found["answers"] = one["answers"][:3]
+    return found
+
+
+def by_arm(result: Json) -> dict[str, dict[str, list[float]]]:
+    """Return the scores of every arm over its seeds."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in result["rows"]:
+        scores = found.setdefault(row["arm"], {"bleu": [], "rougeL": [], "loss": []})
+        scores["bleu"].append(row["bleu"]["value"])
+        scores["rougeL"].append(row["rougeL"]["value"])
+        scores["loss"].append(row["best"]["loss"])
+    return found
+
+
+def page_section(result: Json) -> str:
+    """Return the table of the page."""
+    teacher = result["teacher"]
+    cells = [
+        [
+            "teacher, adapted",
+            f"{teacher['parameters'] / 1e6:.1f}",
+            "",
+            f"{teacher['bleu']['value']:.1f}",
+            f"{teacher['rougeL']['value']:.3f}",
+            "",
+        ]
+    ]
+    counts = {row["arm"]: row["parameters"] for row in result["rows"]}
+    for arm, scores in by_arm(result).items():
+        cells.append(
+            [
+                arm,
+                f"{counts[arm] / 1e6:.1f}",
+                str(len(scores["bleu"])),
+                spread(scores["bleu"], 1),
+                spread(scores["rougeL"], 3),
+                spread(scores["loss"], 3),
+            ]
+        )
+    header = ("student", "million parameters", "seeds", "BLEU", "ROUGE-L", "held-out loss")
+    data, settings, machine = result["data"], result["settings"], result["machine"]
+    return (
+        f"{markdown_table(header, cells)}\n\n"
+        f"{data['test_meanings']} meanings with {data['test_references']} human texts kept for the test, of "
+        f"{data['meanings']} with {data['pairs']}. {settings['steps']} steps of {settings['common']['batch']} examples "
+        f"for every student, {settings['adapt_steps']} for the teacher's adapters; mean over seeds, least and most. "
+        f"{machine['cpu']}, {machine['cores']} cores seen, commit `{result['commit'][:12]}`, {result['date']}."
+    )
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Write a mean, and where there are several values the least and the most."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
