@@ -118,12 +118,13 @@ def make_set(
     shutil.rmtree(home, ignore_errors=True)
     shutil.copytree(scratch / "bundle", home / "bundle")
     lines = [
-        f"{json.dumps(key)}: {_lines(value)}" for key, value in vectors(directory, logits, manifest, tolerance).items()
+        f"{json.dumps(key)}: {as_lines(value)}"
+        for key, value in vectors(directory, logits, manifest, tolerance).items()
     ]
     (home / "vectors.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
-def _lines(value: Any) -> str:
+def as_lines(value: Any) -> str:
     """Return JSON with a line for each entry of a list."""
     rows = value if isinstance(value, list) else None
     text = [json.dumps(row, ensure_ascii=False, separators=(",", ":")) for row in rows or [value]]
@@ -139,7 +140,7 @@ def vectors(directory: Path, logits: Logits, manifest: dict[str, Any], tolerance
     expected = [logits(ids) for ids in sequences]
     largest = max(float(np.abs(row).max()) for row in expected)
     ends = manifest["model"]["eos_token_ids"]
-    answer = _answerer(logits, ends, tolerance * largest)
+    answer = answerer(logits, ends, tolerance * largest)
     return {
         "tolerance": tolerance * largest,
         "sequences": [
@@ -240,7 +241,7 @@ def _filtered(options: Options) -> dict[str, Any]:
     return {"options": dataclasses.asdict(options), **more}
 
 
-def _answerer(logits: Logits, ends: list[int], noise: float) -> Callable[[list[int], Options, int], dict[str, Any]]:
+def answerer(logits: Logits, ends: list[int], noise: float) -> Callable[[list[int], Options, int], dict[str, Any]]:
     """Return a function that makes an answer with the first seed for which it isn't short and noise changes nothing."""
 
     def tokens(prompt: list[int], options: Options, seed: int, most: int, rough: np.random.Generator | None) -> Any:

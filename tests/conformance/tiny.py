@@ -30,7 +30,7 @@ def save_trained_model(path: Path) -> Path:
     import transformers
 
     path.mkdir(parents=True)
-    tokenizer = _save_tokenizer(path)
+    tokenizer = save_tokenizer(path)
     torch.set_num_threads(1)  # sums in one order, however many cores there are
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -70,7 +70,7 @@ def _padded(ids: list[int]) -> list[int]:
     return (ids + [-1] * CONTEXT)[:CONTEXT]
 
 
-def _save_tokenizer(path: Path) -> Any:
+def save_tokenizer(path: Path) -> Any:
     """Train a byte-level BPE tokenizer that begins a text with <s>, and write its files."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 

@@ -172,7 +172,7 @@ def _nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
 
 
 def test_operators(folder: Path) -> None:
-    """Two encoder layers and one of the decoder: one cache, fused norms, no repeated keys, steps' projections joined."""
+    """Two encoder layers and one of the decoder: one cache, fused norms, no repeated keys, joined projections."""
     graphs, _ = engine.lower(exported(all_on(opened(folder, "shared"), "4 bits")), accuracy_level=4)
     encoder, decoder, scorer = (operators(graphs[name]) for name in ("encoder", "decoder", "scorer"))
     assert encoder.count("MatMulNBits") == 2 * 7 + 2  # q, k, v, o, gate, up, down; keys and values of a decoder layer
