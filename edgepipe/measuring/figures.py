@@ -66,7 +66,7 @@ def side_figures(bundle: Path, blocks: Sequence[Json], alone: Mapping[str, Json]
         figures |= token_figures(blocks)
         if "perplexity" in alone:  # a model that continues a text
             figures |= {key: alone["perplexity"][name] for key, name in _PERPLEXITY.items()}
-        if "perplexity" in alone or has_source(manifest):
+        if manifest["task"] == "text-generation" or has_source(manifest):
             figures["limits"] = _limits(manifest, arithmetic, alone["limits"], figures, blocks[0])
     return figures | {"samples": list(blocks)}
 
