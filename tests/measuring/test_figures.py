@@ -46,6 +46,7 @@ def bundle(tmp_path: Path) -> Path:
         {"part": "embedding and head", "parameters": 64 * 8, "bytes": 500},
     ]
     manifest = {
+        "task": "text-generation",
         "weights": {"bytes": 2500, "bits_per_weight": 4.5, "parts": parts},
         "cache": {"bytes": 64, "dtype": "float16"},
         "model": {"layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 4, "hidden_size": 8, "vocab_size": 64},
