@@ -19,6 +19,12 @@ from edgepipe.report.sentences import certainty, limit_sentences, limits_of, mac
 BINS = 40  # of a histogram
 _TAIL = 99.0  # percentile at which a histogram ends: one stall would squeeze everything else into one bar
 _BUNDLE = "bundle"
+_PHASES = (
+    "teacher",
+    "masked",
+    "contrast",
+    "student",
+)  # of training, as they follow each other; run.json sorts its keys
 
 
 def build(materials: Sequence[Material]) -> Report:
@@ -158,8 +164,14 @@ def _training(history: Sequence[Json]) -> Training | None:
     figures = [found for record in history if "training" in (found := record.get("figures") or {})]
     if not figures:
         return None
-    phases = (_phase(name, record) for found in figures for name, record in found["training"].items())
+    phases = (
+        _phase(name, found["training"][name]) for found in figures for name in sorted(found["training"], key=_turn)
+    )
     return Training(data=figures[-1].get("data"), phases=tuple(phases))
+
+
+def _turn(phase: str) -> int:
+    return _PHASES.index(phase) if phase in _PHASES else len(_PHASES)
 
 
 def _phase(name: str, record: Json) -> Phase:

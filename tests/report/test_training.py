@@ -128,6 +128,17 @@ def test_axes_have_few_round_numbers(low: float, high: float, whole: bool, expec
     assert ticks(low, high, whole=whole) == pytest.approx(expected)
 
 
+def test_phases_follow_each_other_as_they_did(change_run: Callable[..., Path], taught: dict[str, Any]) -> None:
+    """run.json sorts its keys, so their order says nothing."""
+    names = ("another", "contrast", "masked", "student", "teacher")
+    figures = {"training": dict.fromkeys(names, taught["training"]["student"])}
+    path = change_run(lambda record: record["history"][0].update(figures=figures))
+    training = training_of(path)
+    assert [phase.phase for phase in training.phases] == ["teacher", "masked", "contrast", "student", "another"]
+    assert training.data is None
+    assert errors(gather([path]).to_json()) == []
+
+
 def test_what_is_no_number_is_left_out(change_run: Callable[..., Path], taught: dict[str, Any]) -> None:
     """A held-out loss may overflow: the document stays JSON, and the curve goes on behind it."""
     broken = copy.deepcopy(taught)
