@@ -82,7 +82,7 @@ def bytes_per_run(manifest: Mapping[str, Any]) -> int:
 
 def has_source(manifest: Mapping[str, Any]) -> bool:
     """Say whether a bundle is a decoder behind an encoder, whose sizes its manifest tells: that of a student."""
-    return "encoder_hidden_size" in manifest["model"]
+    return "encoder_heads" in manifest["model"]
 
 
 def source_work(manifest: Mapping[str, Any]) -> SourceWork:
@@ -93,7 +93,7 @@ def source_work(manifest: Mapping[str, Any]) -> SourceWork:
     return SourceWork(
         weight_bytes=sum(part["bytes"] for part in parts),
         token_multiply_adds=sum(part["parameters"] for part in matrices),
-        pair_multiply_adds=2 * model["encoder_layers"] * model["encoder_hidden_size"],
+        pair_multiply_adds=2 * model["encoder_layers"] * model["encoder_heads"] * model["encoder_head_dim"],
         token_bytes=2 * model["layers"] * model["kv_heads"] * model["head_dim"] * _CROSS_BYTES,
         step_multiply_adds=2 * model["layers"] * model["heads"] * model["head_dim"],
     )
