@@ -28,15 +28,20 @@ def compress(
 
     `runs` keeps finished stages, so that a run that was stopped, or one with the same beginning, needn't repeat them;
     `fresh` repeats them all. `task` overrides the task that the model's config describes. Raises ConfigError before any
-    work begins, StageError or TargetError when a stage fails.
+    work begins, StageError or TargetError when a stage fails. Of several processes that a launcher started the first
+    one does this; the others help it train, and end here.
     """
     from edgepipe.pipeline import check_output, run, run_name
     from edgepipe.report.budgets import over_budget
     from edgepipe.sources import open_model
+    from edgepipe.training.processes import dismiss_the_others, follow, follows
 
     if out is not None:
         check_output(out)
     source = open_model(model, task)
+    if follows():
+        follow(source, recipe.stages, recipe.target, recipe.seed)
+        raise SystemExit(0)
     directory = runs / run_name(source, recipe)
     before = _manifest_sha256(out if out is not None else directory / "bundle")
     summary: Json = {}
@@ -50,6 +55,7 @@ def compress(
             summary["report"] = str(_write_report(directory, result.model.path))
 
     run(source, recipe, out=out, runs=runs, fresh=fresh, listener=listener, finish=finish)
+    dismiss_the_others()
     return summary
 
 

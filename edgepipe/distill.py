@@ -29,18 +29,25 @@ def distill(
 
     `settings` are those of the stage distill, and of trim where its data are among them. A run that was stopped goes
     on from its last checkpoint in `runs`; `fresh` begins anew. Raises ConfigError before any work begins (a directory
-    at `out` that is no student's stays as it is), StageError when a stage fails.
+    at `out` that is no student's stays as it is), StageError when a stage fails. Of several processes that a launcher
+    started the first one does this; the others help it train, and end here.
     """
     from edgepipe.pipeline import run_stages
     from edgepipe.recipe import resolve
     from edgepipe.sources import open_model
     from edgepipe.students.result import save
+    from edgepipe.training.processes import dismiss_the_others, follow, follows
 
     if out.exists() and not _may_be_replaced(out):
         raise ConfigError(f"--out {out} is there and is no student's directory: name a new one or empty it")
     names = ["trim", "distill"] if any(stage == "trim" for stage, _, _ in settings) else ["distill"]
     recipe = resolve(target=None, settings=settings, seed=seed, stages=names)
-    student = run_stages(open_model(model), recipe, runs=runs, fresh=fresh, listener=listener)
+    source = open_model(model)
+    if follows():
+        follow(source, recipe.stages, recipe.target, recipe.seed)
+        raise SystemExit(0)
+    student = run_stages(source, recipe, runs=runs, fresh=fresh, listener=listener)
+    dismiss_the_others()
     assert isinstance(student, TorchModel), "the chain of stages was checked"
     try:
         save(student, out)

@@ -49,7 +49,9 @@ def test_a_default_stands_as_it_would_in_a_recipe(stage: str, name: str) -> None
 def test_an_unknown_stage() -> None:
     with pytest.raises(ConfigError, match=r"no stage 'exporrt' \(did you mean 'export'"):
         stage_options_help("exporrt")
-    with pytest.raises(ConfigError, match="no stage 'prune': known are compile, distill, export, measure, quantize, trim"):
+    with pytest.raises(
+        ConfigError, match="no stage 'prune': known are compile, distill, export, measure, quantize, trim"
+    ):
         stage_options_help("prune")
 
 

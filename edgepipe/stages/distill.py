@@ -106,6 +106,9 @@ class Distill:
 
     def __call__(self, model: TorchModel, ctx: Context) -> TorchModel:
         """Return the student, trained."""
+        from edgepipe.training.processes import call_the_others
+
+        call_the_others()
         if self.student == "encoder":
             from edgepipe.training.encoder_course import teach_encoder
 

@@ -425,6 +425,9 @@ class _Run:
                 judge = self.data.judge or self.objective
                 _add(sums, self.shell(judge, batch, 0, self.precision == "bf16"))
         self.shell.train()
+        if self.accelerator.num_processes > 1:  # one that got no piece has no names
+            nothing = torch.zeros((), dtype=_wide(self.accelerator.device), device=self.accelerator.device)
+            sums = {name: sums.get(name, nothing) for name in shared(lambda: sorted(sums))}
         figures, _ = self._mean(sums)
         state.held_out.append({"step": state.step, **figures})
         state.worse += 1
@@ -464,8 +467,13 @@ def schedule(step: int, warmup: int, total: int) -> float:
 
 def _add(sums: dict[str, Tensor], found: Mapping[str, Tensor]) -> None:
     """Add a batch's loss and figures, weighted, and its weight."""
-    wide = torch.float32 if found["weight"].device.type == "mps" else torch.float64  # what Apple's GPUs have
+    wide = _wide(found["weight"].device)
     weight = found["weight"].detach().to(wide)
     for name, value in found.items():
         term = weight if name == "weight" else value.detach().to(wide) * weight
         sums[name] = sums[name] + term if name in sums else term
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    """Return what sums are kept in; Apple's GPUs have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
