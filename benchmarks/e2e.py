@@ -1,7 +1,7 @@
 """Does distilling pay in quality?  Students of SmolLM2 on the E2E data, by BLEU and ROUGE-L through their bundles.
 
-    python benchmarks/e2e.py --data e2e-dev.csv [--steps 400] [--adapt-steps 200] [--seeds 3]   run what isn't stored yet
-    python benchmarks/e2e.py --page-only                                       rewrite the table of docs/distill.md
+    python benchmarks/e2e.py --data e2e-dev.csv [--steps 400] [--adapt-steps 200] [--seeds 3]   run what is left
+    python benchmarks/e2e.py --page-only                                                          rewrite the table of docs/distill.md
 
 A part of the meanings is kept for the test, with all their human texts as references. The teacher's vocabulary is
 trimmed to what the data use, then the teacher is adapted to the task (LoRA) once; its top-k scores are computed once.
@@ -235,10 +235,10 @@ def score(model: Path, test: Path, folder: Path) -> Json:
         one = evaluate(bundle, str(test), Evaluation(metric=metric, max_new_tokens=MAX_TARGET - 1), listener=Progress())
         found[metric] = {key: one[key] for key in ("value", "interval", "count")}
         if metric == "rouge":
-            found["rougeL"] = {key: one["rougeL"][key] for key in ("value", "interval")}
+            found["rougeL"] = one["details"]["rougeL"]
         else:
-            found["signature"] = one["signature"]
-            found["answers"] = one["answers"][:3]
+            found["signature"] = one["details"]["signature"]
+            found["answers"] = one["details"]["answers"][:3]
     return found
 
 
