@@ -1,7 +1,7 @@
 """Does distilling pay in quality?  Students of SmolLM2 on the E2E data, by BLEU and ROUGE-L through their bundles.
 
     python benchmarks/e2e.py --data e2e-dev.csv [--steps 400] [--adapt-steps 200] [--seeds 3]   run what is left
-    python benchmarks/e2e.py --page-only                                                          rewrite the table of docs/distill.md
+    python benchmarks/e2e.py --page-only                      rewrite the table of docs/distill.md
 
 A part of the meanings is kept for the test, with all their human texts as references. The teacher's vocabulary is
 trimmed to what the data use, then the teacher is adapted to the task (LoRA) once; its top-k scores are computed once.

@@ -8,6 +8,7 @@ training/, put together in training/course.py and training/encoder_course.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from edgepipe.artifacts import Context, Json, TorchModel
@@ -29,6 +30,7 @@ class Distill:
     held_out: float = 0.05  # share of the data that is kept aside to judge by, by source
     own_texts: int = 2000  # texts that the teacher writes when there are no data
     # --- what the student is made of; 0 and empty take the default
+    start: str = ""  # a student's directory to go on with; empty: a new student is made of the teacher
     encoder_layers: int = 0  # 0: two thirds of 0.4 of the teacher's, or all of these for an encoder alone
     decoder_layers: int = 0  # 0: one third of 0.4 of the teacher's, or all of these for a decoder alone
     encoder_from: tuple[int, ...] = ()  # the teacher's layers, counted from 0, that become the encoder's; evenly spaced
@@ -100,9 +102,14 @@ class Distill:
         """Return the contents this stage depends on besides the model: its key changes with them."""
         from edgepipe.training.data import read_data
 
-        if not self.data:
-            return {}
-        return {"data": read_data(self.data, columns=self.columns, option="distill.columns").sha256}
+        read: Json = {}
+        if self.data:
+            read["data"] = read_data(self.data, columns=self.columns, option="distill.columns").sha256
+        if self.start:
+            from edgepipe.students.files import student_fingerprint
+
+            read["start"] = student_fingerprint(Path(self.start))
+        return read
 
     def __call__(self, model: TorchModel, ctx: Context) -> TorchModel:
         """Return the student, trained."""

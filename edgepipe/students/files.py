@@ -14,11 +14,11 @@ import torch
 
 from edgepipe.artifacts import Json
 from edgepipe.errors import ConfigError
-from edgepipe.store import read_json, write_json
+from edgepipe.store import file_sha256, read_json, write_json
 from edgepipe.students.config import StudentConfig, is_student, read_student
 from edgepipe.students.models import Decoder, Encoder, EncoderDecoder, Student, initialize
 
-_WEIGHTS = "model.safetensors"
+WEIGHTS = "model.safetensors"
 
 
 def make_student(config: StudentConfig | Json, *, seed: int = 0, context: int | None = None) -> Student:
@@ -54,10 +54,19 @@ def save_student(student: Student, directory: Path, files: Mapping[str, bytes], 
     from safetensors.torch import save_file
 
     state = {name: value.detach().contiguous().cpu() for name, value in student.state_dict().items()}
-    save_file(state, directory / _WEIGHTS, metadata={"format": "pt"})
+    save_file(state, directory / WEIGHTS, metadata={"format": "pt"})
     write_json(directory / "config.json", {**student_config(student), **(extra or {})})
     for name, content in files.items():
         (directory / name).write_bytes(content)
+
+
+def student_fingerprint(directory: Path) -> str:
+    """Return a hash of what a saved student is; ConfigError when the directory holds none."""
+    files = [directory / name for name in ("config.json", WEIGHTS, "tokenizer.json")]
+    for path in files:
+        if not path.is_file():
+            raise ConfigError(f"{directory} is no student's directory: it has no {path.name}")
+    return "".join(file_sha256(path) for path in files)
 
 
 def load_student(directory: Path) -> Student:
@@ -65,8 +74,8 @@ def load_student(directory: Path) -> Student:
     from safetensors.torch import load_file
 
     student = read_bare(read_json(directory / "config.json"))
-    missing, extra = student.load_state_dict(load_file(directory / _WEIGHTS), strict=False)
+    missing, extra = student.load_state_dict(load_file(directory / WEIGHTS), strict=False)
     if missing or extra:
         odd = (*missing, *extra)[0]
-        raise ConfigError(f"{directory}: config.json and {_WEIGHTS} disagree about {odd}; copy both again")
+        raise ConfigError(f"{directory}: config.json and {WEIGHTS} disagree about {odd}; copy both again")
     return student

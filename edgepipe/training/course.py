@@ -23,14 +23,14 @@ from torch import nn
 from edgepipe.artifacts import Context, Json, TorchModel
 from edgepipe.errors import ConfigError
 from edgepipe.graph.shape import read_shape
-from edgepipe.students.files import make_student
+from edgepipe.students.files import load_student, make_student
 from edgepipe.students.from_teacher import StudentPlan, chosen_layers, config_of, plan_student, student_values
-from edgepipe.students.models import Decoder, EncoderDecoder, Student
+from edgepipe.students.models import Decoder, Encoder, EncoderDecoder, Student
 from edgepipe.students.result import as_model, teacher_tokens
 from edgepipe.students.tokenizer import with_end_token
 from edgepipe.training.adapt import Adapters, adapt_teacher
 from edgepipe.training.batches import Limits, Seq2Seq, Special, seq2seq
-from edgepipe.training.data import TrainingData, hold_out, read_data
+from edgepipe.training.data import TrainingData, check_vocabularies, hold_out, read_data
 from edgepipe.training.distil import (
     DistilOptions,
     LayerMap,
@@ -99,7 +99,8 @@ def teach_generator(model: TorchModel, options: Distill, ctx: Context) -> TorchM
     data = _data(teacher, options, ctx, folder)
     reading = _reading(model, options, data)
     train_part, held_part = hold_out(data, options.held_out, SPLIT_SEED)
-    examples, held_out = (reading.examples(part, ctx.note) for part in (train_part, held_part))
+    reads = reading if options.data else _cutting(reading)
+    examples, held_out = (reads.examples(part, ctx.note) for part in (train_part, held_part))
     records: Json = {}
     if options.adapt_steps:
         loop = dataclasses.replace(loop_options(options, ctx, options.adapt_steps), learning_rate=options.adapt_rate)
@@ -111,9 +112,7 @@ def teach_generator(model: TorchModel, options: Distill, ctx: Context) -> TorchM
     if options.targets == "teacher":
         written = _written(train_part, examples, reading, teacher, folder, ctx)
         ctx.note(f"the teacher wrote {len(written.records)} targets")
-        # a random model's text may have more tokens when it is read again than it was written with
-        cut = dataclasses.replace(reading, limits=dataclasses.replace(reading.limits, cut=True))
-        examples = cut.examples(written, ctx.note)
+        examples = _cutting(reading).examples(written, ctx.note)
     student = new_student(model, options, ctx)
     assert isinstance(student, Decoder | EncoderDecoder)
     objective, module = _objective(student, teacher, examples, options, folder, ctx)
@@ -168,6 +167,8 @@ def loop_options(options: Distill, ctx: Context, steps: int = 0) -> LoopOptions:
 
 def new_student(model: TorchModel, options: Distill, ctx: Context, labels: tuple[str, ...] = ()) -> Student:
     """Make the student of a teacher, its weights the teacher's where they come from there, and say so."""
+    if options.start:
+        return _earlier_student(model, options, ctx, labels)
     plan = dataclasses.replace(student_plan(options), labels=labels)
     config = plan_student(config_of(model), plan)
     student = make_student(config, seed=ctx.seed)
@@ -189,6 +190,24 @@ def new_student(model: TorchModel, options: Distill, ctx: Context, labels: tuple
     ctx.note(f"student: {count / 1e6:.1f} million parameters, {share:.0%} of the teacher's; {start}")
     if any(shape.windows):
         ctx.note("the teacher's sliding windows are gone: a student attends to everything")
+    return student
+
+
+def _earlier_student(model: TorchModel, options: Distill, ctx: Context, labels: tuple[str, ...]) -> Student:
+    """Open the student that training goes on with; ConfigError when it is another kind's, or reads other tokens."""
+    directory = Path(options.start)
+    student = load_student(directory)
+    kinds = {"decoder": Decoder, "encoder": Encoder, "encoder-decoder": EncoderDecoder}
+    if not isinstance(student, kinds[options.student]):
+        raise ConfigError(f"distill.start: {directory} holds another kind of student than {options.student}")
+    if isinstance(student, Encoder) and student.config.labels != labels:
+        raise ConfigError(
+            f"distill.start: {directory} has the labels {', '.join(student.config.labels) or 'none'}, "
+            f"but the data have {', '.join(labels) or 'none'}"
+        )
+    files = {"tokenizer.json": (directory / "tokenizer.json").read_bytes()}
+    check_vocabularies(model.info.tokenizer, files, (model.info.name, str(directory)))
+    ctx.note(f"student: goes on from {directory.name}")
     return student
 
 
@@ -248,6 +267,11 @@ def _written(
         progress=ctx.progress,
     )
     return write_targets(data, examples.sources, writing, WriteOptions(tokens=reading.limits.target - 1, seed=ctx.seed))
+
+
+def _cutting(reading: _Reading) -> _Reading:
+    """Return a reading of what a teacher wrote: its text may have more tokens when it is read again."""
+    return dataclasses.replace(reading, limits=dataclasses.replace(reading.limits, cut=True))
 
 
 def change(record: Json) -> str:

@@ -47,7 +47,8 @@ def open_teacher(model: TorchModel) -> Teacher:
     for name, leaf in module.named_modules():
         for part in dict(leaf.named_parameters(recurse=False)):
             value = np.require(model.weights.float32(f"{name}.{part}"), requirements=["C", "W"])
-            leaf._parameters[part] = nn.Parameter(torch.from_numpy(value), requires_grad=False)
+            # a copy in torch's own memory: products of matrices that lie elsewhere round differently, run by run
+            leaf._parameters[part] = nn.Parameter(torch.from_numpy(value).clone(), requires_grad=False)
     module.tie_weights()
     return Teacher(freeze(module), model.info.fingerprint, model.info.name)
 
