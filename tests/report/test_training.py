@@ -21,6 +21,7 @@ from edgepipe.report.sections import Section, bundle_sections
 from tests.report.test_markdown import tables
 from tests.report.test_page import parsed, spaced
 from tests.report.test_record import errors
+from tests.training.tiny import OPTIONS
 
 
 def training_of(path: Path) -> Training:
@@ -60,7 +61,7 @@ def test_the_table_says_them(trained_run: Path) -> None:
     section, (_, student) = section_of(trained_run), training_of(trained_run).phases
     assert section.table is not None
     first, second = section.table.rows
-    assert first[:2] == ("contrast", "40")
+    assert first[:2] == ("contrast", str(OPTIONS.steps))
     assert first[3:6] == ("–", "–", "–")
     assert second[2:7] == (
         "steps",
