@@ -100,7 +100,6 @@ def test_unknown_names_and_values(
         ('stages = ["export", "quantize", "compile"]', ("Quantize takes TorchModel", "given OnnxModel")),
         ('stages = ["compile"]', ("Compile takes OnnxModel", "given TorchModel")),
         ('stages = ["quantize", "export"]', ("end in OnnxModel",)),
-        ('stages = ["distill", "quantize", "export", "compile"]', ("no stage 'distill'", "known are")),
         ('stages = ["prune", "export", "compile"]', ("no stage 'prune'",)),
         ('stages = ["quantize", "quantize", "export", "compile"]', ("named twice",)),
         ("stages = []", ("list of stage names",)),
