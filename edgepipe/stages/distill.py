@@ -65,7 +65,7 @@ class Distill:
     learning_rate: float = 3e-4  # highest one, after the warm-up
     warmup: int = 20  # steps until the learning rate is at its highest
     patience: int = 0  # evaluations without a better one after which training stops; 0: never
-    precision: str = "auto"  # auto, bf16, no; auto: bf16 where the machine has it and gains by it
+    precision: str = "auto"  # auto, bf16, no; auto: bf16 where the machine gains by it
     max_source: int = 512  # tokens of a source or text
     max_target: int = 128  # tokens of a target
     cut: bool = False  # cut what is longer; else it is refused, by file and line

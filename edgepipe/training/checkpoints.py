@@ -1,6 +1,6 @@
 """Keep what a killed training goes on from: `last`, `best` and `plan.json` in one folder.
 
-    plan.json   what this run is (a key) and what was decided once: precision, number of steps
+    plan.json   what this run is (a key) and what was decided once: the number of steps
     last/       the trained weights, the optimizer's state, how far it came, the curves
     best/       the weights that did best on held-out data
 

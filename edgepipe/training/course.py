@@ -313,7 +313,9 @@ def _objective(
     )
     scores: Scores | None = None
     if how.alpha and how.on_policy < 1 and not how.hidden:
-        kept = ScoreOptions(k=options.top_k, temperature=how.temperature, vocab=_vocabulary(student))
+        kept = ScoreOptions(
+            k=options.top_k, temperature=how.temperature, vocab=_vocabulary(student), precision=options.precision
+        )
         place = Path(options.scores) if options.scores else folder / "scores"
         scores = keep_scores(teacher.module(), examples, kept, place, ctx.progress)
     asks = how.hidden > 0 or (how.alpha > 0 and (how.on_policy > 0 or scores is None))

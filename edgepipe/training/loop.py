@@ -79,7 +79,7 @@ class LoopOptions:
     patience: int = 0  # evaluations in a row without a better one after which training stops; 0: never
     save_every: int = 0  # steps; 0: by time alone
     save_seconds: float = 300.0  # seconds; 0: by steps alone
-    precision: str = "auto"  # auto, bf16, no; auto: bf16 where the machine has it and gains by it
+    precision: str = "auto"  # auto, bf16, no; auto: bf16 where the machine gains by it
     alone: str = ""  # regular expression: parameters that are trained alone at first
     alone_steps: int = 0  # how many steps that is
     seed: int = 0
@@ -192,7 +192,7 @@ class _Run:
         self.optimizer = torch.optim.AdamW(self._groups(), lr=options.learning_rate, betas=_BETAS)
         self._wrap()
         self.plan: Json = shared(lambda: checkpoints.open_folder(place.folder, self._key()))
-        self.precision = self._decide("precision", self._choose_precision)
+        self.precision = choose_precision(options.precision, self.accelerator.device, trains=True)
         self.total = options.steps or int(self.plan.get("steps", 0))  # 0: not known yet
         self._restore()
         self.begun = self.saved = time.monotonic()
@@ -240,15 +240,6 @@ class _Run:
             if self.accelerator.is_main_process:
                 checkpoints.save_plan(self.place.folder, self.plan)
         return self.plan[name]
-
-    def _choose_precision(self) -> str:
-        batch = next(self._shares(1))
-
-        def one_step(short: bool) -> None:
-            self.accelerator.backward(self.common(self.objective, batch, 1, short)["loss"])
-            self.optimizer.zero_grad()
-
-        return choose_precision(self.options.precision, self.accelerator.device, one_step)
 
     def _restore(self) -> None:
         """Go on from the last checkpoint, if there is one."""

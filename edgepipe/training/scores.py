@@ -1,6 +1,6 @@
 """Keep a teacher's scores on disk: of every target token the k most likely, computed once.
 
-    key.json                 what decides the scores: teacher, examples, k, temperature, vocabulary; and the precision
+    key.json                 what decides the scores: teacher, examples, k, temperature, vocabulary, precision
     shard-00000/ …           log_probs.npy [tokens, k] float16 · ids.npy [tokens, k] int32 · rest.npy [tokens] float16
 
 A token's row holds log p of its k likeliest and of all others together (numerics/losses.py). A shard holds the targets
@@ -43,7 +43,7 @@ class ScoreOptions:
     temperature: float = 1.0  # of the distribution; the loss must use the same
     vocab: int = 0  # the student's tokens: scores are over these alone
     rows: int = 16  # examples the teacher reads at once
-    precision: str = "auto"  # of the teacher's products: auto, bf16, no; auto: bf16 where that is faster
+    precision: str = "auto"  # of the teacher's products: auto, bf16, no; auto: bf16 where the machine gains by it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,10 +81,11 @@ def keep_scores(
     """
     if options.k < 1 or options.temperature <= 0 or options.vocab < 1:
         raise ConfigError("scores: expected k and vocab of at least 1, and a temperature above 0")
-    kept = (options.k, options.temperature, options.vocab, options.precision)
+    precision = choose_precision(options.precision, device(), trains=False)
+    kept = (options.k, options.temperature, options.vocab, precision)
     key = {"key": cache_key(teacher.fingerprint, examples_hash(examples), kept)}
-    place = shared(lambda: str(_claim(folder, key, lambda: _precision(teacher, examples, options))))
-    work = _Work(teacher, examples, options, read_json(Path(place) / _KEY)["precision"] == "bf16")
+    place = shared(lambda: str(_claim(folder, key)))
+    work = _Work(teacher, examples, options, precision == "bf16")
     count = -(-len(examples.sources) // _SHARD)
     for number in mine(count):
         path = Path(place) / f"shard-{number:05}"
@@ -103,18 +104,18 @@ def examples_hash(examples: Seq2Seq) -> str:
     return digest.hexdigest()
 
 
-def _claim(folder: Path, key: Json, precision: Callable[[], str]) -> Path:
-    """Clear away what belongs to other scores, decide the precision of new ones, and return the folder."""
+def _claim(folder: Path, key: Json) -> Path:
+    """Clear away what belongs to other scores, and return the folder."""
     tidy(folder, r"shard-\d+")
     try:
-        same = read_json(folder / _KEY)["key"] == key["key"]
-    except (OSError, ValueError, KeyError, TypeError):
+        same = read_json(folder / _KEY) == key
+    except (OSError, ValueError):
         same = False
     if not same:
         for path in folder.glob("shard-*"):
             shutil.rmtree(path)
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / _KEY, {**key, "precision": precision()})
+        write_json(folder / _KEY, key)
     return folder
 
 
@@ -134,15 +135,6 @@ class _Work(NamedTuple):
             logits = judge(self.teacher, batch).logits
         options = self.options
         return top_k(logits, options.k, vocab=options.vocab, temperature=options.temperature), batch["target"]
-
-
-def _precision(teacher: Teacher, examples: Seq2Seq, options: ScoreOptions) -> str:
-    rows = np.argsort(examples.lengths, kind="stable")[len(examples.lengths) // 2 :][: options.rows].tolist()
-
-    def step(short: bool) -> None:
-        _Work(teacher, examples, options, short).scores(rows)
-
-    return choose_precision(options.precision, device(), step)
 
 
 def _write(path: Path, work: _Work, number: int, progress: Callable[[str, int, int], None]) -> None:

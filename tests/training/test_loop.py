@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -143,14 +144,16 @@ def test_bfloat16(tmp_path: Path) -> None:
     assert 0 < max(abs(a - b) for a, b in losses) < 0.02
 
 
-def test_precision_is_decided_by_the_clock() -> None:
-    """A CPU that has the instructions uses them where a step is faster with them; a wish is granted as it is."""
-    seconds = {True: 0.02, False: 0.01}
+def test_precision_is_decided_by_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wish is granted as it is; else facts decide, so that a second run decides alike."""
     cpu = torch.device("cpu")
-    assert choose_precision("auto", cpu, lambda short: time.sleep(seconds[short])) == "no"
-    assert choose_precision("bf16", cpu, lambda short: time.sleep(seconds[short])) == "bf16"
-    fast = choose_precision("auto", cpu, lambda short: time.sleep(seconds[not short]))
-    assert fast == ("bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no")
+    for amx, short in itertools.product((True, False), repeat=2):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda short=short: short)
+        assert choose_precision("no", cpu, trains=True) == "no"
+        assert choose_precision("bf16", cpu, trains=True) == "bf16"
+        assert choose_precision("auto", cpu, trains=True) == ("bf16" if amx else "no")
+        assert choose_precision("auto", cpu, trains=False) == ("bf16" if amx or short else "no")
 
 
 def test_cross_attention_alone_at_first(tmp_path: Path) -> None:
