@@ -254,7 +254,16 @@ def test_ctrl_c_is_130_and_the_same_command_goes_on(tiny_model_dir: Path, tmp_pa
     """Interrupted once the first stage is kept; the second run reuses what was finished."""
     command = [sys.executable, "-m", "edgepipe", "compress", str(tiny_model_dir), "--out", "out", *QUICK]
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    child = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell that starts the tests in the background lets them ignore Ctrl-C, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         until = time.monotonic() + 300  # a busy machine imports torch for a minute
         while not list(tmp_path.glob("runs/*/02-export/key.json")) and time.monotonic() < until:
