@@ -94,6 +94,11 @@ class _Reading:
 
 def teach_generator(model: TorchModel, options: Distill, ctx: Context) -> TorchModel:
     """Return an encoder-decoder or decoder student of `model`, trained as the options say."""
+    if options.untaught:
+        files = model.info.tokenizer
+        if options.student == "encoder-decoder":
+            files = with_end_token(files, teacher_tokens(model.info)["pad_token_id"])
+        return _result(model, new_student(model, options, ctx), options, files)
     folder = kept_folder(ctx)
     teacher = Lazy(model)
     data = _data(teacher, options, ctx, folder)
@@ -125,8 +130,11 @@ def teach_generator(model: TorchModel, options: Distill, ctx: Context) -> TorchM
     records["student"] = train(module, objective, sets, loop, place)
     ctx.note(f"the student was trained: {change(records['student'])}")
     ctx.figures({"training": records, "data": describe_data(data, train_part, held_part)})
-    name = f"{model.info.name}-{options.student}"
-    return as_model(student.eval(), model.info, name=name, tokenizer=reading.files)
+    return _result(model, student, options, reading.files)
+
+
+def _result(model: TorchModel, student: Student, options: Distill, files: Mapping[str, bytes]) -> TorchModel:
+    return as_model(student.eval(), model.info, name=f"{model.info.name}-{options.student}", tokenizer=files)
 
 
 class Lazy:
