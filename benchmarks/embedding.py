@@ -72,6 +72,7 @@ class Arm:
 _ALL: dict[str, object] = {"encoder_layers": 30, "untaught": True}
 _FIRST: dict[str, object] = {"encoder_from": LAYERS}
 _LOOP: dict[str, object] = {"batch": 32, "max_source": TOKENS, "cut": True}
+_CONTRAST: dict[str, object] = {"steps": 150, "learning_rate": 3e-4, "held_out": 0.001, "contrast_dropout": 0.1}
 ARMS = (
     Arm(
         name="causal",
@@ -89,7 +90,7 @@ ARMS = (
         name="contrast",
         label="+ contrast of each sentence with itself",
         data="sentences",
-        settings={**_LOOP, "steps": 120, "learning_rate": 2e-4, "held_out": 0.001},
+        settings={**_LOOP, **_CONTRAST},
         after="masked",
     ),
     Arm(
@@ -106,6 +107,12 @@ ARMS = (
         settings={**_LOOP, "steps": 200, "learning_rate": 2e-4, "held_out": 0.005},
         after="contrast",
         metric="accuracy",
+    ),
+    Arm(
+        name="contrast-causal",
+        label="causal mask kept, and the same contrast alone",
+        data="sentences",
+        settings={**_FIRST, "causal_encoder": True, **_LOOP, **_CONTRAST},
     ),
     Arm(name="whole-causal", label="causal mask, mean pooling", settings={**_ALL, "causal_encoder": True}),
     Arm(name="whole-unmasked", label="mask removed", settings=_ALL),

@@ -55,6 +55,7 @@ class Distill:
     scores: str = ""  # folder where that is kept for other runs with the same teacher and data; empty: this run's own
     mask_steps: int = 0  # of an encoder: steps of masked next-token prediction first
     contrast_steps: int = 0  # of an encoder: steps of unsupervised contrast before those of pairs or labels
+    contrast_dropout: float = 0.3  # of that contrast: of attention and of what each block adds, above 0 and below 1
     untaught: bool = False  # no last course: a student as it is made, or after mask_steps and contrast_steps alone
     # --- how long, and how
     steps: int = 0  # optimizer steps; 0: as many as `minutes` allow
@@ -82,6 +83,8 @@ class Distill:
                 raise ConfigError(f"distill.{name}: expected at least 0, got {getattr(self, name)}")
         if not 0 < self.held_out < 1:
             raise ConfigError(f"distill.held_out: expected a share between 0 and 1, got {self.held_out}")
+        if not 0 < self.contrast_dropout < 1:
+            raise ConfigError(f"distill.contrast_dropout: expected above 0 and below 1, got {self.contrast_dropout}")
         if self.steps and self.minutes:
             raise ConfigError("distill.steps and distill.minutes: give one of them")
         if self.untaught and (self.steps or self.minutes or self.adapt_steps):

@@ -47,7 +47,6 @@ from edgepipe.training.encoder_data import (
     supervised,
     unsupervised,
 )
-from edgepipe.training.encoders import SIMCSE_DROPOUT
 from edgepipe.training.loop import LoopData, LoopOptions, Objective, Place, train
 
 if TYPE_CHECKING:
@@ -151,7 +150,7 @@ class _Course:
         if self.labels:
             raise ConfigError("distill.contrast_steps: a classifier gives no embedding to contrast")
         sets = LoopData(train=read_texts(self.train_part, self._reading))
-        self.student.dropout.rate = SIMCSE_DROPOUT
+        self.student.dropout.rate = self._options.contrast_dropout
         try:
             self._train(name, unsupervised, sets, loop_options(self._options, self._ctx, steps))
         finally:

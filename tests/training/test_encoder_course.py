@@ -79,6 +79,8 @@ def test_masked_prediction_alone(tiny_model_dir: Path, tmp_path: Path, texts: st
     assert changed(plain, masked) and changed(masked, both)
     again = made(teacher, tmp_path / "c", data=texts, steps=2, mask_steps=2)
     assert not changed(both, again)
+    other = made(teacher, tmp_path / "d", data=texts, steps=2, mask_steps=2, contrast_dropout=0.1)
+    assert changed(both, other)
 
 
 def test_a_student_is_taught_further(tiny_model_dir: Path, tmp_path: Path, texts: str) -> None:
@@ -118,5 +120,8 @@ def test_what_is_refused(tiny_model_dir: Path, tmp_path: Path, texts: str) -> No
         made(pair, tmp_path, data=texts, steps=1)
     with pytest.raises(ConfigError, match=r"distill\.untaught: give no steps"):
         Distill(untaught=True, steps=3)
+    for rate in (0.0, 1.0):
+        with pytest.raises(ConfigError, match=r"distill\.contrast_dropout: expected above 0 and below 1"):
+            Distill(contrast_dropout=rate)
     with pytest.raises(ConfigError, match="an encoder learns from texts, pairs or labels"):
         made(teacher, tmp_path, untaught=True, mask_steps=1)
