@@ -57,6 +57,8 @@ class Distill:
     scores: str = ""  # folder where that is kept for other runs with the same teacher and data; empty: this run's own
     mask_steps: int = 0  # of an encoder: steps of masked next-token prediction first
     contrast_steps: int = 0  # of an encoder: steps of unsupervised contrast before those of pairs or labels
+    contrast_dropout: float = 0.3  # of that contrast: of attention and of what each block adds, above 0 and below 1
+    untaught: bool = False  # no last course: a student as it is made, or after mask_steps and contrast_steps alone
     # --- how long, and how
     steps: int = 0  # optimizer steps; 0: as many as `minutes` allow
     minutes: float = 0.0  # of wall time, when no steps are given; 0: 20
@@ -83,19 +85,31 @@ class Distill:
                 raise ConfigError(f"distill.{name}: expected at least 0, got {getattr(self, name)}")
         if not 0 < self.held_out < 1:
             raise ConfigError(f"distill.held_out: expected a share between 0 and 1, got {self.held_out}")
+        if not 0 < self.contrast_dropout < 1:
+            raise ConfigError(f"distill.contrast_dropout: expected above 0 and below 1, got {self.contrast_dropout}")
         if self.steps and self.minutes:
             raise ConfigError("distill.steps and distill.minutes: give one of them")
+        if self.untaught and (self.steps or self.minutes or self.adapt_steps):
+            raise ConfigError("distill.untaught: give no steps, minutes or adapt_steps with it: nothing is taught")
+        if self.student == "encoder" and self.start:
+            raise ConfigError("distill.start: an encoder student is taught further by giving it as MODEL")
         if self.student == "encoder" and self.targets == "teacher":
             raise ConfigError("distill.targets: an encoder has no targets that a teacher could write")
 
     def check(self, model: TorchModel) -> None:
         """Refuse a teacher that no student can be made of, and data that can't be read."""
+        from edgepipe.students.config import is_student
         from edgepipe.students.from_teacher import config_of, plan_student
         from edgepipe.training.course import student_plan
 
-        if model.info.task != "text-generation":
+        if self.student == "encoder" and is_student(model.info.config):
+            from edgepipe.training.encoder_course import check_taught_further
+
+            check_taught_further(model, self)
+        elif model.info.task != "text-generation":
             raise ConfigError(f"a teacher is a text-generation model, but {model.info.name} is for {model.info.task}")
-        plan_student(config_of(model), student_plan(self))
+        else:
+            plan_student(config_of(model), student_plan(self))
         self.reads()
 
     def reads(self) -> Json:

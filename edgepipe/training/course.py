@@ -25,7 +25,7 @@ from edgepipe.errors import ConfigError
 from edgepipe.graph.shape import read_shape
 from edgepipe.students.files import load_student, make_student
 from edgepipe.students.from_teacher import StudentPlan, chosen_layers, config_of, plan_student, student_values
-from edgepipe.students.models import Decoder, Encoder, EncoderDecoder, Student
+from edgepipe.students.models import Decoder, EncoderDecoder, Student
 from edgepipe.students.result import as_model, teacher_tokens
 from edgepipe.students.tokenizer import with_end_token
 from edgepipe.training.adapt import Adapters, adapt_teacher
@@ -94,6 +94,11 @@ class _Reading:
 
 def teach_generator(model: TorchModel, options: Distill, ctx: Context) -> TorchModel:
     """Return an encoder-decoder or decoder student of `model`, trained as the options say."""
+    if options.untaught:
+        files = model.info.tokenizer
+        if options.student == "encoder-decoder":
+            files = with_end_token(files, teacher_tokens(model.info)["pad_token_id"])
+        return _result(model, new_student(model, options, ctx), options, files)
     folder = kept_folder(ctx)
     teacher = Lazy(model)
     data = _data(teacher, options, ctx, folder)
@@ -124,8 +129,11 @@ def teach_generator(model: TorchModel, options: Distill, ctx: Context) -> TorchM
     records["student"] = train(module, objective, sets, loop, place)
     ctx.note(f"the student was trained: {change(records['student'])}")
     ctx.figures({"training": records, "data": describe_data(data, train_part, held_part)})
-    name = f"{model.info.name}-{options.student}"
-    return as_model(student.eval(), model.info, name=name, tokenizer=reading.files)
+    return _result(model, student, options, reading.files)
+
+
+def _result(model: TorchModel, student: Student, options: Distill, files: Mapping[str, bytes]) -> TorchModel:
+    return as_model(student.eval(), model.info, name=f"{model.info.name}-{options.student}", tokenizer=files)
 
 
 class Lazy:
@@ -168,7 +176,7 @@ def loop_options(options: Distill, ctx: Context, steps: int = 0) -> LoopOptions:
 def new_student(model: TorchModel, options: Distill, ctx: Context, labels: tuple[str, ...] = ()) -> Student:
     """Make the student of a teacher, its weights the teacher's where they come from there, and say so."""
     if options.start:
-        return _earlier_student(model, options, ctx, labels)
+        return _earlier_student(model, options, ctx)
     plan = dataclasses.replace(student_plan(options), labels=labels)
     config = plan_student(config_of(model), plan)
     student = make_student(config, seed=ctx.seed)
@@ -193,18 +201,13 @@ def new_student(model: TorchModel, options: Distill, ctx: Context, labels: tuple
     return student
 
 
-def _earlier_student(model: TorchModel, options: Distill, ctx: Context, labels: tuple[str, ...]) -> Student:
+def _earlier_student(model: TorchModel, options: Distill, ctx: Context) -> Student:
     """Open the student that training goes on with; ConfigError when it is another kind's, or reads other tokens."""
     directory = Path(options.start)
     student = load_student(directory)
-    kinds = {"decoder": Decoder, "encoder": Encoder, "encoder-decoder": EncoderDecoder}
+    kinds = {"decoder": Decoder, "encoder-decoder": EncoderDecoder}
     if not isinstance(student, kinds[options.student]):
         raise ConfigError(f"distill.start: {directory} holds another kind of student than {options.student}")
-    if isinstance(student, Encoder) and student.config.labels != labels:
-        raise ConfigError(
-            f"distill.start: {directory} has the labels {', '.join(student.config.labels) or 'none'}, "
-            f"but the data have {', '.join(labels) or 'none'}"
-        )
     files = {"tokenizer.json": (directory / "tokenizer.json").read_bytes()}
     check_vocabularies(model.info.tokenizer, files, (model.info.name, str(directory)))
     ctx.note(f"student: goes on from {directory.name}")

@@ -4,8 +4,10 @@
     pairs    (masked …) → (contrast of each text …) → pairs: in-batch contrast, or ranking by scores
     labels   (masked …) → (contrast …) → cross-entropy of the classes
 
-The steps in brackets run when `mask_steps` and `contrast_steps` say so; `steps` or `minutes` are those of the last one.
+The steps in brackets run when `mask_steps` and `contrast_steps` say so; `steps` or `minutes` are those of the last one,
+which `untaught` leaves out. MODEL may itself be an encoder student: it is taught further, with other data.
 """
+# ruff: noqa: TID253  a course is of torch modules: this file is imported only where a model is trained
 
 from __future__ import annotations
 
@@ -13,13 +15,26 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import tokenizers
+import torch
 
 from edgepipe.artifacts import Context, Json, TorchModel
 from edgepipe.errors import ConfigError
+from edgepipe.students.config import is_student, read_student
+from edgepipe.students.files import make_student
+from edgepipe.students.from_teacher import StudentPlan
 from edgepipe.students.models import Encoder
 from edgepipe.students.result import as_model, teacher_tokens
-from edgepipe.training.course import SPLIT_SEED, change, describe_data, kept_folder, loop_options, new_student
+from edgepipe.training.course import (
+    SPLIT_SEED,
+    change,
+    describe_data,
+    kept_folder,
+    loop_options,
+    new_student,
+    student_plan,
+)
 from edgepipe.training.data import TrainingData, hold_out, read_data
 from edgepipe.training.encoder_data import (
     Reading,
@@ -32,7 +47,6 @@ from edgepipe.training.encoder_data import (
     supervised,
     unsupervised,
 )
-from edgepipe.training.encoders import SIMCSE_DROPOUT
 from edgepipe.training.loop import LoopData, LoopOptions, Objective, Place, train
 
 if TYPE_CHECKING:
@@ -43,21 +57,55 @@ _MASKS = ("<mask>", "[MASK]", "<|mask|>")  # what vocabularies call a mask; "_" 
 
 def teach_encoder(model: TorchModel, options: Distill, ctx: Context) -> TorchModel:
     """Return an encoder student of `model`, trained as options and data say."""
-    if not options.data:
+    if not options.data and not (options.untaught and not options.mask_steps and not options.contrast_steps):
         raise ConfigError("distill.data: an encoder learns from texts, pairs or labels: give a file of them")
+    if not options.data:
+        return _result(model, _new_encoder(model, options, ctx, ()))
     data = read_data(options.data, columns=options.columns, option="distill.columns")
     course = _Course(model, data, options, ctx)
     if options.mask_steps:
         course.phase("masked", options.mask_steps, masked(mask_id=course.mask_id(), vocab=course.vocab))
-    if data.form == "text":
+    if data.form == "text" and not options.untaught:
         course.contrast("contrast", 0)
-    else:
-        if options.contrast_steps:
-            course.contrast("contrast", options.contrast_steps)
+    elif options.contrast_steps:
+        course.contrast("contrast", options.contrast_steps)
+    if data.form != "text" and not options.untaught:
         course.teach(classified if data.form == "labels" else supervised)
     ctx.figures({"training": course.records, "data": describe_data(data, course.train_part, course.held_part)})
-    tokenizer = dict(model.info.tokenizer)
-    return as_model(course.student.eval(), model.info, name=f"{model.info.name}-encoder", tokenizer=tokenizer)
+    return _result(model, course.student)
+
+
+def check_taught_further(model: TorchModel, options: Distill) -> None:
+    """Refuse a student that isn't an encoder, and options that would make another one of it."""
+    if read_student(model.info.config).kind != "encoder":
+        raise ConfigError(f"an encoder can be taught further, but {model.info.name} is for {model.info.task}")
+    usual, given = StudentPlan(kind="encoder"), student_plan(options)
+    for field in dataclasses.fields(StudentPlan):
+        if getattr(given, field.name) != getattr(usual, field.name):
+            raise ConfigError(
+                f"distill.{field.name}: {model.info.name} is a student already and keeps what it is made of: "
+                "leave it out"
+            )
+
+
+def _new_encoder(model: TorchModel, options: Distill, ctx: Context, labels: tuple[str, ...]) -> Encoder:
+    """Make the student of a teacher, or open the student that is to be taught further."""
+    if not is_student(model.info.config):
+        student = new_student(model, options, ctx, labels)
+    else:
+        had = read_student(model.info.config)
+        student = make_student(dataclasses.replace(had, labels=labels), seed=ctx.seed)
+        names = [n for n in student.state_dict() if not n.startswith("classifier.") or had.labels == labels]
+        values = {name: torch.from_numpy(np.array(model.weights.float32(name))) for name in names}
+        student.load_state_dict(values, strict=False)
+        ctx.note(f"{model.info.name} is taught further: {model.weights.parameters / 1e6:.1f} million parameters")
+    assert isinstance(student, Encoder)
+    return student
+
+
+def _result(model: TorchModel, student: Encoder) -> TorchModel:
+    name = model.info.name if is_student(model.info.config) else f"{model.info.name}-encoder"
+    return as_model(student.eval(), model.info, name=name, tokenizer=dict(model.info.tokenizer))
 
 
 class _Course:
@@ -68,9 +116,7 @@ class _Course:
         self._folder: Path = kept_folder(ctx)
         self.labels = label_names(data) if data.form == "labels" else ()
         self.train_part, self.held_part = hold_out(data, options.held_out, SPLIT_SEED)
-        student = new_student(model, options, ctx, self.labels)
-        assert isinstance(student, Encoder)
-        self.student = student
+        self.student = student = _new_encoder(model, options, ctx, self.labels)
         self.vocab = student.shape.vocab
         self.records: Json = {}
         self._reading = Reading(
@@ -104,7 +150,7 @@ class _Course:
         if self.labels:
             raise ConfigError("distill.contrast_steps: a classifier gives no embedding to contrast")
         sets = LoopData(train=read_texts(self.train_part, self._reading))
-        self.student.dropout.rate = SIMCSE_DROPOUT
+        self.student.dropout.rate = self._options.contrast_dropout
         try:
             self._train(name, unsupervised, sets, loop_options(self._options, self._ctx, steps))
         finally:

@@ -23,7 +23,6 @@ from edgepipe.students.models import Encoder
 IGNORED = -100  # a label that counts for no loss: torch's own word
 MASK_SHARE = 0.2  # of tokens, LLM2Vec's choice
 COSINE_SCALE = 20.0  # 1 / temperature
-SIMCSE_DROPOUT = 0.3  # LLM2Vec's; SimCSE's own 0.1 is for models that were trained with it
 
 
 def mask_tokens(

@@ -173,6 +173,10 @@ def test_a_student_goes_on(teacher: TorchModel, files: dict[str, str], tmp_path:
         ({"held_out": 1.0}, "distill.held_out: expected a share between 0 and 1"),
         ({"steps": 3, "minutes": 1.0}, "distill.steps and distill.minutes: give one of them"),
         ({"student": "encoder", "targets": "teacher"}, "an encoder has no targets"),
+        (
+            {"student": "encoder", "start": "x"},
+            "distill.start: an encoder student is taught further by giving it as MODEL",
+        ),
         ({"cross_steps": -1}, "distill.cross_steps: expected at least 0"),
         ({"batch": 0}, "distill.batch: expected at least 1"),
     ],
