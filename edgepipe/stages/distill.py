@@ -87,14 +87,26 @@ class Distill:
             raise ConfigError(f"distill.held_out: expected a share between 0 and 1, got {self.held_out}")
         if not 0 < self.contrast_dropout < 1:
             raise ConfigError(f"distill.contrast_dropout: expected above 0 and below 1, got {self.contrast_dropout}")
-        if self.steps and self.minutes:
-            raise ConfigError("distill.steps and distill.minutes: give one of them")
-        if self.untaught and (self.steps or self.minutes or self.adapt_steps):
-            raise ConfigError("distill.untaught: give no steps, minutes or adapt_steps with it: nothing is taught")
-        if self.student == "encoder" and self.start:
-            raise ConfigError("distill.start: an encoder student is taught further by giving it as MODEL")
-        if self.student == "encoder" and self.targets == "teacher":
-            raise ConfigError("distill.targets: an encoder has no targets that a teacher could write")
+        for name, contradicts, sentence in (
+            ("steps and distill.minutes", bool(self.steps and self.minutes), "give one of them"),
+            (
+                "untaught",
+                self.untaught and bool(self.steps or self.minutes or self.adapt_steps),
+                "give no steps, minutes or adapt_steps with it: nothing is taught",
+            ),
+            (
+                "start",
+                self.student == "encoder" and bool(self.start),
+                "an encoder student is taught further by giving it as MODEL",
+            ),
+            (
+                "targets",
+                self.student == "encoder" and self.targets == "teacher",
+                "an encoder has no targets that a teacher could write",
+            ),
+        ):
+            if contradicts:
+                raise ConfigError(f"distill.{name}: {sentence}")
 
     def check(self, model: TorchModel) -> None:
         """Refuse a teacher that no student can be made of, and data that can't be read."""
