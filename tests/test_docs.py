@@ -157,23 +157,33 @@ def test_make_targets_that_are_named_exist(page: str) -> None:
 
 def test_there_are_commands_to_check() -> None:
     verbs = {words[0] for _, words in commands()}
-    expected = "compress run inspect measure eval report verify doctor targets stages models"
+    expected = "compress distill run inspect measure eval report verify doctor targets stages models"
     assert verbs == set(expected.split())
 
 
 @pytest.mark.parametrize(("place", "words"), commands(), ids=ids(commands()))
 def test_commands_work(
-    place: str, words: list[str], tiny_bundle: Path, float_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: str,
+    words: list[str],
+    tiny_model_dir: Path,
+    tiny_bundle: Path,
+    float_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Every command runs: compress as --dry-run, the others on the tiny bundle, whatever is named."""
+    """Every command runs: compress as --dry-run, distill for a step, the others on the tiny bundle, whatever is named."""
     monkeypatch.chdir(tmp_path)
     for number, recipe in enumerate(recipes()):
         Path("recipe.toml" if number == 0 else f"recipe{number}.toml").write_text(recipe.text, encoding="utf-8")
     Path("reviews.tsv").write_text("sentence\tlabel\nA river\t1\nA mill\t0\n", encoding="utf-8")
     Path("questions.csv").write_text("mr,ref\nname[A],A river.\nname[B],A mill.\n", encoding="utf-8")
+    Path("e2e.csv").write_text("mr,ref\n" + "".join(f"name[{i}],{i} is here.\n" for i in range(8)), encoding="utf-8")
     words = [*words]
     if words[0] == "compress":
         words.append("--dry-run")
+    elif words[0] == "distill":
+        words[1] = str(tiny_model_dir)
+        words[words.index("--steps") + 1] = "1"
     elif words[0] in ("run", "inspect", "measure", "eval", "verify"):
         words = [str(tiny_bundle) if word in (words[1], "other") else word for word in words]
     elif words[0] == "report":
