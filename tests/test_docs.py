@@ -171,7 +171,7 @@ def test_commands_work(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Every command runs: compress as --dry-run, distill for a step, the others on the tiny bundle, whatever is named."""
+    """Every command runs: compress as --dry-run, distill for a step, others on the tiny bundle, whatever is named."""
     monkeypatch.chdir(tmp_path)
     for number, recipe in enumerate(recipes()):
         Path("recipe.toml" if number == 0 else f"recipe{number}.toml").write_text(recipe.text, encoding="utf-8")
