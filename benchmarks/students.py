@@ -208,7 +208,7 @@ def title(row: Json) -> str:
 
 def short(ratio: Json) -> str:
     """Write a ratio, with its interval."""
-    return f"{ratio['ratio']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+    return f"{ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
 
 
 def page_section(result: Json) -> str:
