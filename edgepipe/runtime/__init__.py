@@ -72,7 +72,7 @@ def open_graphs(bundle: Bundle, threads: int | None) -> Any:
     if not manifest["ends"]:
         return engine.open_decoder(bundle.path, manifest, threads)
     graphs = {
-        role: engine.open_graph(bundle.path / manifest["graphs"][role], threads, ends)
+        role: engine.open_graph(bundle.path / manifest["graphs"][role], threads, ends, others=len(manifest["ends"]) > 1)
         for role, ends in manifest["ends"].items()
     }
     if manifest["task"] in GENERATION:
