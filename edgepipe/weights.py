@@ -43,6 +43,11 @@ class Weight:
         return 8 * self.nbytes / max(1, self.size)
 
 
+def held_weight(name: str, value: np.ndarray) -> Weight:
+    """Describe a float32 weight that is in memory, as training leaves it."""
+    return Weight(name=name, shape=value.shape, dtype="float32", nbytes=value.nbytes, load=lambda: value)
+
+
 class WeightStore(Mapping[str, Weight]):
     """Map parameter names to lazy weights. Tied weights are one entry with one name per use in `aliases`.
 

@@ -20,7 +20,7 @@ from edgepipe.store import publish, write_json
 from edgepipe.students.config import embedding_names, head_alias, is_student, read_student, student_task
 from edgepipe.students.files import student_config
 from edgepipe.students.models import Decoder, Student
-from edgepipe.weights import Weight, WeightStore
+from edgepipe.weights import WeightStore, held_weight
 
 _DECODER_EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 
@@ -33,7 +33,7 @@ def as_model(student: Student, teacher: ModelInfo, *, name: str, tokenizer: Mapp
     """
     config: Json = {**teacher_tokens(teacher), **student_config(student)}
     decodes = isinstance(student, Decoder)
-    weights = {name: _weight(name, value.detach().cpu().numpy()) for name, value in student.state_dict().items()}
+    weights = {name: held_weight(name, value.detach().cpu().numpy()) for name, value in student.state_dict().items()}
     aliases = head_alias(read_student(config)) if is_student(config) else {}
     if decodes and student.tied:
         aliases = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -97,7 +97,3 @@ def _sentence(config: Json) -> Json | None:
     if not is_student(config) or student_task(config) != "feature-extraction":
         return None
     return {"pooling": config["pooling"], "normalize": config["normalize"], "max_tokens": None}
-
-
-def _weight(name: str, value: np.ndarray) -> Weight:
-    return Weight(name=name, shape=value.shape, dtype="float32", nbytes=value.nbytes, load=lambda: value)

@@ -25,7 +25,7 @@ from edgepipe.training.batches import Batch
 from edgepipe.training.distil import joined
 from edgepipe.training.loop import LoopData, LoopOptions, Place, Step, train
 from edgepipe.training.teacher import Teacher, freeze, open_teacher
-from edgepipe.weights import Weight
+from edgepipe.weights import held_weight
 
 _ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -89,10 +89,6 @@ def _with_matrices(model: TorchModel, module: nn.Module) -> TorchModel:
         if name.endswith(".weight") and name.split(".")[-2] in _ADAPTED:
             array = value.detach().cpu().numpy()
             digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
-            changed[name] = _weight(name, array)
+            changed[name] = held_weight(name, array)
     info = dataclasses.replace(model.info, fingerprint=digest.hexdigest())
     return dataclasses.replace(model, info=info, weights=model.weights.replace(changed))
-
-
-def _weight(name: str, value: np.ndarray) -> Weight:
-    return Weight(name=name, shape=value.shape, dtype="float32", nbytes=value.nbytes, load=lambda: value)

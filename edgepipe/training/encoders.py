@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from edgepipe.numerics.losses import IGNORED
 from edgepipe.students.models import Encoder
 
-IGNORED = -100  # a label that counts for no loss: torch's own word
 MASK_SHARE = 0.2  # of tokens, LLM2Vec's choice
 COSINE_SCALE = 20.0  # 1 / temperature
 
