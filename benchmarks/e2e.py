@@ -1,6 +1,6 @@
 """Does distilling pay in quality?  Students of SmolLM2 on the E2E data, by BLEU and ROUGE-L through their bundles.
 
-    python benchmarks/e2e.py --data e2e-dev.csv [--steps 400] [--adapt-steps 200] [--seeds 3]   run what is left
+    python benchmarks/e2e.py --data e2e-dev.csv [--steps 200] [--adapt-steps 100] [--seeds 3]   run what is left
     python benchmarks/e2e.py --page-only                      rewrite the table of docs/distill.md
 
 A part of the meanings is kept for the test, with all their human texts as references. The teacher's vocabulary is
@@ -67,11 +67,11 @@ ARMS = (
 )
 COMMON: dict[str, object] = {
     "student": "encoder-decoder",
-    "encoder_layers": 8,
-    "decoder_layers": 4,
+    "encoder_layers": 6,
+    "decoder_layers": 3,
     "alpha": 0.5,
     "batch": 32,
-    "learning_rate": 3e-4,
+    "learning_rate": 5e-4,
     "warmup": 20,
     "max_source": MAX_SOURCE,
     "max_target": MAX_TARGET,
@@ -83,8 +83,8 @@ def main(arguments: list[str]) -> None:
     """Run, store and show, as the arguments say."""
     parser = argparse.ArgumentParser(description="Compare students of SmolLM2 on the E2E data.")
     parser.add_argument("--data", type=Path, help="E2E's table of mr and ref, .csv")
-    parser.add_argument("--steps", type=int, default=400, help="steps of every student (default: 400)")
-    parser.add_argument("--adapt-steps", type=int, default=200, help="steps of the teacher's adapters (default: 200)")
+    parser.add_argument("--steps", type=int, default=200, help="steps of every student (default: 200)")
+    parser.add_argument("--adapt-steps", type=int, default=100, help="steps of the teacher's adapters (default: 100)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of every arm (default: 3)")
     parser.add_argument("--page-only", action="store_true", help="rewrite the table from what is stored")
     options = parser.parse_args(arguments)

@@ -69,7 +69,7 @@ class Arm:
         return bool(self.data)
 
 
-_ALL: dict[str, object] = {"encoder_layers": 30, "untaught": True}
+_ALL: dict[str, object] = {"encoder_layers": 30}
 _FIRST: dict[str, object] = {"encoder_from": LAYERS}
 _LOOP: dict[str, object] = {"batch": 32, "max_source": TOKENS, "cut": True}
 _CONTRAST: dict[str, object] = {"steps": 150, "learning_rate": 3e-4, "held_out": 0.001, "contrast_dropout": 0.1}
@@ -97,7 +97,7 @@ ARMS = (
         name="pairs",
         label="+ ranking of scored pairs",
         data="pairs",
-        settings={**_LOOP, "steps": 120, "learning_rate": 1e-4, "held_out": 0.02},
+        settings={**_LOOP, "steps": 520, "learning_rate": 2e-4, "held_out": 0.05},
         after="contrast",
     ),
     Arm(
@@ -114,8 +114,25 @@ ARMS = (
         data="sentences",
         settings={**_FIRST, "causal_encoder": True, **_LOOP, **_CONTRAST},
     ),
-    Arm(name="whole-causal", label="causal mask, mean pooling", settings={**_ALL, "causal_encoder": True}),
-    Arm(name="whole-unmasked", label="mask removed", settings=_ALL),
+    Arm(
+        name="whole-causal",
+        label="causal mask, mean pooling",
+        settings={**_ALL, "untaught": True, "causal_encoder": True},
+    ),
+    Arm(name="whole-unmasked", label="mask removed", settings={**_ALL, "untaught": True}),
+    Arm(
+        name="whole-masked",
+        label="+ masked next-token prediction",
+        data="texts",
+        settings={**_ALL, **_LOOP, "mask_steps": 40, "untaught": True, "learning_rate": 3e-4, "held_out": 0.005},
+    ),
+    Arm(
+        name="whole-contrast",
+        label="+ contrast of each sentence with itself",
+        data="sentences",
+        settings={**_LOOP, **_CONTRAST, "steps": 100},
+        after="whole-masked",
+    ),
 )
 _COLUMNS = {"pairs": "first=5,second=6,score=4"}
 _DEV = {"spearman": "stsb-dev.tsv", "accuracy": "sst2-dev.tsv"}
@@ -260,7 +277,8 @@ def page_section(result: Json) -> str:
         if not rows:
             continue
         phases = [phase for row in rows for phase in row["training"].values()]
-        layers = "all 30 layers" if arm.settings.get("encoder_layers") else f"the first {len(LAYERS)}"
+        whole = "encoder_layers" in settings_of(arm)[0]
+        layers = "all 30 layers" if whole else f"the first {len(LAYERS)}"
         cell = [
             arm.label,
             layers,
@@ -273,7 +291,7 @@ def page_section(result: Json) -> str:
         if arm.metric == "accuracy":
             classifiers.append((rows, found, cell))
         else:
-            first = values(result, "causal" if layers != "all 30 layers" else "whole-causal")
+            first = values(result, "whole-causal" if whole else "causal")
             beside = f"{100 * (statistics.mean(found) - first[0]):+.1f}" if first and found != first else ""
             cells.append([*cell, beside])
     return "\n\n".join([markdown_table(HEADER, cells), *_classified(classifiers), _said(result)])
