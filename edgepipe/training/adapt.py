@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +60,9 @@ def adapt_teacher(
         target_modules=list(_ADAPTED),
         task_type="CAUSAL_LM",
     )
-    wrapped = get_peft_model(module, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that will change
+        wrapped = get_peft_model(module, config)
     record = train(wrapped, answers, data, options, place)
     merged: Any = wrapped.merge_and_unload()
     adapted = _with_matrices(model, merged)
