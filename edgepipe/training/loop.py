@@ -192,7 +192,7 @@ class _Run:
         self.optimizer = torch.optim.AdamW(self._groups(), lr=options.learning_rate, betas=_BETAS)
         self._wrap()
         self.plan: Json = shared(lambda: checkpoints.open_folder(place.folder, self._key()))
-        self.precision = choose_precision(options.precision, self.accelerator.device, trains=True)
+        self.precision = choose_precision(options.precision, self.accelerator.device)
         self.total = options.steps or int(self.plan.get("steps", 0))  # 0: not known yet
         self._restore()
         self.begun = self.saved = time.monotonic()

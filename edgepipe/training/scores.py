@@ -81,7 +81,7 @@ def keep_scores(
     """
     if options.k < 1 or options.temperature <= 0 or options.vocab < 1:
         raise ConfigError("scores: expected k and vocab of at least 1, and a temperature above 0")
-    precision = choose_precision(options.precision, device(), trains=False)
+    precision = choose_precision(options.precision, device())
     kept = (options.k, options.temperature, options.vocab, precision)
     key = {"key": cache_key(teacher.fingerprint, examples_hash(examples), kept)}
     place = shared(lambda: str(_claim(folder, key)))

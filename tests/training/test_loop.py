@@ -150,10 +150,9 @@ def test_precision_is_decided_by_the_machine(monkeypatch: pytest.MonkeyPatch) ->
     for amx, short in itertools.product((True, False), repeat=2):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda short=short: short)
-        assert choose_precision("no", cpu, trains=True) == "no"
-        assert choose_precision("bf16", cpu, trains=True) == "bf16"
-        assert choose_precision("auto", cpu, trains=True) == ("bf16" if amx else "no")
-        assert choose_precision("auto", cpu, trains=False) == ("bf16" if amx or short else "no")
+        assert choose_precision("no", cpu) == "no"
+        assert choose_precision("bf16", cpu) == "bf16"
+        assert choose_precision("auto", cpu) == ("bf16" if amx or short else "no")
 
 
 def test_cross_attention_alone_at_first(tmp_path: Path) -> None:
