@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -143,10 +143,10 @@ def code_fingerprint() -> str:
 
 
 @cache
-def versions() -> dict[str, str]:
-    """Return the installed versions of the packages that decide a result's bytes."""
+def versions(names: Sequence[str] = _PRODUCERS) -> dict[str, str]:
+    """Return the installed versions of packages: by default those that decide the bytes of any result."""
     found = {}
-    for name in _PRODUCERS:
+    for name in names:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

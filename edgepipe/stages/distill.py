@@ -16,6 +16,7 @@ from edgepipe.errors import ConfigError
 
 _KINDS = ("encoder-decoder", "encoder", "decoder")
 _USUAL_MINUTES = 20.0
+_TRAINERS = ("accelerate", "peft")  # whose versions decide a student's bytes, beside those that decide all results'
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,12 +124,25 @@ class Distill:
         else:
             plan_student(config_of(model), student_plan(self))
         self.reads()
+        if self.data and not self.untaught:
+            self._check_data(model)
+
+    def _check_data(self, model: TorchModel) -> None:
+        """Refuse data that training would refuse, a text too long among them, before a baseline is built."""
+        if self.student == "encoder":
+            from edgepipe.training.encoder_course import check_texts
+
+            return check_texts(model, self)
+        from edgepipe.training.course import check_data
+
+        return check_data(model, self)
 
     def reads(self) -> Json:
         """Return the contents this stage depends on besides the model: its key changes with them."""
+        from edgepipe.store import versions
         from edgepipe.training.data import read_data
 
-        read: Json = {}
+        read: Json = {"versions": versions(_TRAINERS)}
         if self.data:
             read["data"] = read_data(self.data, columns=self.columns, option="distill.columns").sha256
         if self.start:

@@ -221,13 +221,7 @@ def _listed(layers: tuple[int, ...]) -> str:
 def _data(teacher: Lazy, options: Distill, ctx: Context, folder: Path) -> TrainingData:
     """Read the data, or let the teacher write texts."""
     if options.data:
-        data = read_data(options.data, columns=options.columns, option="distill.columns")
-        if data.form not in ("source-target", "text"):
-            raise ConfigError(
-                f"{options.data} holds {data.form}, which an encoder learns from: give sources and targets, or texts, "
-                "or take --student encoder"
-            )
-        return data
+        return _given(options)
     info = teacher.model.info
     writing = Writing(
         teacher=teacher.module(),
@@ -241,6 +235,23 @@ def _data(teacher: Lazy, options: Distill, ctx: Context, folder: Path) -> Traini
     data = write_texts(options.own_texts, start, writing, how)
     ctx.note(f"no data were given: the teacher wrote {len(data.records)} texts")
     return data
+
+
+def _given(options: Distill) -> TrainingData:
+    """Read the data that were given; ConfigError when a generator can't learn from them."""
+    data = read_data(options.data, columns=options.columns, option="distill.columns")
+    if data.form not in ("source-target", "text"):
+        raise ConfigError(
+            f"{options.data} holds {data.form}, which an encoder learns from: give sources and targets, or texts, "
+            "or take --student encoder"
+        )
+    return data
+
+
+def check_data(model: TorchModel, options: Distill) -> None:
+    """Refuse data with a text that is too long, or that a generator can't learn from, before anything is made of it."""
+    data = _given(options)
+    _reading(model, options, data).examples(data, lambda _note: None)
 
 
 def _reading(model: TorchModel, options: Distill, data: TrainingData) -> _Reading:

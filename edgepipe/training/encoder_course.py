@@ -12,6 +12,7 @@ which `untaught` leaves out. MODEL may itself be an encoder student: it is taugh
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,6 +89,23 @@ def check_taught_further(model: TorchModel, options: Distill) -> None:
             )
 
 
+def check_texts(model: TorchModel, options: Distill) -> None:
+    """Refuse data with a text that is too long, before anything is made of it."""
+    data = read_data(options.data, columns=options.columns, option="distill.columns")
+    read_texts(data, _reading(model, options, lambda _note: None))
+
+
+def _reading(model: TorchModel, options: Distill, note: Callable[[str], None]) -> Reading:
+    """Return how texts become ids."""
+    return Reading(
+        files=model.info.tokenizer,
+        limit=options.max_source,
+        cut=options.cut,
+        pad=teacher_tokens(model.info)["pad_token_id"],
+        note=note,
+    )
+
+
 def _new_encoder(model: TorchModel, options: Distill, ctx: Context, labels: tuple[str, ...]) -> Encoder:
     """Make the student of a teacher, or open the student that is to be taught further."""
     if not is_student(model.info.config):
@@ -119,13 +137,7 @@ class _Course:
         self.student = student = _new_encoder(model, options, ctx, self.labels)
         self.vocab = student.shape.vocab
         self.records: Json = {}
-        self._reading = Reading(
-            files=model.info.tokenizer,
-            limit=options.max_source,
-            cut=options.cut,
-            pad=teacher_tokens(model.info)["pad_token_id"],
-            note=ctx.note,
-        )
+        self._reading = _reading(model, options, ctx.note)
 
     def mask_id(self) -> int:
         """Return the token that stands for a masked one."""

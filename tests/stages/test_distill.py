@@ -194,17 +194,25 @@ def test_options_that_mean_nothing(options: dict[str, Any], sentence: str) -> No
         (b'{"source": "a"}\n', "line 1"),
         (b'{"source": "a", "target": "b"}\n{"source": "a"}\n', "line 2"),
         (b'{"source": "\xff", "target": "b"}\n', "UTF-8"),
+        (b'{"source": "a", "target": "b"}\n{"source": "%s", "target": "b"}\n' % (b"12 " * 100_000), "line 2: expected"),
+        (b'{"text": "a"}\n{"text": "%s"}\n' % (b"12 " * 100_000), "line 2: expected at most"),
     ],
 )
+@pytest.mark.parametrize("student", ["encoder-decoder", "encoder"])
 def test_wrong_data_is_refused_before_any_work(
-    content: bytes, sentence: str, teacher: TorchModel, tmp_path: Path
+    student: str, content: bytes, sentence: str, teacher: TorchModel, tmp_path: Path
 ) -> None:
     """The sentence names file and line."""
     path = tmp_path / "data.jsonl"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=sentence) as caught:
-        Distill(data=str(path)).check(teacher)
+        Distill(student=student, data=str(path)).check(teacher)
     assert str(path) in str(caught.value)
+
+
+def test_the_trainers_versions_are_among_what_is_read(files: dict[str, str]) -> None:
+    """Another accelerate or peft may give other weights: the stage's key changes with them."""
+    assert set(Distill(data=files["answers"]).reads()["versions"]) == {"accelerate", "peft"}
 
 
 def test_a_model_that_is_no_teacher(teacher: TorchModel, files: dict[str, str]) -> None:
