@@ -9,7 +9,7 @@ other processes can be measured between them; the first token of a burst finds c
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,18 @@ def source_lengths(context: int, lengths: Lengths) -> tuple[int, ...]:
     return (*sorted({min(length, context) for length in PROMPT_TOKENS} - {headline}), headline)
 
 
+def shared_prompt(models: Iterable[Json], lengths: Lengths) -> int:
+    """Return the headline's tokens that bundles have room for, all of them; `models` is what their manifests say."""
+    return min(_lengths(model, model["context"], lengths)[-1] for model in models)
+
+
+def _lengths(model: Json, context: int, lengths: Lengths) -> tuple[int, ...]:
+    """Return the lengths a bundle is timed with: of sources where an encoder reads them, else of prompts."""
+    if "decoder_prefix_ids" in model:
+        return source_lengths(model["source_context"], lengths)
+    return prompt_lengths(context, lengths)
+
+
 def open_generation(
     bundle: Path, text: str, threads: int | None, begun: float, wanted: Lengths
 ) -> tuple[Json, Callable[[Json], Json]]:
@@ -74,9 +86,7 @@ def open_generation(
     loaded = time.perf_counter()
     after_load = peak_memory_bytes()
     cache = decoder.new_cache(1)
-    lengths = prompt_lengths(decoder.context, wanted)
-    if prefix is not None:
-        lengths = source_lengths(opened.manifest["model"]["source_context"], wanted)
+    lengths = _lengths(opened.manifest["model"], decoder.context, wanted)
     text_ids = tokenizer.encode(text)
     token, past = 0, 0  # the last token, and how many the cache holds
 

@@ -9,6 +9,7 @@ slept a little is let in at once.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import platform
 import tempfile
@@ -23,6 +24,7 @@ from edgepipe.errors import ConfigError
 from edgepipe.measuring.calls import call_name
 from edgepipe.measuring.child import WORKER, Child, answer_of
 from edgepipe.measuring.figures import index_figures, ratios, side_figures
+from edgepipe.measuring.generation import Lengths, shared_prompt
 from edgepipe.measuring.intervals import CONFIDENCE, FLAG_ABOVE
 from edgepipe.runtime.bundle import GENERATION, read_manifest
 
@@ -54,6 +56,10 @@ def measure_bundles(
     `work_dir` is where temporary files go (None: the system's folder). Raises StageError when a process fails.
     """
     task = _task(bundles)
+    if task in GENERATION:  # a first token is compared with one after as many tokens
+        models = [read_manifest(path)["model"] for path in bundles.values()]
+        prompt = shared_prompt(models, Lengths(prompt=plan.prompt, output=plan.output))
+        plan = dataclasses.replace(plan, prompt=prompt)
     with tempfile.TemporaryDirectory(dir=work_dir) as folder:
         file = Path(folder) / "text.txt"
         file.write_text(text, encoding="utf-8")

@@ -146,6 +146,14 @@ def test_lengths_that_are_asked_for() -> None:
     assert generation.bursts_for(2048, asked.output) == (6, 5)
 
 
+def test_a_first_token_is_compared_after_as_many_tokens() -> None:
+    """A student whose encoder reads 96 tokens, beside a decoder with room for more, and for less."""
+    student = {"decoder_prefix_ids": [0], "source_context": 96, "context": 64}
+    for context, shared in ((2048, 96), (64, 64 - 6 * 5)):
+        assert generation.shared_prompt([student, {"context": context}], generation.Lengths()) == shared
+    assert generation.shared_prompt([{"context": 2048}], generation.Lengths(prompt=512)) == 512
+
+
 @pytest.mark.parametrize("repeats", [1, 30])
 def test_cuts_differ_and_are_as_long_as_asked(repeats: int) -> None:
     ids = list(range(50)) * repeats
