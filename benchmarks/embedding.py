@@ -166,7 +166,7 @@ def take(data: Path, seeds: int) -> None:
     teacher = trimmed(files["trim"], folder)
     result |= {"machine": describe_machine(THREADS), "data": counts, "teacher": teacher.name}
     for seed in range(seeds):
-        for arm in ARMS:  # those of all layers take an hour each with three seeds: one shows which way it goes
+        for arm in ARMS:  # all layers cost five times as much: one seed shows which way they go
             if seed >= (arm.seeds if arm.trained else 1):
                 continue
             chain = settings_of(arm)
