@@ -1,8 +1,8 @@
-"""Twelve digits, then an operation: an encoder that looks ahead, and one that is made of a teacher, learn more.
+"""Twelve digits, then an operation: an encoder-decoder learns far more where its encoder looks ahead.
 
 The operation stands last, so a causal encoder has read the digits before it knows what is to be done with them and
-leaves all of the work to the decoder. A decoder-only teacher learns the task first; three encoder-decoders of one shape
-are then trained for the same steps: made of the teacher, made of it with a causal encoder, and from random weights.
+leaves all of the work to the decoder. A decoder-only teacher learns the task first; two encoder-decoders are made of it
+and trained for the same steps, one of them with a causal encoder.
 Source: arXiv:2504.06225, as a toy: ten operations, width 64, two layers a stack, what is held out is answered whole.
 """
 
@@ -55,11 +55,7 @@ STACK: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 PLAN = StudentPlan(kind="encoder-decoder", encoder_layers=2, decoder_layers=2)
-ARMS = {
-    "adapted": PLAN,
-    "causal": dataclasses.replace(PLAN, causal_encoder=True),
-    "scratch": dataclasses.replace(PLAN, scratch=True),
-}
+ARMS = {"bidirectional": PLAN, "causal": dataclasses.replace(PLAN, causal_encoder=True)}
 TEACHER_STEPS, STEPS = 1500, 1000
 
 
@@ -88,9 +84,8 @@ def taught(student: Decoder | EncoderDecoder, steps: int, folder: Path) -> float
 def made(teacher: TorchModel, plan: StudentPlan) -> Student:
     """Return the student that a plan makes of the teacher."""
     student = make_student(plan_student(STACK, plan))
-    if not plan.scratch:
-        values = student_values(teacher, plan, plan_student(STACK, plan))
-        student.load_state_dict({name: torch.from_numpy(np.array(v)) for name, v in values.items()})
+    values = student_values(teacher, plan, plan_student(STACK, plan))
+    student.load_state_dict({name: torch.from_numpy(np.array(v)) for name, v in values.items()})
     return student
 
 
@@ -101,9 +96,8 @@ def info(tiny_model_dir: Path) -> ModelInfo:
 
 
 @pytest.mark.slow
-def test_bidirectional_and_adapted_learn_more(info: ModelInfo, tmp_path: Path) -> None:
-    """After the same steps the teacher's student answers more rows than a causal one, and than one from scratch."""
-    torch.set_num_threads(1)
+def test_an_encoder_that_looks_ahead_learns_more(info: ModelInfo, tmp_path: Path) -> None:
+    """After the same steps the bidirectional student answers most rows; on the first machine 88 of 100 against 8."""
     decoder = make_student(STACK)
     assert isinstance(decoder, Decoder)
     assert taught(decoder, TEACHER_STEPS, tmp_path / "teacher") > 0.9
@@ -113,6 +107,5 @@ def test_bidirectional_and_adapted_learn_more(info: ModelInfo, tmp_path: Path) -
         student = made(teacher, plan)
         assert isinstance(student, EncoderDecoder)
         found[name] = taught(student, STEPS, tmp_path / name)
-    assert found["adapted"] > 0.5, found
-    assert found["adapted"] > found["causal"] + 0.1, found
-    assert found["adapted"] > found["scratch"] + 0.1, found
+    assert found["bidirectional"] > 0.5, found
+    assert found["bidirectional"] > found["causal"] + 0.3, found
