@@ -12,8 +12,6 @@ from edgepipe.errors import ConfigError, StageError
 if TYPE_CHECKING:
     from edgepipe.pipeline import Listener
 
-_OURS = {"config.json", "model.safetensors", "README.md"}
-
 
 def distill(
     model: str,
@@ -38,8 +36,7 @@ def distill(
     from edgepipe.students.result import save
     from edgepipe.training.processes import dismiss_the_others, follow, follows
 
-    if out.exists() and not _may_be_replaced(out):
-        raise ConfigError(f"--out {out} is there and is no student's directory: name a new one or empty it")
+    _check_output(out, model)
     names = ["trim", "distill"] if any(stage == "trim" for stage, _, _ in settings) else ["distill"]
     recipe = resolve(target=None, settings=settings, seed=seed, stages=names)
     source = open_model(model)
@@ -63,6 +60,17 @@ def distill(
     }
 
 
-def _may_be_replaced(out: Path) -> bool:
-    """Say whether what stands at `out` is an empty directory or an earlier student."""
-    return out.is_dir() and (not any(out.iterdir()) or all((out / name).is_file() for name in _OURS))
+def _check_output(out: Path, model: str) -> None:
+    """Refuse an output that would overwrite something that isn't a student, or the model itself."""
+    from edgepipe.pipeline import check_place
+    from edgepipe.students.result import strangers
+
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file: expected a directory that is new, empty or an earlier student's")
+    if out.is_dir() and Path(model).is_dir() and out.samefile(model):
+        raise ConfigError(f"--out {out} is MODEL itself: name another directory")
+    if out.is_dir() and (names := strangers(out)):
+        raise ConfigError(
+            f"--out {out} is a directory that isn't a student's: it holds {names[0]}; name a new one or empty it"
+        )
+    check_place(out)

@@ -318,6 +318,11 @@ def check_output(path: Path) -> None:
         raise ConfigError(
             f"--out {path} is a directory that isn't a bundle: it holds {strangers[0]}; name a new one or empty it"
         )
+    check_place(path)
+
+
+def check_place(path: Path) -> None:
+    """Refuse an output at a place where nothing can be made; nothing is written."""
     there = next(parent for parent in _real(path).parents if parent.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         what = "can't be written to" if there.is_dir() else "is a file"

@@ -124,6 +124,10 @@ class Distill:
         else:
             plan_student(config_of(model), student_plan(self))
         self.reads()
+        if self.scores:
+            from edgepipe.training.scores import check_folder
+
+            check_folder(Path(self.scores))
         if self.data and not self.untaught:
             self._check_data(model)
 

@@ -18,10 +18,11 @@ import numpy as np
 from edgepipe.artifacts import Json, Licence, ModelInfo, TorchModel
 from edgepipe.store import publish, write_json
 from edgepipe.students.config import embedding_names, head_alias, is_student, read_student, student_task
-from edgepipe.students.files import student_config
+from edgepipe.students.files import WEIGHTS, student_config
 from edgepipe.students.models import Decoder, Student
 from edgepipe.weights import WeightStore, held_weight
 
+_SAVED = "edgepipe_saved"  # in the weights' header: the names of all files of the directory
 _DECODER_EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -67,6 +68,19 @@ def teacher_tokens(teacher: ModelInfo) -> Json:
     }
 
 
+def strangers(directory: Path) -> list[str]:
+    """Return the names in a directory that `save` didn't put there; the weights' header says what it did."""
+    from safetensors import SafetensorError, safe_open
+
+    names = sorted(entry.name for entry in directory.iterdir())
+    try:
+        with safe_open(directory / WEIGHTS, framework="numpy") as file:
+            ours = set((file.metadata() or {}).get(_SAVED, "").split())
+    except (OSError, SafetensorError):
+        ours = set()
+    return [name for name in names if name not in ours]
+
+
 def save(model: TorchModel, directory: Path) -> None:
     """Write a student as a model directory, whole or not at all; what stood there before goes."""
     from safetensors.numpy import save_file
@@ -76,7 +90,8 @@ def save(model: TorchModel, directory: Path) -> None:
     staged.mkdir(parents=True)
     try:
         values = {name: np.ascontiguousarray(model.weights.float32(name)) for name in model.weights}
-        save_file(values, staged / "model.safetensors", metadata={"format": "pt"})
+        saved = " ".join((WEIGHTS, "config.json", "README.md", *model.info.tokenizer))
+        save_file(values, staged / WEIGHTS, metadata={"format": "pt", _SAVED: saved})
         write_json(staged / "config.json", model.info.config)
         for name, content in model.info.tokenizer.items():
             (staged / name).write_bytes(content)

@@ -13,6 +13,7 @@ source, and no text of a pair, is in both parts. What is wrong is a ConfigError 
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -113,9 +114,11 @@ def _record(form: Form, parts: Mapping[str, Any], place: str) -> Record:
         second = parts["target" if form == "source-target" else "second"]
     if form == "pairs" and value:
         try:
-            float(value)
+            known = math.isfinite(float(value))
         except ValueError:
-            raise ConfigError(f"{place}: expected a score, a number, but it holds {value[:60]!r}: correct it") from None
+            known = False
+        if not known:
+            raise ConfigError(f"{place}: expected a score, a number, but it holds {value[:60]!r}: correct it")
     return Record(first, second, value, place)
 
 

@@ -90,8 +90,11 @@ def check_taught_further(model: TorchModel, options: Distill) -> None:
 
 
 def check_texts(model: TorchModel, options: Distill) -> None:
-    """Refuse data with a text that is too long, before anything is made of it."""
+    """Refuse data with a text that is too long, or that teach nothing, before anything is made of them."""
     data = read_data(options.data, columns=options.columns, option="distill.columns")
+    scores = {record.value for record in data.records}
+    if data.form == "pairs" and len(data.records) > 1 and len(scores) == 1 and "" not in scores:
+        raise ConfigError(f"{data.name}: every pair has the score {scores.pop()}, which ranks none: leave scores out")
     read_texts(data, _reading(model, options, lambda _note: None))
 
 

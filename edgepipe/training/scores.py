@@ -12,6 +12,7 @@ Scores are memory-mapped when they are read. float16 is off by at most 0.1 % of 
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from edgepipe.training.processes import device, mine, shared, wait_for_all
 from edgepipe.training.teacher import Teacher, judge
 
 _SHARD = 512  # examples: minutes of work at most, and few files
+_SHARD_NAME = r"shard-\d{5}"
 _KEY = "key.json"
 
 
@@ -104,16 +106,28 @@ def examples_hash(examples: Seq2Seq) -> str:
     return digest.hexdigest()
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse a place for scores that holds something else: what is no shard of ours is nobody's to clear away."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(
+            f"distill.scores: {folder} is a file: expected a directory that is new, empty or holds scores"
+        )
+    if folder.is_dir() and not (folder / _KEY).is_file() and any(folder.iterdir()):
+        raise ConfigError(f"distill.scores: {folder} holds other things than scores: name a new directory or empty it")
+
+
 def _claim(folder: Path, key: Json) -> Path:
     """Clear away what belongs to other scores, and return the folder."""
-    tidy(folder, r"shard-\d+")
+    check_folder(folder)
+    tidy(folder, _SHARD_NAME)
     try:
         same = read_json(folder / _KEY) == key
     except (OSError, ValueError):
         same = False
     if not same:
-        for path in folder.glob("shard-*"):
-            shutil.rmtree(path)
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if re.fullmatch(_SHARD_NAME, path.name):
+                shutil.rmtree(path)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / _KEY, key)
     return folder

@@ -26,7 +26,7 @@ from edgepipe.errors import ConfigError, StageError
 from edgepipe.store import cache_key, read_json, versions, write_json, write_text
 from edgepipe.training.batches import pad
 from edgepipe.training.data import TrainingData, read_data
-from edgepipe.training.processes import shared
+from edgepipe.training.processes import device, shared
 from edgepipe.training.teacher import Teacher
 
 _PART = 128  # texts: minutes of work at most
@@ -64,9 +64,15 @@ def write_targets(
 ) -> TrainingData:
     """Return the data with the teacher's targets: one for each different source. `sources` are the records' ids.
 
+    Of a text the source is its first half (batches.py), not the record's text: what the ids say is written down.
     Raises StageError when the teacher has nothing to say to any source.
     """
-    different = {record.first: ids for record, ids in zip(data.records, sources, strict=True)}
+    decoder = tokenizers.Tokenizer.from_buffer(writing.files["tokenizer.json"])
+    halves = data.form == "text"
+    different = {
+        decoder.decode([int(i) for i in ids]) if halves else record.first: ids
+        for record, ids in zip(data.records, sources, strict=True)
+    }
     origin: Json = {"data": {"name": data.name, "sha256": data.sha256}}
     return _written("targets", list(different), list(different.values()), origin, writing, options)
 
@@ -154,7 +160,8 @@ def _part(
 @torch.no_grad()
 def generate(module: Any, prompts: Sequence[np.ndarray], eos: Sequence[int], options: WriteOptions) -> list[list[int]]:
     """Return what transformers' generate writes after each prompt, without the end token."""
-    place = next(module.parameters()).device
+    place = device()
+    module = module.to(place)
     turned = pad([ids[::-1] for ids in prompts], -1).flip(1)  # padded on the left
     written = module.generate(
         input_ids=turned.clamp_min(0).to(place),

@@ -146,6 +146,21 @@ def test_scores_are_kept_for_other_runs(
     assert 0 < counts[0] == counts[1]
 
 
+@pytest.mark.parametrize(("made", "sentence"), [("file", "is a file"), ("folder", "holds other things than scores")])
+def test_scores_never_take_the_place_of_anything(
+    made: str, sentence: str, teacher: TorchModel, files: dict[str, str], tmp_path: Path
+) -> None:
+    """A file, or a directory of somebody's own shards, is refused before any work and stays as it is."""
+    place = tmp_path / "scores"
+    if made == "folder":
+        (place / "shard-a").mkdir(parents=True)
+    precious = place / "shard-a" / "precious.txt" if made == "folder" else place
+    precious.write_text("mine", encoding="utf-8")
+    with pytest.raises(ConfigError, match=sentence):
+        Distill(**QUICK, data=files["answers"], scores=str(place)).check(teacher)
+    assert precious.read_text(encoding="utf-8") == "mine"
+
+
 def test_a_student_goes_on(teacher: TorchModel, files: dict[str, str], tmp_path: Path) -> None:
     """`start` trains an earlier student further; one that reads other tokens, or is of another kind, is refused."""
     first = Distill(**QUICK, data=files["answers"])(teacher, context(tmp_path / "first"))
@@ -208,6 +223,14 @@ def test_wrong_data_is_refused_before_any_work(
     with pytest.raises(ConfigError, match=sentence) as caught:
         Distill(student=student, data=str(path)).check(teacher)
     assert str(path) in str(caught.value)
+
+
+def test_scores_that_rank_nothing(teacher: TorchModel, tmp_path: Path) -> None:
+    """Pairs that all have one score teach nothing."""
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"first": "a", "second": "b", "score": 1}\n' * 3, encoding="utf-8")
+    with pytest.raises(ConfigError, match="every pair has the score 1, which ranks none"):
+        Distill(student="encoder", data=str(path)).check(teacher)
 
 
 def test_the_trainers_versions_are_among_what_is_read(files: dict[str, str]) -> None:

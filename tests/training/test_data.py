@@ -91,6 +91,7 @@ def test_lines_of_passages(tmp_path: Path) -> None:
         ("a.jsonl", lines({"text": "s"}).encode() + b'{"text": "\xe9"}\n', None, r"line 2: expected UTF-8"),
         ("a.csv", "mr,ref\na,b\nc\n", None, r"line 3: expected a column ref"),
         ("a.jsonl", lines({"first": "a", "second": "b", "score": "x"}), None, r"line 1: expected a score, a number"),
+        ("a.jsonl", lines({"first": "a", "second": "b", "score": "nan"}), None, r"line 1: expected a score, a number"),
         ("a.txt", "words", "source-target", r"expected source and target, but it is plain text"),
     ],
 )

@@ -15,6 +15,7 @@ from edgepipe.errors import ConfigError
 from edgepipe.graph.reference import torch_logits
 from edgepipe.sources import open_model
 from edgepipe.training import texts
+from edgepipe.training.batches import Limits, Special, seq2seq
 from edgepipe.training.data import TrainingData, read_data
 from edgepipe.training.teacher import Teacher, open_teacher
 from edgepipe.training.texts import WriteOptions, Writing, generate, write_targets, write_texts
@@ -95,6 +96,20 @@ def test_targets(model: TorchModel, teacher: Teacher, tmp_path: Path) -> None:
     assert (tmp_path / "w" / "targets.jsonl").stat().st_mtime_ns == before
     write_targets(data, ids, writing(model, teacher, tmp_path / "w"), WriteOptions(tokens=3))
     assert json.loads((tmp_path / "w" / "targets.json").read_text(encoding="utf-8"))["options"]["tokens"] == 3
+
+
+def test_a_text_s_second_half_is_the_teacher_s(model: TorchModel, teacher: Teacher, tmp_path: Path) -> None:
+    """The teacher goes on from the first half of a text, and that half is all that a student reads."""
+    path = tmp_path / "texts.txt"
+    path.write_text("\n\n".join(f"The river number {i} runs past the old mill" for i in range(6)), encoding="utf-8")
+    data = read_data(str(path))
+    special = Special(start=0, eos=model.info.eos_token_ids[0], pad=model.info.eos_token_ids[0])
+    halves = seq2seq(data, model.info.tokenizer, Limits(source=64, target=64), special, lambda _note: None)
+    found = write_targets(data, halves.sources, writing(model, teacher, tmp_path / "w"), WriteOptions(tokens=8))
+    assert found.form == "source-target"
+    for record in found.records:
+        whole = next(r.first for r in data.records if r.first.startswith(record.first))
+        assert 0 < len(record.first) < 0.7 * len(whole)
 
 
 def test_own_texts_go_on_after_a_kill(
