@@ -60,6 +60,14 @@ def test_the_pages_words_are_the_tables() -> None:
     assert f"for every token, {faster[2]} and {faster[3]} times" in words
 
 
+def test_what_is_counted_agrees() -> None:
+    """Fewer multiply-adds to the first token and fewer bytes for the next one, at every length."""
+    for case in read_result(students.NAME)["cases"]:
+        pair, decoder = (case["sides"][name]["limits"] for name in ("encoder-decoder", "decoder"))
+        assert pair["prefill"]["multiply_adds"] < 0.8 * decoder["prefill"]["multiply_adds"], students.title(case)
+        assert pair["token"]["bytes"] < 0.75 * decoder["token"]["bytes"], students.title(case)
+
+
 def is_headline(case: dict[str, object]) -> bool:
     """Say whether a case is the one that is promised."""
     return (case["vocabulary"], case["length"]) == (SMALL, students.HEADLINE)
