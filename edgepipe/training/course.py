@@ -126,7 +126,9 @@ def teach_generator(model: TorchModel, options: Distill, ctx: Context) -> TorchM
         loop = dataclasses.replace(loop, alone=_CROSS, alone_steps=options.cross_steps)
     sets = LoopData(train=examples, held_out=held_out, judge=likelihood)
     place = Place(folder=folder / "student", key=model.info.fingerprint, progress=ctx.progress)
+    student.dropout.rate = options.dropout
     records["student"] = train(module, objective, sets, loop, place)
+    student.dropout.rate = 0.0
     ctx.note(f"the student was trained: {change(records['student'])}")
     ctx.figures({"training": records, "data": describe_data(data, train_part, held_part)})
     return _result(model, student, options, reading.files)

@@ -165,11 +165,8 @@ class _Course:
         if self.labels:
             raise ConfigError("distill.contrast_steps: a classifier gives no embedding to contrast")
         sets = LoopData(train=read_texts(self.train_part, self._reading))
-        self.student.dropout.rate = self._options.contrast_dropout
-        try:
-            self._train(name, unsupervised, sets, loop_options(self._options, self._ctx, steps))
-        finally:
-            self.student.dropout.rate = 0.0
+        loop = loop_options(self._options, self._ctx, steps)
+        self._train(name, unsupervised, sets, loop, self._options.contrast_dropout)
 
     def teach(self, objective: Objective) -> None:
         """Train on the data's pairs or labels."""
@@ -180,11 +177,15 @@ class _Course:
         else:
             pairs, held_pairs = (read_pairs(part, self._reading) for part in parts)
             sets = LoopData(train=pairs, held_out=held_pairs)
-        self._train("student", objective, sets, loop_options(self._options, self._ctx))
+        self._train("student", objective, sets, loop_options(self._options, self._ctx), self._options.dropout)
 
-    def _train(self, name: str, objective: Objective, sets: LoopData, loop: LoopOptions) -> None:
+    def _train(self, name: str, objective: Objective, sets: LoopData, loop: LoopOptions, dropout: float = 0.0) -> None:
         place = Place(folder=self._folder / name, key=self._model.info.fingerprint, progress=self._ctx.progress)
         # every phase begins with another schedule, but the same seed would choose the same examples again
         loop = dataclasses.replace(loop, seed=loop.seed + len(self.records))
-        self.records[name] = train(self.student, objective, sets, loop, place)
+        self.student.dropout.rate = dropout
+        try:
+            self.records[name] = train(self.student, objective, sets, loop, place)
+        finally:
+            self.student.dropout.rate = 0.0
         self._ctx.note(f"{name}: {change(self.records[name])}")

@@ -79,7 +79,7 @@ def context(folder: Path, notes: list[str] | None = None, figures: Json | None =
         ("texts", {"student": "encoder", "mask_steps": 2}, "feature-extraction", ["contrast", "masked"]),
         ("pairs", {"student": "encoder", "contrast_steps": 2}, "feature-extraction", ["contrast", "student"]),
         ("scored", {"student": "encoder", "pooling": "latent"}, "feature-extraction", ["student"]),
-        ("labels", {"student": "encoder", "pooling": "last"}, "text-classification", ["student"]),
+        ("labels", {"student": "encoder", "pooling": "last", "dropout": 0.1}, "text-classification", ["student"]),
     ],
 )
 def test_students(
@@ -144,6 +144,19 @@ def test_scores_are_kept_for_other_runs(
         stage(teacher, context(tmp_path / str(seed), seed=seed))
         counts.append(len(asked))
     assert 0 < counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("kind", ["encoder-decoder", "encoder"])
+def test_dropout(kind: str, teacher: TorchModel, files: dict[str, str], tmp_path: Path) -> None:
+    """A student that is taught with dropout ends elsewhere; it answers without any."""
+    data = files["answers" if kind == "encoder-decoder" else "pairs"]
+    found = []
+    for rate in (0.0, 0.2):
+        stage = Distill(**{**QUICK, "student": kind, "data": data, "dropout": rate})
+        found.append(stage(teacher, context(tmp_path / str(rate))).info.fingerprint)
+    assert found[0] != found[1]
+    with pytest.raises(ConfigError, match=r"distill\.dropout: expected from 0 to below 1, got 1"):
+        Distill(dropout=1)
 
 
 @pytest.mark.parametrize(("made", "sentence"), [("file", "is a file"), ("folder", "holds other things than scores")])
