@@ -34,6 +34,7 @@ from edgepipe.recipe import resolve
 from edgepipe.report.progress import Progress
 from edgepipe.sources import open_model
 from edgepipe.stages.trim import Trim
+from edgepipe.store import file_sha256, read_json, write_json
 from edgepipe.students.result import save, teacher_tokens
 from edgepipe.students.tokenizer import with_end_token
 from edgepipe.target import load_target
@@ -98,36 +99,36 @@ def main(arguments: list[str]) -> None:
 
 
 def take(data: Path, steps: int, adapt_steps: int, seeds: int) -> None:
-    """Run every arm and seed that isn't stored yet, and store each as soon as it is scored."""
+    """Run every arm and seed that isn't stored as it is now, and store each as soon as it is scored."""
     folder = ROOT / "runs" / NAME
     folder.mkdir(parents=True, exist_ok=True)
     train_file, test_file, counts = split(data, folder)
-    came_from = provenance()
-    result = stored({"steps": steps, "adapt_steps": adapt_steps, "common": COMMON, "test_share": TEST_SHARE})
     teacher = make_teacher(train_file, folder, adapt_steps)
-    result |= {**came_from, "machine": describe_machine(0), "data": counts}
-    if result.get("teacher") is None:
-        result["teacher"] = {
-            "parameters": open_model(str(teacher)).weights.parameters,
-            **score(teacher, test_file, folder),
-        }
+    taught = {"adapt_steps": adapt_steps, "data": counts}
+    result = read_result(NAME) if (RESULTS / f"{NAME}.json").is_file() else {"rows": [], "teacher": {}}
+    result["machine"] = describe_machine(0)
+    if result["teacher"].get("settings") != taught:
+        parameters = open_model(str(teacher)).weights.parameters
+        scored = {"parameters": parameters, **score(teacher, test_file, folder)}
+        result["teacher"] = {"settings": taught, "provenance": provenance(), **scored}
         write_result(NAME, result)
     for seed in range(seeds):
         for arm in ARMS:
-            if any(row["arm"] == arm.name and row["seed"] == seed for row in result["rows"]):
+            settings = settings_of(arm, steps, taught)
+            kept = [row for row in result["rows"] if (row["arm"], row["seed"]) != (arm.name, seed)]
+            if any(row not in kept and row["settings"] == settings for row in result["rows"]):
                 continue
             print(f"{arm.name}, seed {seed}", file=sys.stderr, flush=True)
-            result["rows"].append(one_run(arm, seed, steps, teacher, train_file, test_file, folder))
+            row = {"arm": arm.name, "seed": seed, "settings": settings, "provenance": provenance()}
+            row |= one_run(arm, seed, steps, teacher, train_file, test_file, folder)
+            result["rows"] = [*kept, row]
             write_result(NAME, result)
 
 
-def stored(settings: Json) -> Json:
-    """Return what was stored with these settings, or a new result."""
-    if (RESULTS / f"{NAME}.json").is_file():
-        found = read_result(NAME)
-        if found["settings"] == settings:
-            return found
-    return {"settings": settings, "rows": [], "teacher": None}
+def settings_of(arm: Arm, steps: int, taught: Json) -> Json:
+    """Return all that decides an arm's students, as JSON keeps it."""
+    found: Json = json.loads(json.dumps({**COMMON, **arm.settings, "steps": steps, "teacher": taught}))
+    return found
 
 
 def split(data: Path, folder: Path) -> tuple[Path, Path, Json]:
@@ -146,6 +147,7 @@ def split(data: Path, folder: Path) -> tuple[Path, Path, Json]:
             writer.writerows(pair for pair in pairs if (pair[0] in chosen) == is_test)
         files.append(path)
     counts = {
+        "sha256": file_sha256(data),
         "pairs": len(pairs),
         "meanings": len(meanings),
         "test_meanings": len(chosen),
@@ -155,9 +157,9 @@ def split(data: Path, folder: Path) -> tuple[Path, Path, Json]:
 
 
 def make_teacher(data: Path, folder: Path, steps: int) -> Path:
-    """Trim and adapt the teacher, unless that was done; return its directory."""
-    out = folder / f"teacher-{steps}"
-    if (out / "config.json").is_file():
+    """Trim and adapt the teacher, unless that was done with the same data; return its directory."""
+    out, said = folder / f"teacher-{steps}", folder / f"teacher-{steps}.json"
+    if said.is_file() and read_json(said)["data"] == file_sha256(data):
         return out
     work = folder / "teacher-work"
     work.mkdir(exist_ok=True)
@@ -176,8 +178,8 @@ def make_teacher(data: Path, folder: Path, steps: int) -> Path:
     place = Place(folder=work / "adapters", key=model.info.fingerprint, progress=listener.progress)
     adapted, _, record = adapt_teacher(model, LoopData(train=train, held_out=held_out), Adapters(), loop, place)
     save(_named(adapted, out.name, files), out)
-    write_record = {key: record[key] for key in ("steps", "tokens", "seconds", "best", "held_out")}
-    (folder / f"teacher-{steps}.json").write_text(json.dumps(write_record), encoding="utf-8")
+    kept = {key: record[key] for key in ("steps", "tokens", "seconds", "best", "held_out")}
+    write_json(said, {"data": file_sha256(data), **kept})
     listener.end("teacher", time.perf_counter() - begun, reused=False, notes=())
     return out
 
@@ -279,13 +281,17 @@ def page_section(result: Json) -> str:
             ]
         )
     header = ("student", "million parameters", "seeds", "BLEU", "ROUGE-L", "held-out loss")
-    data, settings, machine = result["data"], result["settings"], result["machine"]
+    machine, settings = result["machine"], result["rows"][0]["settings"]
+    data = settings["teacher"]["data"]
+    made = sorted({(row["provenance"]["date"], row["provenance"]["commit"][:12]) for row in result["rows"]})
+    load = [row["provenance"]["load_average_1min"] for row in result["rows"]]
     return (
         f"{markdown_table(header, cells)}\n\n"
         f"{data['test_meanings']} meanings with {data['test_references']} human texts kept for the test, of "
-        f"{data['meanings']} with {data['pairs']}. {settings['steps']} steps of {settings['common']['batch']} examples "
-        f"for every student, {settings['adapt_steps']} for the teacher's adapters; mean over seeds, least and most. "
-        f"{machine['cpu']}, {machine['cores']} cores seen, commit `{result['commit'][:12]}`, {result['date']}."
+        f"{data['meanings']} with {data['pairs']}; each student's float32 bundle answers them. {settings['steps']} "
+        f"steps of {settings['batch']} examples for every student, {settings['teacher']['adapt_steps']} for the teacher's "
+        f"adapters; mean over seeds, least and most. {machine['cpu']}, {machine['cores']} cores seen, load average "
+        f"{min(load):.1f} to {max(load):.1f}; " + ", ".join(f"{date} at `{commit}`" for date, commit in made) + "."
     )
 
 

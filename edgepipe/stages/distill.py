@@ -59,9 +59,7 @@ class Distill:
     mask_steps: int = 0  # of an encoder: steps of masked next-token prediction first
     contrast_steps: int = 0  # of an encoder: steps of unsupervised contrast before those of pairs or labels
     contrast_dropout: float = 0.3  # of that contrast: of attention and of what each block adds, above 0 and below 1
-    dropout: float = (
-        0.0  # of the same while targets, pairs or labels are taught, in [0, 1)
-    )
+    dropout: float = 0.0  # of the same while targets, pairs or labels are taught, in [0, 1)
     untaught: bool = False  # no last course: a student as it is made, or after mask_steps and contrast_steps alone
     # --- how long, and how
     steps: int = 0  # optimizer steps; 0: as many as `minutes` allow
