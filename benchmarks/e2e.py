@@ -76,7 +76,7 @@ COMMON: dict[str, object] = {
     "warmup": 20,
     "max_source": MAX_SOURCE,
     "max_target": MAX_TARGET,
-    "held_out": 0.05,
+    "held_out": 0.03,
 }
 
 
@@ -289,9 +289,11 @@ def page_section(result: Json) -> str:
         f"{markdown_table(header, cells)}\n\n"
         f"{data['test_meanings']} meanings with {data['test_references']} human texts kept for the test, of "
         f"{data['meanings']} with {data['pairs']}; each student's float32 bundle answers them. {settings['steps']} "
-        f"steps of {settings['batch']} examples for every student, {settings['teacher']['adapt_steps']} for the teacher's "
-        f"adapters; mean over seeds, least and most. {machine['cpu']}, {machine['cores']} cores seen, load average "
-        f"{min(load):.1f} to {max(load):.1f}; " + ", ".join(f"{date} at `{commit}`" for date, commit in made) + "."
+        f"steps of {settings['batch']} examples for every student, {settings['teacher']['adapt_steps']} for the "
+        f"teacher's adapters; mean over seeds, least and most. {machine['cpu']}, {machine['cores']} cores seen, load "
+        f"average {min(load):.1f} to {max(load):.1f}; "
+        + ", ".join(f"{date} at `{commit}`" for date, commit in made)
+        + "."
     )
 
 

@@ -324,7 +324,8 @@ def _said(result: Json) -> str:
         f"{TEACHER}, its vocabulary trimmed to the texts to train with; {count:,} pairs of STS-B dev, each student's "
         f"float32 bundle, points are hundredths of Spearman. Trained with {data['sentences']:,} sentences of STS-B "
         f"train, {data['passages']:,} passages of WikiText-2 (masked prediction), {data['pairs']:,} scored pairs, "
-        f"{data['phrases']:,} phrases of SST-2; batches of 32 (scored pairs: 64), at most {TOKENS} tokens a text; mean over seeds, least "
+        f"{data['phrases']:,} phrases of SST-2; batches of 32 (scored pairs: 64), at most {TOKENS} "
+        "tokens a text; mean over seeds, least "
         f"and most. {machine['cpu']}, {machine['cores']} cores seen, {THREADS} thread, load average {min(load):.1f} to "
         f"{max(load):.1f}; " + ", ".join(f"{date} at `{commit}`" for date, commit in made) + "."
     )
