@@ -1,8 +1,10 @@
 """Turn records into token ids, and choose the examples of a step: a pure function of (seed, step).
 
-`batch_at` runs through shuffled examples without end, one permutation after another. A few batches' worth at a time is
-sorted by length and cut into batches, whose order is shuffled, so rows of a batch are about equally long and little is
-padding. Nothing is remembered: a resumed run asks for the step it is at.
+`batch_at` runs through shuffled examples without end, one permutation after another: an epoch each. The whole batches of
+an epoch, a few at a time, are sorted by length and cut anew, and their order is shuffled, so rows of a batch are about
+equally long and little is padding. A batch that an epoch ends in takes the rest from the next one. No batch holds an
+example twice where there are twice as many examples as a batch takes (with fewer it may hold some twice): contrast
+would push copies apart. Nothing is remembered: a resumed run asks for the step it is at.
 
 Rows are padded on the right. A batch is a dict of tensors; `index` [B] says which examples they are.
 
@@ -28,7 +30,7 @@ from edgepipe.numerics.losses import IGNORED
 from edgepipe.training.data import TrainingData
 
 Batch = dict[str, Tensor]
-_POOL_BATCHES = 32  # batches whose examples are sorted together: long enough to fill rows, short enough to stay random
+_POOL_BATCHES = 32  # whole batches, at most, that are sorted together: enough to fill rows, few enough to stay random
 
 
 class Examples(Protocol):
@@ -44,17 +46,33 @@ class Examples(Protocol):
 
 def batch_at(lengths: np.ndarray, size: int, seed: int, step: int) -> np.ndarray:
     """Return the indices [size] of the examples of a step, counted from 0."""
-    pool, place = divmod(step, _POOL_BATCHES)
-    first = pool * _POOL_BATCHES * size
-    positions = np.arange(first, first + _POOL_BATCHES * size)
-    epochs = positions // len(lengths)
-    order = np.concatenate(
-        [_permutation(len(lengths), seed, int(e))[positions[epochs == e] % len(lengths)] for e in np.unique(epochs)]
-    )
-    chosen = order[np.argsort(lengths[order], kind="stable")].reshape(_POOL_BATCHES, size)
-    batches = np.random.default_rng([seed, pool, 1]).permutation(_POOL_BATCHES)
-    found: np.ndarray = chosen[batches[place]]
+    count = len(lengths)
+    first, end = step * size, (step + 1) * size
+    epoch = first // count
+    if (end - 1) // count != epoch:
+        epochs = range(epoch, (end - 1) // count + 1)
+        return np.concatenate([_order(count, size, seed, e) for e in epochs])[first - epoch * count :][:size]
+    begins = -(-epoch * count // size)  # the step of the epoch's first whole batch
+    whole = (epoch + 1) * count // size - begins
+    pools = np.array_split(np.arange(whole), -(-whole // _POOL_BATCHES))
+    number, pool = next((i, pool) for i, pool in enumerate(pools) if step - begins <= pool[-1])
+    held = (begins + int(pool[0])) * size - epoch * count
+    order = _order(count, size, seed, epoch)[held : held + len(pool) * size]
+    chosen = order[np.argsort(lengths[order], kind="stable")].reshape(len(pool), size)
+    batches = np.random.default_rng([seed, epoch, 1, number]).permutation(len(pool))
+    found: np.ndarray = chosen[batches[step - begins - int(pool[0])]]
     return found
+
+
+def _order(count: int, size: int, seed: int, epoch: int) -> np.ndarray:
+    """Return an epoch's order [count]; what the batch it begins in holds already of the epoch before comes later."""
+    order = _permutation(count, seed, epoch)
+    held = epoch * count % size
+    window = min(2 * size, count - size)  # the epoch's own end stays as it is: the next one looks at that
+    if not held or window <= 0:
+        return order
+    late = np.isin(order[:window], _permutation(count, seed, epoch - 1)[-held:])
+    return np.concatenate([order[:window][~late], order[:window][late], order[window:]])
 
 
 @lru_cache(maxsize=4)

@@ -24,10 +24,18 @@ def test_a_step_is_a_function_of_seed_and_step() -> None:
 def test_every_example_comes_as_often(count: int, size: int) -> None:
     """Over whole rounds each example is seen equally often, even when a batch holds all of them several times."""
     lengths = LENGTHS[:count]
-    steps = 32 * count  # a multiple of the pool and of the examples
+    steps = count  # of whole rounds: as many as a batch has examples
     counts = Counter(np.concatenate([batch_at(lengths, size, 0, step) for step in range(steps)]).tolist())
     assert set(counts.values()) == {steps * size // count}
     assert len(counts) == count
+
+
+@pytest.mark.parametrize(("count", "size"), [(64, 32), (65, 32), (95, 32), (100, 32), (500, 32), (1000, 7), (8, 8)])
+def test_no_batch_holds_an_example_twice(count: int, size: int) -> None:
+    """Copies of like length would stand side by side, and contrast would push them apart."""
+    for seed, lengths in ((0, LENGTHS[:count]), (1, np.full(count, 9))):
+        for step in range(400):
+            assert len(set(batch_at(lengths, size, seed, step).tolist())) == size, step
 
 
 def test_rows_of_a_batch_are_of_like_length() -> None:
