@@ -74,16 +74,18 @@ def top_k(logits: Tensor, k: int, *, vocab: int, temperature: float = 1.0) -> To
     return TopK(found.values, found.indices, log_rest)
 
 
-def top_k_divergence(student: Tensor, teacher: TopK, *, temperature: float = 1.0, reverse: float = 0.0) -> Tensor:
-    """Return `divergence` over the teacher's k tokens and the bucket of all others [...].
+def top_k_divergence(
+    student: Tensor, teacher: TopK, *, vocab: int, temperature: float = 1.0, reverse: float = 0.0
+) -> Tensor:
+    """Return `divergence` over the teacher's k tokens and the bucket of all others among the first `vocab` [...].
 
-    `temperature` must be the one that the teacher's scores were taken at.
+    `vocab` and `temperature` must be those that the teacher's scores were taken with.
     """
-    scaled = student.float() / temperature
+    scaled = student[..., :vocab].float() / temperature
     total = scaled.logsumexp(-1, keepdim=True)
     log_q = scaled.gather(-1, teacher.ids) - total
     log_p = teacher.log_probs.float()
-    if student.shape[-1] > teacher.ids.shape[-1]:
+    if scaled.shape[-1] > teacher.ids.shape[-1]:
         others = scaled.scatter(-1, teacher.ids, -torch.inf).logsumexp(-1, keepdim=True)
         log_q = torch.cat([log_q, others - total], -1)
         log_p = torch.cat([log_p, teacher.log_rest.float()[..., None]], -1)

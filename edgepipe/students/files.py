@@ -14,7 +14,8 @@ import torch
 
 from edgepipe.artifacts import Json
 from edgepipe.errors import ConfigError
-from edgepipe.store import file_sha256, read_json, write_json
+from edgepipe.sources.facts import read_json
+from edgepipe.store import file_sha256, write_json
 from edgepipe.students.config import StudentConfig, is_student, read_student
 from edgepipe.students.models import Decoder, Encoder, EncoderDecoder, Student, initialize
 
@@ -70,12 +71,24 @@ def student_fingerprint(directory: Path) -> str:
 
 
 def load_student(directory: Path) -> Student:
-    """Read a saved student; ConfigError when weights and config.json contradict each other."""
+    """Read a saved student; ConfigError names the file that is damaged, or both when they contradict each other."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    student = read_bare(read_json(directory / "config.json"))
-    missing, extra = student.load_state_dict(load_file(directory / WEIGHTS), strict=False)
-    if missing or extra:
-        odd = (*missing, *extra)[0]
-        raise ConfigError(f"{directory}: config.json and {WEIGHTS} disagree about {odd}; copy both again")
+    config_path, weights_path = directory / "config.json", directory / WEIGHTS
+    config = read_json(config_path)
+    try:
+        student = read_bare(config)
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
+        why = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise ConfigError(f"{config_path} describes no student: {why}") from error
+    try:
+        values = load_file(weights_path)
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{weights_path} is truncated or not a safetensors file ({error}); copy it again") from error
+    own = student.state_dict()
+    for name in sorted(own.keys() | values.keys()):
+        if name not in own or name not in values or own[name].shape != values[name].shape:
+            raise ConfigError(f"{directory}: config.json and {WEIGHTS} disagree about {name}; copy both again")
+    student.load_state_dict(values)
     return student

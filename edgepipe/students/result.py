@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from edgepipe.artifacts import Json, Licence, ModelInfo, TorchModel
+from edgepipe.errors import ConfigError
 from edgepipe.store import publish, write_json
 from edgepipe.students.config import embedding_names, head_alias, is_student, read_student, student_task
 from edgepipe.students.files import WEIGHTS, student_config
@@ -57,7 +58,11 @@ def as_model(student: Student, teacher: ModelInfo, *, name: str, tokenizer: Mapp
 
 
 def teacher_tokens(teacher: ModelInfo) -> Json:
-    """Return what a student's config says of special tokens."""
+    """Return what a student's config says of special tokens; ConfigError when the teacher names no end token."""
+    if not teacher.eos_token_ids:
+        raise ConfigError(
+            f"{teacher.name} names no end token, which a student's texts end with: put eos_token_id into config.json"
+        )
     end = min(teacher.eos_token_ids)
     start = end if teacher.bos_token_id is None else teacher.bos_token_id
     return {

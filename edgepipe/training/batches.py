@@ -1,9 +1,9 @@
 """Turn records into token ids, and choose the examples of a step: a pure function of (seed, step).
 
-`batch_at` runs through shuffled examples without end, one permutation after another: an epoch each. The whole batches of
-an epoch, a few at a time, are sorted by length and cut anew, and their order is shuffled, so rows of a batch are about
-equally long and little is padding. A batch that an epoch ends in takes the rest from the next one. No batch holds an
-example twice where there are twice as many examples as a batch takes (with fewer it may hold some twice): contrast
+`batch_at` runs through shuffled examples without end, one permutation after another: an epoch each. The whole batches
+of an epoch, a few at a time, are sorted by length and cut anew, and their order is shuffled, so rows of a batch are
+about equally long and little is padding. A batch that an epoch ends in takes the rest from the next one. No batch holds
+an example twice where there are twice as many examples as a batch takes (with fewer it may hold some twice): contrast
 would push copies apart. Nothing is remembered: a resumed run asks for the step it is at.
 
 Rows are padded on the right. A batch is a dict of tensors; `index` [B] says which examples they are.

@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import tokenizers
 import torch
 from torch import nn
 
 from edgepipe.artifacts import Context, Json, TorchModel
 from edgepipe.errors import ConfigError
 from edgepipe.graph.shape import read_shape
-from edgepipe.students.files import load_student, make_student
+from edgepipe.store import cache_key
+from edgepipe.students.files import load_student, make_student, student_fingerprint
 from edgepipe.students.from_teacher import StudentPlan, chosen_layers, config_of, plan_student, student_values
 from edgepipe.students.models import Decoder, EncoderDecoder, Student
 from edgepipe.students.result import as_model, teacher_tokens
@@ -36,6 +38,7 @@ from edgepipe.training.distil import (
     LayerMap,
     Projected,
     distillation,
+    drawing,
     likelihood,
     stack_widths,
 )
@@ -108,8 +111,10 @@ def teach_generator(model: TorchModel, options: Distill, ctx: Context) -> TorchM
     examples, held_out = (reads.examples(part, ctx.note) for part in (train_part, held_part))
     records: Json = {}
     if options.adapt_steps:
-        loop = dataclasses.replace(loop_options(options, ctx, options.adapt_steps), learning_rate=options.adapt_rate)
-        place = Place(folder=folder / "teacher", key=model.info.fingerprint, progress=ctx.progress)
+        loop = dataclasses.replace(
+            loop_options(options, ctx.seed, options.adapt_steps), learning_rate=options.adapt_rate
+        )
+        place = Place(folder=folder / "teacher", key=run_key(model, options, data), progress=ctx.progress)
         sets = LoopData(train=examples, held_out=held_out)
         model, adapted, records["teacher"] = adapt_teacher(model, sets, Adapters(), loop, place)
         teacher = Lazy(model, adapted)
@@ -120,12 +125,13 @@ def teach_generator(model: TorchModel, options: Distill, ctx: Context) -> TorchM
         examples = _cutting(reading).examples(written, ctx.note)
     student = new_student(model, options, ctx)
     assert isinstance(student, Decoder | EncoderDecoder)
-    objective, module = _objective(student, teacher, examples, options, folder, ctx)
-    loop = loop_options(options, ctx)
+    how = distil_options(options, ctx.seed)
+    objective, module = _objective(student, teacher, examples, (options, how), folder, ctx)
+    loop = loop_options(options, ctx.seed)
     if options.cross_steps and isinstance(student, EncoderDecoder):
         loop = dataclasses.replace(loop, alone=_CROSS, alone_steps=options.cross_steps)
-    sets = LoopData(train=examples, held_out=held_out, judge=likelihood)
-    place = Place(folder=folder / "student", key=model.info.fingerprint, progress=ctx.progress)
+    sets = LoopData(train=examples, held_out=held_out, judge=likelihood, prepare=drawing(how))
+    place = Place(folder=folder / "student", key=run_key(model, options, data), progress=ctx.progress)
     student.dropout.rate = options.dropout
     records["student"] = train(module, objective, sets, loop, place)
     student.dropout.rate = 0.0
@@ -159,7 +165,7 @@ def kept_folder(ctx: Context) -> Path:
     return folder
 
 
-def loop_options(options: Distill, ctx: Context, steps: int = 0) -> LoopOptions:
+def loop_options(options: Distill, seed: int, steps: int = 0) -> LoopOptions:
     """Return the loop's options for `steps`, or for the time the stage has."""
     given = (steps, 0.0) if steps else options.time
     return LoopOptions(
@@ -171,8 +177,46 @@ def loop_options(options: Distill, ctx: Context, steps: int = 0) -> LoopOptions:
         warmup=options.warmup,
         patience=options.patience,
         precision=options.precision,
-        seed=ctx.seed,
+        seed=seed,
     )
+
+
+def distil_options(options: Distill, seed: int) -> DistilOptions:
+    """Return what a student is taught with."""
+    return DistilOptions(
+        alpha=options.alpha,
+        reverse=options.reverse,
+        temperature=options.temperature,
+        on_policy=options.on_policy,
+        match_hidden=options.match_hidden,
+        seed=seed,
+    )
+
+
+def check_options(options: Distill) -> None:
+    """Refuse what training or losses would refuse, by the options' names, before any work."""
+    try:
+        loop_options(options, 0)
+        distil_options(options, 0)
+    except ConfigError as error:
+        raise ConfigError(f"distill.{error}") from None
+
+
+def check_made_already(options: Distill, name: str) -> None:
+    """Refuse options that would make another student of one that is there."""
+    usual, given = StudentPlan(kind=options.student), student_plan(options)
+    for field in dataclasses.fields(StudentPlan):
+        if getattr(given, field.name) != getattr(usual, field.name):
+            raise ConfigError(
+                f"distill.{field.name}: {name} is a student already and keeps what it is made of: leave it out"
+            )
+
+
+def run_key(model: TorchModel, options: Distill, data: TrainingData) -> str:
+    """Return what a training's checkpoints belong to: the model, all options, the contents of the files they name."""
+    decides = {k: v for k, v in dataclasses.asdict(options).items() if k not in ("data", "scores", "start")}
+    start = student_fingerprint(Path(options.start)) if options.start else ""
+    return cache_key(model.info.fingerprint, decides, data.sha256, start)
 
 
 def new_student(model: TorchModel, options: Distill, ctx: Context, labels: tuple[str, ...] = ()) -> Student:
@@ -204,16 +248,41 @@ def new_student(model: TorchModel, options: Distill, ctx: Context, labels: tuple
 
 
 def _earlier_student(model: TorchModel, options: Distill, ctx: Context) -> Student:
-    """Open the student that training goes on with; ConfigError when it is another kind's, or reads other tokens."""
+    """Open the student that training goes on with."""
+    student, files = _open_earlier(options)
+    check_vocabularies(model.info.tokenizer, files, (model.info.name, options.start))
+    ctx.note(f"student: goes on from {Path(options.start).name}")
+    return student
+
+
+def _open_earlier(options: Distill) -> tuple[Student, dict[str, bytes]]:
+    """Return the student at `start` and its tokenizer; ConfigError when it is another kind's."""
     directory = Path(options.start)
     student = load_student(directory)
     kinds = {"decoder": Decoder, "encoder-decoder": EncoderDecoder}
     if not isinstance(student, kinds[options.student]):
         raise ConfigError(f"distill.start: {directory} holds another kind of student than {options.student}")
-    files = {"tokenizer.json": (directory / "tokenizer.json").read_bytes()}
-    check_vocabularies(model.info.tokenizer, files, (model.info.name, str(directory)))
-    ctx.note(f"student: goes on from {directory.name}")
-    return student
+    return student, {"tokenizer.json": (directory / "tokenizer.json").read_bytes()}
+
+
+def check_start(model: TorchModel, options: Distill) -> None:
+    """Refuse an earlier student that can't go on, and options that it can't follow.
+
+    One with fewer tokens than the model, all of them the model's, may belong to what a stage before makes of that.
+    """
+    check_made_already(options, options.start)
+    if options.match_hidden:
+        raise ConfigError(
+            f"distill.match_hidden: {options.start} doesn't say which of the teacher's layers its own came from: "
+            "leave it out"
+        )
+    _, files = _open_earlier(options)
+    own, all_tokens = (
+        tokenizers.Tokenizer.from_buffer(held["tokenizer.json"]).get_vocab(with_added_tokens=True).keys()
+        for held in (files, model.info.tokenizer)
+    )
+    if not own < all_tokens:
+        check_vocabularies(model.info.tokenizer, files, (model.info.name, options.start))
 
 
 def _listed(layers: tuple[int, ...]) -> str:
@@ -295,8 +364,9 @@ def change(record: Json) -> str:
     first = record["held_out"][0]["loss"] if record["held_out"] else record["train"][0]["loss"]
     best = record["best"]["loss"] if record["best"] else record["train"][-1]["loss"]
     kind = "held-out loss" if record["held_out"] else "loss"
-    early = ", stopped early" if record["stopped"] == "early" else ""
-    return f"{kind} {first:.3f} → {best:.3f} in {record['steps']} steps of {record['tokens']:,} tokens{early}"
+    end = ", stopped early" if record["stopped"] == "early" else ""
+    end += "; the held-out data gave nothing to judge by: the last weights are kept" if record["unjudged"] else ""
+    return f"{kind} {first:.3f} → {best:.3f} in {record['steps']} steps of {record['tokens']:,} tokens{end}"
 
 
 def describe_data(data: TrainingData, train_part: TrainingData, held_part: TrainingData | None) -> Json:
@@ -314,35 +384,27 @@ def _objective(
     student: Decoder | EncoderDecoder,
     teacher: Lazy,
     examples: Seq2Seq,
-    options: Distill,
+    given: tuple[Distill, DistilOptions],
     folder: Path,
     ctx: Context,
 ) -> tuple[Objective, nn.Module]:
     """Return what the student is trained for, and the module that is trained: the student, or it and projections."""
-    how = DistilOptions(
-        alpha=options.alpha,
-        reverse=options.reverse,
-        temperature=options.temperature,
-        on_policy=options.on_policy,
-        hidden=options.match_hidden,
-        seed=ctx.seed,
-    )
+    options, how = given
+    shape = read_shape(config_of(teacher.model), None)
+    vocab = min(shape.vocab, _vocabulary(student))
     scores: Scores | None = None
-    if how.alpha and how.on_policy < 1 and not how.hidden:
-        kept = ScoreOptions(
-            k=options.top_k, temperature=how.temperature, vocab=_vocabulary(student), precision=options.precision
-        )
+    if how.alpha and how.on_policy < 1 and not how.match_hidden:
+        kept = ScoreOptions(k=options.top_k, temperature=how.temperature, vocab=vocab, precision=options.precision)
         place = Path(options.scores) if options.scores else folder / "scores"
         scores = keep_scores(teacher.module(), examples, kept, place, ctx.progress)
-    asks = how.hidden > 0 or (how.alpha > 0 and (how.on_policy > 0 or scores is None))
+    asks = how.match_hidden > 0 or (how.alpha > 0 and (how.on_policy > 0 or scores is None))
     layers = LayerMap()
-    if how.hidden:
-        encoder, decoder = chosen_layers(read_shape(config_of(teacher.model), None), student_plan(options))
+    if how.match_hidden:
+        encoder, decoder = chosen_layers(shape, student_plan(options))
         layers = LayerMap(encoder=encoder if isinstance(student, EncoderDecoder) else (), decoder=decoder)
-    objective = distillation(how, teacher.module() if asks else None, scores, layers)
-    width = read_shape(config_of(teacher.model), None).hidden
-    if how.hidden and any(own != width for own in stack_widths(student)):
-        return objective, Projected(student, width, seed=ctx.seed)
+    objective = distillation(how, teacher.module() if asks else None, scores, layers, vocab)
+    if how.match_hidden and any(own != shape.hidden for own in stack_widths(student)):
+        return objective, Projected(student, shape.hidden, seed=ctx.seed)
     return objective, student
 
 

@@ -1,6 +1,6 @@
 """What a student learns from its teacher: one objective for encoder-decoder and decoder students.
 
-    L = α · L_kd + (1 − α) · L_ce + γ · L_hidden         each a mean over target tokens, padding left out
+    L = α · L_kd + (1 − α) · L_ce + γ · L_hidden         each a mean over tokens, padding left out
 
     L_kd      divergence from the teacher, forward, reverse or mixed, at a temperature (numerics/losses.py), over
               off-policy   the targets of the data; scores are the teacher's, or come from disk (scores.py)
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from edgepipe.errors import ConfigError
 from edgepipe.numerics.losses import (
     IGNORED,
+    TopK,
     cross_entropy,
     divergence,
     hidden_loss,
@@ -35,8 +36,11 @@ from edgepipe.numerics.losses import (
 from edgepipe.students.models import Decoder, EncoderDecoder, State
 from edgepipe.training.batches import Batch
 from edgepipe.training.loop import Objective, Step
+from edgepipe.training.parts import WEIGHT, Counts, Prepare, factor
 from edgepipe.training.scores import Scores
 from edgepipe.training.teacher import Judged, Teacher, judge
+
+_SAMPLES, _SOURCES = "samples", "sources"  # means over other things than the data's targets (parts.py)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +53,7 @@ class DistilOptions:
     on_policy: float = 0.0  # share of steps whose targets the student samples, in [0, 1]
     sample_temperature: float = 0.9  # of these samples, above 0
     sample_top_k: int = 128  # tokens that are sampled from; 0: all
-    hidden: float = 0.0  # weight γ of hidden states, from 0
+    match_hidden: float = 0.0  # weight γ of hidden states, from 0
     hidden_cosine: bool = False  # 1 − cosine instead of the mean squared error
     seed: int = 0  # of the samples
 
@@ -61,7 +65,7 @@ class DistilOptions:
         for name in ("temperature", "sample_temperature"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}: expected a number above 0, got {getattr(self, name)}")
-        for name in ("sample_top_k", "hidden", "seed"):
+        for name in ("sample_top_k", "match_hidden", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: expected at least 0, got {getattr(self, name)}")
 
@@ -145,17 +149,20 @@ def distillation(
     teacher: Teacher | None = None,
     scores: Scores | None = None,
     layers: LayerMap | None = None,
+    vocab: int | None = None,
 ) -> Objective:
     """Return the objective. Off-policy it takes `scores` where there are some, else it asks the teacher each time.
 
-    `layers` belongs to `hidden`. For students of another width than the teacher train `Projected(student, width)`.
+    `vocab`: how many tokens the scores are over; None: the student's. A loop that divides batches needs `drawing` too.
+    `layers` belongs to `match_hidden`. For students of another width than the teacher's train
+    `Projected(student, width)`.
     Raises ConfigError when something that the options need is missing, or scores are at another temperature.
     """
     layers = layers or LayerMap()
     if options.alpha and teacher is None and (scores is None or options.on_policy):
         raise ConfigError("alpha: a teacher's weight above 0 needs a teacher to ask, or its scores without on_policy")
-    if options.hidden and (teacher is None or not (layers.encoder or layers.decoder)):
-        raise ConfigError("hidden: comparing states needs a teacher, and which layers are compared")
+    if options.match_hidden and (teacher is None or not (layers.encoder or layers.decoder)):
+        raise ConfigError("match_hidden: comparing states needs a teacher, and which layers are compared")
     if scores is not None and scores.temperature != options.temperature:
         raise ConfigError(f"temperature: the scores are kept at {scores.temperature}, not at {options.temperature}")
 
@@ -167,24 +174,23 @@ def distillation(
         figures, loss = {"cross_entropy": ce}, (1 - options.alpha) * ce
         on_policy = _is_on_policy(options, step)
         judged = None
-        if teacher is not None and (options.hidden or (options.alpha and not on_policy and scores is None)):
-            judged = judge(teacher, batch, states=options.hidden > 0)
+        if teacher is not None and (options.match_hidden or (options.alpha and not on_policy and scores is None)):
+            judged = judge(teacher, batch, states=options.match_hidden > 0)
         if options.alpha:
             if on_policy:
                 assert teacher is not None
                 kd = _sampled_divergence(student, teacher, batch, options, step)
             elif scores is not None:
                 kept = scores.at(batch["index"].tolist(), run.logits.device)
-                per_token = top_k_divergence(run.logits, kept, temperature=options.temperature, reverse=options.reverse)
-                kd = masked_mean(per_token, mask)
+                kd = masked_mean(_stored_divergence(run.logits, kept, options, vocab), mask)
             else:
                 assert judged is not None
                 kd = masked_mean(_divergence(run.logits, judged.logits, options), mask)
             figures["divergence"], loss = kd, loss + options.alpha * kd
-        if options.hidden:
+        if options.match_hidden:
             assert judged is not None
             states = _hidden(module, run, judged, batch, layers, options)
-            figures["hidden"], loss = states, loss + options.hidden * states
+            figures["hidden"], loss = states, loss + options.match_hidden * states
         return Step(loss, mask.sum(), figures)
 
     return objective
@@ -199,6 +205,33 @@ def _divergence(student: Tensor, teacher: Tensor, options: DistilOptions) -> Ten
     return divergence(student, teacher, temperature=options.temperature, reverse=options.reverse)
 
 
+def _stored_divergence(student: Tensor, kept: TopK, options: DistilOptions, vocab: int | None) -> Tensor:
+    return top_k_divergence(
+        student,
+        kept,
+        vocab=student.shape[-1] if vocab is None else vocab,
+        temperature=options.temperature,
+        reverse=options.reverse,
+    )
+
+
+def drawing(options: DistilOptions) -> Prepare | None:
+    """Return what comes before a step's runs: samples, and how many tokens each mean is over; None: not needed."""
+    if not (options.alpha and options.on_policy) and not options.match_hidden:
+        return None
+
+    def prepare(module: nn.Module, batch: Batch, whole: Batch, step: int) -> tuple[Batch, Counts]:
+        found, counts = dict(batch), {WEIGHT: (batch["target"] != IGNORED).sum()}
+        if options.match_hidden:
+            counts[_SOURCES] = batch["source_mask"].sum()
+        if options.alpha and _is_on_policy(options, step):
+            found[_SAMPLES] = sample(_student(module), batch, options, step, whole["target"].shape[1])
+            counts[_SAMPLES] = (found[_SAMPLES] != IGNORED).sum()
+        return found, counts
+
+    return prepare
+
+
 def _is_on_policy(options: DistilOptions, step: int) -> bool:
     """Say whether a step's targets are sampled: the same in every process, and after a resume."""
     return bool(np.random.default_rng([options.seed, step]).random() < options.on_policy)
@@ -208,24 +241,24 @@ def _sampled_divergence(
     student: Decoder | EncoderDecoder, teacher: Teacher, batch: Batch, options: DistilOptions, step: int
 ) -> Tensor:
     """Let the student write, the teacher score what it wrote, and return their divergence there."""
-    target = sample(student, batch, options, step)
+    target = batch[_SAMPLES] if _SAMPLES in batch else sample(student, batch, options, step)
     start = batch["decoder_input"][:, :1]
     written = {**batch, "target": target, "decoder_input": torch.cat([start, target[:, :-1].clamp_min(0)], 1)}
     logits = run_student(student, written).logits
-    return masked_mean(_divergence(logits, judge(teacher, written).logits, options), target != IGNORED)
+    mean = masked_mean(_divergence(logits, judge(teacher, written).logits, options), target != IGNORED)
+    return mean * factor(batch, _SAMPLES)
 
 
 @torch.no_grad()
-def sample(student: Decoder | EncoderDecoder, batch: Batch, options: DistilOptions, step: int) -> Tensor:
+def sample(student: Decoder | EncoderDecoder, batch: Batch, options: DistilOptions, step: int, room: int = 0) -> Tensor:
     """Return targets [B, D] that the student samples, ended by the data's end token, IGNORED after it.
 
-    D is that of the data's longest target in the batch.
+    D is `room`, in training the data's longest target among all of the step's examples; 0: the batch's longest.
     """
     target = batch["target"]
+    room = room or target.shape[1]
     eos = target.gather(1, (target != IGNORED).sum(1, keepdim=True) - 1)  # [B, 1]: every target ends with it
-    chances = np.stack(
-        [np.random.default_rng([options.seed, step, i]).random(target.shape[1]) for i in batch["index"].tolist()]
-    )
+    chances = np.stack([np.random.default_rng([options.seed, step, i]).random(room) for i in batch["index"].tolist()])
     draws = torch.from_numpy(chances).to(target.device)  # [B, D] float64 in [0, 1)
     training = student.training
     student.eval()
@@ -233,11 +266,11 @@ def sample(student: Decoder | EncoderDecoder, batch: Batch, options: DistilOptio
         if isinstance(student, EncoderDecoder):
             state = student.start(batch["source"], batch["source_mask"])
             return _write(student, state, batch["decoder_input"][:, :1], eos, draws, options)
-        found = torch.full_like(target, IGNORED)
+        found = target.new_full(draws.shape, IGNORED)
         lengths = batch["source_mask"].sum(1)
-        for length in sorted(set(lengths.tolist())):  # a cache has no holes: rows of one length at a time
-            same = lengths == length
-            found[same] = _continue(student, batch["source"][same, :length], eos[same], draws[same], options)
+        for count in sorted(set(lengths.tolist())):  # a cache has no holes: rows of one length at a time
+            same = lengths == count
+            found[same] = _continue(student, batch["source"][same, :count], eos[same], draws[same], options)
         return found
     finally:
         student.train(training)
@@ -304,5 +337,6 @@ def _hidden(
             state = ours[own + 1]
             if isinstance(module, Projected):
                 state = getattr(module, name)(state)
-            distances.append(masked_mean(hidden_loss(state, theirs[layer + 1], cosine=options.hidden_cosine), mask))
+            distance = masked_mean(hidden_loss(state, theirs[layer + 1], cosine=options.hidden_cosine), mask)
+            distances.append(distance * factor(batch, _SOURCES) if name == "encoder" else distance)
     return torch.stack(distances).mean()

@@ -2,8 +2,9 @@
 
     texts    (masked next-token prediction) → contrast of each text with itself          arXiv:2404.05961
     pairs    (masked …) → (contrast of each text …) → pairs: in-batch contrast, or ranking by scores
-    labels   (masked …) → (contrast …) → cross-entropy of the classes
+    labels   (masked …) → cross-entropy of the classes
 
+A classifier gives no embedding to contrast: teach an encoder with texts, then give it as MODEL with labels.
 The steps in brackets run when `mask_steps` and `contrast_steps` say so; `steps` or `minutes` are those of the last one,
 which `untaught` leaves out. MODEL may itself be an encoder student: it is taught further, with other data.
 """
@@ -24,17 +25,17 @@ from edgepipe.artifacts import Context, Json, TorchModel
 from edgepipe.errors import ConfigError
 from edgepipe.students.config import is_student, read_student
 from edgepipe.students.files import make_student
-from edgepipe.students.from_teacher import StudentPlan
 from edgepipe.students.models import Encoder
 from edgepipe.students.result import as_model, teacher_tokens
 from edgepipe.training.course import (
     SPLIT_SEED,
     change,
+    check_made_already,
     describe_data,
     kept_folder,
     loop_options,
     new_student,
-    student_plan,
+    run_key,
 )
 from edgepipe.training.data import TrainingData, hold_out, read_data
 from edgepipe.training.encoder_data import (
@@ -58,14 +59,12 @@ _MASKS = ("<mask>", "[MASK]", "<|mask|>")  # what vocabularies call a mask; "_" 
 
 def teach_encoder(model: TorchModel, options: Distill, ctx: Context) -> TorchModel:
     """Return an encoder student of `model`, trained as options and data say."""
-    if not options.data and not (options.untaught and not options.mask_steps and not options.contrast_steps):
-        raise ConfigError("distill.data: an encoder learns from texts, pairs or labels: give a file of them")
     if not options.data:
         return _result(model, _new_encoder(model, options, ctx, ()))
     data = read_data(options.data, columns=options.columns, option="distill.columns")
     course = _Course(model, data, options, ctx)
     if options.mask_steps:
-        course.phase("masked", options.mask_steps, masked(mask_id=course.mask_id(), vocab=course.vocab))
+        course.phase("masked", options.mask_steps, masked(mask_id=_mask_id(model), vocab=course.vocab))
     if data.form == "text" and not options.untaught:
         course.contrast("contrast", 0)
     elif options.contrast_steps:
@@ -80,22 +79,35 @@ def check_taught_further(model: TorchModel, options: Distill) -> None:
     """Refuse a student that isn't an encoder, and options that would make another one of it."""
     if read_student(model.info.config).kind != "encoder":
         raise ConfigError(f"an encoder can be taught further, but {model.info.name} is for {model.info.task}")
-    usual, given = StudentPlan(kind="encoder"), student_plan(options)
-    for field in dataclasses.fields(StudentPlan):
-        if getattr(given, field.name) != getattr(usual, field.name):
-            raise ConfigError(
-                f"distill.{field.name}: {model.info.name} is a student already and keeps what it is made of: "
-                "leave it out"
-            )
+    check_made_already(options, model.info.name)
 
 
 def check_texts(model: TorchModel, options: Distill) -> None:
-    """Refuse data with a text that is too long, or that teach nothing, before anything is made of them."""
+    """Refuse data that no encoder learns from, or with a text that is too long, and steps that can't be taken."""
     data = read_data(options.data, columns=options.columns, option="distill.columns")
     scores = {record.value for record in data.records}
     if data.form == "pairs" and len(data.records) > 1 and len(scores) == 1 and "" not in scores:
         raise ConfigError(f"{data.name}: every pair has the score {scores.pop()}, which ranks none: leave scores out")
     read_texts(data, _reading(model, options, lambda _note: None))
+    if data.form == "labels":
+        label_names(data)
+        if options.contrast_steps:
+            raise ConfigError(
+                "distill.contrast_steps: a classifier gives no embedding to contrast: teach an encoder with texts, and "
+                "give it as MODEL with the labels"
+            )
+    if options.mask_steps:
+        _mask_id(model)
+
+
+def _mask_id(model: TorchModel) -> int:
+    """Return the token that stands for a masked one."""
+    tokenizer = tokenizers.Tokenizer.from_buffer(model.info.tokenizer["tokenizer.json"])
+    known = (tokenizer.token_to_id(name) for name in (*_MASKS, "_", "\u2581_"))
+    found = next((number for number in known if number is not None), None)
+    if found is None:
+        raise ConfigError("distill.mask_steps: the vocabulary has no mask token, and no underscore to stand for one")
+    return int(found)
 
 
 def _reading(model: TorchModel, options: Distill, note: Callable[[str], None]) -> Reading:
@@ -133,8 +145,9 @@ class _Course:
     """Hold the student and what it learns from, while one phase follows another."""
 
     def __init__(self, model: TorchModel, data: TrainingData, options: Distill, ctx: Context) -> None:
-        self._options, self._ctx, self._model = options, ctx, model
+        self._options, self._ctx = options, ctx
         self._folder: Path = kept_folder(ctx)
+        self._key = run_key(model, options, data)
         self.labels = label_names(data) if data.form == "labels" else ()
         self.train_part, self.held_part = hold_out(data, options.held_out, SPLIT_SEED)
         self.student = student = _new_encoder(model, options, ctx, self.labels)
@@ -142,30 +155,17 @@ class _Course:
         self.records: Json = {}
         self._reading = _reading(model, options, ctx.note)
 
-    def mask_id(self) -> int:
-        """Return the token that stands for a masked one."""
-        tokenizer = tokenizers.Tokenizer.from_buffer(self._model.info.tokenizer["tokenizer.json"])
-        known = (tokenizer.token_to_id(name) for name in (*_MASKS, "_", "\u2581_"))
-        found = next((number for number in known if number is not None), None)
-        if found is None:
-            raise ConfigError(
-                "distill.mask_steps: the vocabulary has no mask token, and no underscore to stand for one"
-            )
-        return int(found)
-
     def phase(self, name: str, steps: int, objective: Objective) -> None:
         """Train on all texts, judged by the held-out ones."""
         sets = LoopData(
             train=read_texts(self.train_part, self._reading), held_out=read_texts(self.held_part, self._reading)
         )
-        self._train(name, objective, sets, loop_options(self._options, self._ctx, steps))
+        self._train(name, objective, sets, loop_options(self._options, self._ctx.seed, steps))
 
     def contrast(self, name: str, steps: int) -> None:
         """Contrast each text with itself under other dropout; nothing judges it: without dropout both are the same."""
-        if self.labels:
-            raise ConfigError("distill.contrast_steps: a classifier gives no embedding to contrast")
         sets = LoopData(train=read_texts(self.train_part, self._reading))
-        loop = loop_options(self._options, self._ctx, steps)
+        loop = loop_options(self._options, self._ctx.seed, steps)
         self._train(name, unsupervised, sets, loop, self._options.contrast_dropout)
 
     def teach(self, objective: Objective) -> None:
@@ -177,15 +177,19 @@ class _Course:
         else:
             pairs, held_pairs = (read_pairs(part, self._reading) for part in parts)
             sets = LoopData(train=pairs, held_out=held_pairs)
-        self._train("student", objective, sets, loop_options(self._options, self._ctx), self._options.dropout)
+        self._train("student", objective, sets, loop_options(self._options, self._ctx.seed), self._options.dropout)
 
     def _train(self, name: str, objective: Objective, sets: LoopData, loop: LoopOptions, dropout: float = 0.0) -> None:
-        place = Place(folder=self._folder / name, key=self._model.info.fingerprint, progress=self._ctx.progress)
-        # every phase begins with another schedule, but the same seed would choose the same examples again
-        loop = dataclasses.replace(loop, seed=loop.seed + len(self.records))
+        place = Place(folder=self._folder / name, key=self._key, progress=self._ctx.progress)
+        loop = dataclasses.replace(loop, seed=phase_seed(loop.seed, len(self.records)))
         self.student.dropout.rate = dropout
         try:
             self.records[name] = train(self.student, objective, sets, loop, place)
         finally:
             self.student.dropout.rate = 0.0
         self._ctx.note(f"{name}: {change(self.records[name])}")
+
+
+def phase_seed(seed: int, phase: int) -> int:
+    """Return the seed of a phase: the same one would choose the same examples again; the first phase has the run's."""
+    return int(np.random.SeedSequence([seed, phase]).generate_state(1)[0]) if phase else seed

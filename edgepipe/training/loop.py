@@ -10,11 +10,11 @@ a mean over `weight` things (tokens, rows), and figures that are means over the 
 training and is 0 on held-out data. A batch is what `data.train.collate` makes (training/batches.py), on the device.
 
 One step: `batch` examples are divided over the processes, and over runs of at most `rows` examples; losses are summed
-with their weights, so gradients are those of the mean over the whole batch, however it was divided. Then clipping and
-AdamW (β 0.9, 0.98; decay on matrices only) on a cosine after a linear warm-up. What draws random numbers is seeded from
-(seed, step), and the examples of a step are a function of both: a run that is killed and started again ends in the same
-weights. With `alone`, only the parameters it matches are trained in the first `alone_steps` (new cross-attention, as in
-arXiv:2504.06225).
+with their weights, so gradients are those of the mean over the whole batch, however it was divided; a loss of several
+means over different things is parts.py's matter. Then clipping and AdamW (β 0.9, 0.98; decay on matrices only) on a
+cosine after a linear warm-up. What draws random numbers is seeded from (seed, step), and the examples of a step are a
+function of both: a run that is killed and started again ends in the same weights. With `alone`, only the parameters it
+matches are trained in the first `alone_steps` (new cross-attention, as in arXiv:2504.06225).
 
 Processes come from a launcher (`accelerate launch` for GPUs, `torchrun` for CPUs too), over one machine or several;
 each holds the whole model. Source of the settings: arXiv:2501.16273.
@@ -28,7 +28,7 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +42,7 @@ from edgepipe.errors import ConfigError, StageError
 from edgepipe.store import cache_key
 from edgepipe.training import checkpoints
 from edgepipe.training.batches import Batch, Examples, batch_at
+from edgepipe.training.parts import Prepare, with_factors
 from edgepipe.training.precision import choose_precision
 from edgepipe.training.processes import shared
 
@@ -113,6 +114,7 @@ class LoopData:
     train: Examples
     held_out: Examples | None = None
     judge: Objective | None = None  # what is computed on held-out data; None: the training's objective
+    prepare: Prepare | None = None  # for an objective of several means: what comes before a step's first run
 
 
 def _silent(_what: str, _done: int, _total: int) -> None:
@@ -132,7 +134,8 @@ def train(module: nn.Module, objective: Objective, data: LoopData, options: Loop
     """Train a module, or go on where a killed run left off; return what happened.
 
     The record: steps, tokens, seconds, precision, processes, `train` (rows of step, loss, learning rate, gradient norm
-    and the objective's figures), `held_out` (rows of step, loss and figures), `best`, `stopped` ("steps" or "early").
+    and the objective's figures), `held_out` (rows of step, loss and figures), `best`, `stopped` ("steps" or "early"),
+    `unjudged`: the held-out data gave nothing to judge by, so the weights are the last ones.
     Raises ConfigError when the data don't fit the options, StageError when the loss is no number any more.
     """
     run = _Run(module, objective, data, options, place)
@@ -276,12 +279,20 @@ class _Run:
         self.accelerator.free_memory()
         self.module.eval()
 
-    def _shares(self, step: int) -> Iterator[Batch]:
-        """Yield this process's part of a step's examples, as many at once as memory holds."""
-        mine = self._chosen(step)[self.accelerator.process_index :: self.accelerator.num_processes]
-        pieces = -(-len(mine) // self.options.rows) if self.options.rows else 1
-        for piece in np.array_split(mine, pieces):
-            yield self._on_device(self.data.train.collate(piece.tolist()))
+    def _shares(self, step: int) -> list[Batch]:
+        """Return this process's part of a step's examples, as many at once as memory holds."""
+        chosen = self._chosen(step)
+        mine = chosen[self.accelerator.process_index :: self.accelerator.num_processes]
+        pieces = np.array_split(mine, -(-len(mine) // self.options.rows) if self.options.rows else 1)
+        batches = [self._on_device(self.data.train.collate(piece.tolist())) for piece in pieces]
+        prepare = self.data.prepare
+        if prepare is None:
+            return batches
+        whole = self._on_device(self.data.train.collate(chosen.tolist()))
+        short = torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        with torch.no_grad(), short:
+            parts = [prepare(self.module, batch, whole, step) for batch in batches]
+        return with_factors(parts, lambda counts: self.accelerator.reduce(counts, "sum"))
 
     def _chosen(self, step: int) -> np.ndarray:
         return batch_at(self.data.train.lengths, self.options.batch, self.options.seed, step - 1)
@@ -297,7 +308,7 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         sums: dict[str, Tensor] = {}
-        batches = list(self._shares(state.step))
+        batches = self._shares(state.step)
         for number, batch in enumerate(batches):
             self._seed(state.step, self.accelerator.process_index, number)
             last = number == len(batches) - 1
@@ -400,9 +411,9 @@ class _Run:
         self.saved = time.monotonic()
 
     def _evaluate(self) -> None:
-        """Score the held-out examples, and keep the weights when they are the best so far."""
+        """Score the held-out examples."""
         begun = time.monotonic()
-        state, held_out = self.state, self.data.held_out
+        held_out = self.data.held_out
         assert held_out is not None
         size = self.options.rows or self.options.batch
         order = np.argsort(held_out.lengths, kind="stable")
@@ -419,14 +430,20 @@ class _Run:
         if self.accelerator.num_processes > 1:  # one that got no piece has no names
             nothing = torch.zeros((), dtype=_wide(self.accelerator.device), device=self.accelerator.device)
             sums = {name: sums.get(name, nothing) for name in shared(lambda: sorted(sums))}
-        figures, _ = self._mean(sums)
+        figures, weight = self._mean(sums)
+        if weight:  # else nothing was judged (no token masked, say), and a loss of 0 would be the best for ever
+            self._judge(figures)
+        self.evaluation_s = time.monotonic() - begun
+
+    def _judge(self, figures: Mapping[str, float]) -> None:
+        """Add an evaluation to the curve, and keep the weights when they are the best so far."""
+        state = self.state
         state.held_out.append({"step": state.step, **figures})
         state.worse += 1
         if not state.best or figures["loss"] < state.best["loss"]:
             state.best, state.worse = {"step": state.step, "loss": figures["loss"]}, 0
             if self.accelerator.is_main_process:
                 checkpoints.save_best(self.place.folder, {n: v.detach() for n, v in self.trained.items()})
-        self.evaluation_s = time.monotonic() - begun
 
     def record(self) -> Json:
         """Return what happened."""
@@ -441,6 +458,7 @@ class _Run:
             "best": state.best,
             "train": state.train,
             "held_out": state.held_out,
+            "unjudged": self.data.held_out is not None and not state.held_out,
         }
 
 

@@ -75,7 +75,8 @@ def test_temperature_keeps_the_gradient_in_proportion() -> None:
 def test_top_k(k: int, temperature: float, reverse: float) -> None:
     """K tokens and one bucket; with k = V the divergence over the whole vocabulary."""
     s, t = logits(2, 3, 7), logits(2, 3, 7, seed=1)
-    got = top_k_divergence(s, top_k(t, k, vocab=7, temperature=temperature), temperature=temperature, reverse=reverse)
+    kept = top_k(t, k, vocab=7, temperature=temperature)
+    got = top_k_divergence(s, kept, vocab=7, temperature=temperature, reverse=reverse)
     for at in np.ndindex(2, 3):
         expected = bucketed_naively(s[at].numpy(), t[at].numpy(), k, temperature, reverse)
         assert math.isclose(float(got[at]), expected, rel_tol=1e-4, abs_tol=1e-5)
@@ -93,6 +94,16 @@ def test_top_k_of_a_smaller_vocabulary() -> None:
     assert torch.allclose(found.log_probs.exp().sum(), torch.tensor(1.0))
 
 
+@pytest.mark.parametrize("k", [2, 7])
+def test_top_k_of_a_larger_student(k: int) -> None:
+    """Tokens that the teacher doesn't have are left out, as `divergence` leaves them out."""
+    s, t = logits(2, 3, 11), logits(2, 3, 7, seed=1)
+    kept = top_k(t, k, vocab=7)
+    got = top_k_divergence(s, kept, vocab=7)
+    assert torch.equal(got, top_k_divergence(s[..., :7], kept, vocab=7))
+    assert torch.allclose(got, divergence(s, t), atol=1e-5) == (k == 7)
+
+
 @pytest.mark.parametrize("reverse", [0.0, 1.0])
 def test_top_k_of_oneself_is_nothing(reverse: float) -> None:
     """A student that equals its teacher has no loss and no gradient, however little of the mass the k hold.
@@ -101,7 +112,7 @@ def test_top_k_of_oneself_is_nothing(reverse: float) -> None:
     """
     t = logits(2, 50) / 6
     s = t.clone().requires_grad_()
-    loss = top_k_divergence(s, top_k(t, 3, vocab=50), reverse=reverse).sum()
+    loss = top_k_divergence(s, top_k(t, 3, vocab=50), vocab=50, reverse=reverse).sum()
     loss.backward()
     assert s.grad is not None
     assert abs(float(loss.detach())) < 1e-5
@@ -115,8 +126,8 @@ def test_top_k_in_float16() -> None:
     found = top_k(t, 10, vocab=30)
     stored = TopK(found.log_probs.half(), found.ids, found.log_rest.half())
     for reverse in (0.0, 1.0):
-        loss = top_k_divergence(s, stored, reverse=reverse)
-        assert torch.allclose(loss, top_k_divergence(s, found, reverse=reverse), rtol=2e-2, atol=2e-2)
+        loss = top_k_divergence(s, stored, vocab=30, reverse=reverse)
+        assert torch.allclose(loss, top_k_divergence(s, found, vocab=30, reverse=reverse), rtol=2e-2, atol=2e-2)
         loss.sum().backward()
         assert s.grad is not None
         assert s.grad.isfinite().all()

@@ -22,6 +22,7 @@ from edgepipe.training.distil import (
     LayerMap,
     Projected,
     distillation,
+    drawing,
     joined,
     likelihood,
     run_student,
@@ -29,21 +30,10 @@ from edgepipe.training.distil import (
 )
 from edgepipe.training.loop import LoopData, LoopOptions, Objective, Place, train
 from edgepipe.training.scores import ScoreOptions, keep_scores
-from edgepipe.training.teacher import Teacher, judge
-from tests.tiny_models import random_model, tiny_config
-from tests.training.tiny import EOS, PAIR, STACK, START, VOCAB, reversals
+from edgepipe.training.teacher import judge
+from tests.training.tiny import EOS, PAIR, STACK, START, VOCAB, reversals, teacher
 
 KINDS: dict[str, Any] = {"encoder-decoder": PAIR, "decoder": STACK}
-
-
-def teacher(vocab: int = VOCAB, **changes: Any) -> Teacher:
-    """Return a random teacher that is sure of itself."""
-    config = tiny_config("llama", vocab_size=vocab, eos_token_id=EOS, **changes)
-    module = random_model(config, seed=5)
-    module.lm_head.weight.data.mul_(3)
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
-    return Teacher(module, "fingerprint", "random")
 
 
 def test_the_teacher_is_asked_at_the_students_places() -> None:
@@ -86,8 +76,8 @@ def test_a_decoder_reads_source_and_target_as_one_row() -> None:
         DistilOptions(alpha=0.5),
         DistilOptions(alpha=1, reverse=0.5, temperature=2),
         DistilOptions(alpha=0.9, on_policy=1),
-        DistilOptions(alpha=0.5, hidden=0.3),
-        DistilOptions(alpha=0.5, hidden=0.3, hidden_cosine=True),
+        DistilOptions(alpha=0.5, match_hidden=0.3),
+        DistilOptions(alpha=0.5, match_hidden=0.3, hidden_cosine=True),
     ],
 )
 def test_padding_changes_no_loss(kind: str, options: DistilOptions) -> None:
@@ -106,6 +96,31 @@ def test_padding_changes_no_loss(kind: str, options: DistilOptions) -> None:
     mean = sum(float(r.loss) * int(r.weight) for r in rows) / sum(int(r.weight) for r in rows)
     assert float(whole.loss) == pytest.approx(mean, rel=1e-4)
     assert int(whole.weight) == sum(len(t) for t in examples.targets)
+
+
+@pytest.mark.parametrize("rows", [5, 1])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        DistilOptions(alpha=0.5, on_policy=1),
+        DistilOptions(alpha=0, match_hidden=1),
+        DistilOptions(alpha=0.9, on_policy=0.5, match_hidden=0.5, seed=1),
+    ],
+)
+def test_a_divided_batch_is_one_batch(options: DistilOptions, kind: str, rows: int, tmp_path: Path) -> None:
+    """Means over samples and over sources are the whole batch's, in losses and gradients, like those over targets."""
+    records = []
+    for number in (0, rows):
+        student: Any = Projected(make_student(KINDS[kind]), 112)  # type: ignore[arg-type]
+        layers = LayerMap(encoder=(0, 1) if kind == "encoder-decoder" else (), decoder=(1,))
+        objective = distillation(options, teacher(), layers=layers)
+        data = LoopData(train=reversals(40, 12), prepare=drawing(options))
+        loop = LoopOptions(steps=4, batch=8, rows=number, learning_rate=1e-3, warmup=0, precision="no")
+        place = Place(folder=tmp_path / str(number), key="divided")
+        records.append(train(student, objective, data, loop, place)["train"])
+    for whole, parts in zip(*records, strict=True):
+        assert parts == pytest.approx(whole, rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -153,6 +168,19 @@ def test_samples_follow_the_distribution() -> None:
     assert (torch.bincount(first, minlength=VOCAB) / 3000 - expected).abs().max() < 0.03
 
 
+def test_scores_of_a_smaller_teacher(tmp_path: Path) -> None:
+    """A student with more tokens than its teacher learns the same from scores on disk as from asking."""
+    asked, examples = teacher(vocab=VOCAB), reversals(8, 9)
+    stack = {**STACK, "vocab_size": VOCAB + 8}
+    student = make_student({**stack}).eval()
+    scores = keep_scores(asked, examples, ScoreOptions(k=VOCAB, vocab=VOCAB, precision="no"), tmp_path, lambda *_: None)
+    batch = examples.collate(range(8))
+    with torch.no_grad():
+        online = distillation(DistilOptions(alpha=1), asked)(student, batch, 1)
+        stored = distillation(DistilOptions(alpha=1), scores=scores, vocab=VOCAB)(student, batch, 1)
+    assert float(stored.loss) == pytest.approx(float(online.loss), rel=2e-3)
+
+
 def test_scores_from_disk(tmp_path: Path) -> None:
     """Kept scores of all tokens give the loss of asking the teacher; a killed scoring goes on after its last shard."""
     asked, examples = teacher(), reversals(600, 9)
@@ -185,7 +213,7 @@ def test_scores_from_disk(tmp_path: Path) -> None:
     ("options", "sentence"),
     [
         (DistilOptions(alpha=0.5), "needs a teacher to ask"),
-        (DistilOptions(alpha=0, hidden=1), "comparing states needs a teacher"),
+        (DistilOptions(alpha=0, match_hidden=1), "comparing states needs a teacher"),
     ],
 )
 def test_what_is_missing(options: DistilOptions, sentence: str) -> None:
@@ -194,7 +222,7 @@ def test_what_is_missing(options: DistilOptions, sentence: str) -> None:
         distillation(options)
 
 
-@pytest.mark.parametrize("name", ["alpha", "reverse", "on_policy", "temperature", "sample_temperature", "hidden"])
+@pytest.mark.parametrize("name", ["alpha", "reverse", "on_policy", "temperature", "sample_temperature", "match_hidden"])
 def test_out_of_range(name: str) -> None:
     """Each is one sentence."""
     with pytest.raises(ConfigError, match=f"{name}: expected"):
@@ -239,7 +267,9 @@ def test_the_teacher_is_learnt_on_samples(kind: str, tmp_path: Path) -> None:
 
 def test_hidden_states_are_learnt(tmp_path: Path) -> None:
     """States of a student come close to the teacher's through a projection."""
-    objective = distillation(DistilOptions(alpha=0, hidden=1), teacher(), layers=LayerMap(encoder=(0, 1), decoder=(1,)))
+    objective = distillation(
+        DistilOptions(alpha=0, match_hidden=1), teacher(), layers=LayerMap(encoder=(0, 1), decoder=(1,))
+    )
     losses = overfit(objective, Projected(make_student(PAIR), 112), 128, tmp_path)  # type: ignore[arg-type]
     assert losses[-1] < 0.2 * losses[0]
 
@@ -263,6 +293,8 @@ def test_unequal_depths_and_widths_are_fine() -> None:
     )
     student: Any = Projected(make_student(narrow), 112)  # type: ignore[arg-type]
     layers = LayerMap(encoder=(0, 1), decoder=(1,))
-    found = distillation(DistilOptions(hidden=1), teacher(), layers=layers)(student, reversals(2, 0).collate([0, 1]), 1)
+    found = distillation(DistilOptions(match_hidden=1), teacher(), layers=layers)(
+        student, reversals(2, 0).collate([0, 1]), 1
+    )
     found.loss.backward()
     assert all(p.grad is not None for p in student.parameters())

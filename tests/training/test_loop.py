@@ -21,7 +21,7 @@ from edgepipe.errors import ConfigError, StageError
 from edgepipe.students.files import make_student
 from edgepipe.training.loop import LoopData, LoopOptions, Place, Step, schedule, train
 from edgepipe.training.precision import choose_precision
-from tests.training.tiny import OPTIONS, PAIR, predict, reversals, run_tiny
+from tests.training.tiny import OPTIONS, PAIR, predict, reversals, run_taught, run_tiny
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -31,10 +31,10 @@ def same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def start(folder: Path, out: Path, *launcher: str, dropout: float = 0.1) -> subprocess.Popen[bytes]:
+def start(folder: Path, out: Path, *launcher: str, what: str = "0.1") -> subprocess.Popen[bytes]:
     """Start the tiny training as a process (or several, by a launcher)."""
     out.mkdir(exist_ok=True)
-    command = [*(launcher or (sys.executable,)), "-m", "tests.training.tiny", str(folder), str(dropout), str(out)]
+    command = [*(launcher or (sys.executable,)), "-m", "tests.training.tiny", str(folder), what, str(out)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
@@ -110,11 +110,12 @@ def test_killed_and_resumed(trial: int, undisturbed: tuple[dict[str, torch.Tenso
         assert record[curve] == undisturbed[1][curve]
 
 
-def test_two_processes_are_one(tmp_path: Path) -> None:
-    """Two processes (gloo) that divide each batch give the loss curve of one."""
-    _, one = run_tiny(tmp_path / "one", dropout=0)
+@pytest.mark.parametrize("what", ["0", "taught"])
+def test_two_processes_are_one(what: str, tmp_path: Path) -> None:
+    """Two processes (gloo) that divide each batch give the loss curve of one, with a teacher's samples too."""
+    _, one = run_taught(tmp_path / "one") if what == "taught" else run_tiny(tmp_path / "one", dropout=0)
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    _, two = finish(start(tmp_path / "two", tmp_path / "b", *launcher, dropout=0), tmp_path / "b")
+    _, two = finish(start(tmp_path / "two", tmp_path / "b", *launcher, what=what), tmp_path / "b")
     assert two["processes"] == 2
     for curve in ("train", "held_out"):
         assert [p["step"] for p in one[curve]] == [p["step"] for p in two[curve]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ from edgepipe.store import write_json
 from edgepipe.students.config import StudentConfig, with_layers
 from edgepipe.students.files import make_student
 from edgepipe.training.batches import Batch, Seq2Seq
+from edgepipe.training.distil import DistilOptions, LayerMap, Projected, distillation, drawing, likelihood
 from edgepipe.training.loop import LoopData, LoopOptions, Place, Step, train
+from edgepipe.training.teacher import Teacher
+from tests.tiny_models import random_model, tiny_config
 
 VOCAB, START, EOS = 24, 0, 1
 STACK: dict[str, Any] = {
@@ -41,6 +45,16 @@ def reversals(count: int, seed: int) -> Seq2Seq:
     return Seq2Seq(sources=sources, targets=targets, start=START, pad=EOS)
 
 
+def teacher(vocab: int = VOCAB, **changes: Any) -> Teacher:
+    """Return a random teacher that is sure of itself."""
+    config = tiny_config("llama", vocab_size=vocab, eos_token_id=EOS, **changes)
+    module = random_model(config, seed=5)
+    module.lm_head.weight.data.mul_(3)
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    return Teacher(module, "fingerprint", "random")
+
+
 def predict(module: nn.Module, batch: Batch, _step: int) -> Step:
     """Score the target given the source."""
     logits = module(batch["source"], batch["source_mask"], batch["decoder_input"]).logits
@@ -61,12 +75,22 @@ def run_tiny(folder: Path, options: LoopOptions = OPTIONS, dropout: float = 0.1,
     return student, train(student, predict, data, options, Place(folder=folder, key=f"tiny {seed}"))
 
 
+def run_taught(folder: Path) -> tuple[Any, Any]:
+    """Train by a teacher, on samples in half of the steps, and on its states."""
+    student: Any = Projected(make_student(PAIR), 112)  # type: ignore[arg-type]
+    how = DistilOptions(alpha=0.5, on_policy=0.5, match_hidden=0.5)
+    objective = distillation(how, teacher(), layers=LayerMap(encoder=(0, 1), decoder=(1,)))
+    data = LoopData(train=reversals(200, 0), held_out=reversals(30, 1), judge=likelihood, prepare=drawing(how))
+    options = dataclasses.replace(OPTIONS, steps=6, learning_rate=1e-3)
+    return student, train(student, objective, data, options, Place(folder=folder, key="taught"))
+
+
 def main() -> None:
-    """Train as a process of its own (killed, or one of several): folder, dropout, where the record goes."""
+    """Train as a process of its own (killed, or one of several): folder, dropout or `taught`, where the record goes."""
     import torch
 
-    folder, dropout, out = Path(sys.argv[1]), float(sys.argv[2]), Path(sys.argv[3])
-    student, record = run_tiny(folder, dropout=dropout)
+    folder, what, out = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+    student, record = run_taught(folder) if what == "taught" else run_tiny(folder, dropout=float(what))
     if record["processes"] == 1 or torch.distributed.get_rank() == 0:
         torch.save(student.state_dict(), out / "weights.pt")
         write_json(out / "record.json", record)
