@@ -7,6 +7,7 @@ training/, put together in training/course.py and training/encoder_course.py.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -15,6 +16,15 @@ from edgepipe.artifacts import Context, Json, TorchModel
 from edgepipe.errors import ConfigError
 
 _KINDS = ("encoder-decoder", "encoder", "decoder")
+# Options that mean something to these kinds of student alone; to another one a value beside the default is a mistake.
+_ONLY: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    (("encoder-decoder", "encoder"), ("encoder_layers", "encoder_from", "causal_encoder", "centred_positions")),
+    (("encoder-decoder", "decoder"), ("decoder_layers", "decoder_from", "own_texts", "max_target")),
+    (("encoder-decoder", "decoder"), ("adapt_steps", "adapt_rate", "targets", "alpha", "reverse", "temperature")),
+    (("encoder-decoder", "decoder"), ("on_policy", "match_hidden", "top_k", "scores")),
+    (("encoder-decoder",), ("cross", "cross_steps")),
+    (("encoder",), ("pooling", "mask_steps", "contrast_steps", "contrast_dropout")),
+)
 _USUAL_MINUTES = 20.0
 _TRAINERS = ("accelerate", "peft")  # whose versions decide a student's bytes, beside those that decide all results'
 
@@ -91,6 +101,9 @@ class Distill:
             raise ConfigError(f"distill.contrast_dropout: expected above 0 and below 1, got {self.contrast_dropout}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"distill.dropout: expected from 0 to below 1, got {self.dropout}")
+        if not 0 < self.adapt_rate <= 1:
+            raise ConfigError(f"distill.adapt_rate: expected a number above 0 and up to 1, got {self.adapt_rate}")
+        self._check_kind()
         for name, contradicts, sentence in (
             ("steps and distill.minutes", bool(self.steps and self.minutes), "give one of them"),
             (
@@ -104,20 +117,38 @@ class Distill:
                 "an encoder student is taught further by giving it as MODEL",
             ),
             (
-                "targets",
-                self.student == "encoder" and self.targets == "teacher",
-                "an encoder has no targets that a teacher could write",
+                "data",
+                self.student == "encoder" and not self.data and bool(self._encoder_steps),
+                "an encoder learns from texts, pairs or labels: give a file of them",
             ),
         ):
             if contradicts:
                 raise ConfigError(f"distill.{name}: {sentence}")
 
+    def _check_kind(self) -> None:
+        """Refuse options that mean nothing to this kind of student."""
+        usual = {field.name: field.default for field in dataclasses.fields(self)}
+        for kinds, names in _ONLY:
+            for name in names:
+                if self.student not in kinds and getattr(self, name) != usual[name]:
+                    raise ConfigError(
+                        f"distill.{name} means something to a student of kind {' or '.join(kinds)} alone, "
+                        f"and this one is of kind {self.student}: leave it out"
+                    )
+
+    @property
+    def _encoder_steps(self) -> int:
+        """Count what an encoder is taught in."""
+        return self.mask_steps + self.contrast_steps + (not self.untaught)
+
     def check(self, model: TorchModel) -> None:
         """Refuse a teacher that no student can be made of, and data that can't be read."""
         from edgepipe.students.config import is_student
         from edgepipe.students.from_teacher import config_of, plan_student
-        from edgepipe.training.course import student_plan
+        from edgepipe.students.result import teacher_tokens
+        from edgepipe.training.course import check_options, student_plan
 
+        check_options(self)
         if self.student == "encoder" and is_student(model.info.config):
             from edgepipe.training.encoder_course import check_taught_further
 
@@ -126,23 +157,29 @@ class Distill:
             raise ConfigError(f"a teacher is a text-generation model, but {model.info.name} is for {model.info.task}")
         else:
             plan_student(config_of(model), student_plan(self))
+        teacher_tokens(model.info)
+        if "tokenizer.json" not in model.info.tokenizer and (self.data or self.student != "encoder"):
+            raise ConfigError(f"{model.info.name} has no tokenizer.json, by which a student's texts become tokens")
+        self._check_files(model)
+
+    def _check_files(self, model: TorchModel) -> None:
+        """Refuse what training would refuse of the files, a text too long among them, before a baseline is built."""
+        from edgepipe.training.course import check_start
+        from edgepipe.training.scores import check_folder
+
         self.reads()
         if self.scores:
-            from edgepipe.training.scores import check_folder
-
             check_folder(Path(self.scores))
-        if self.data and not self.untaught:
-            self._check_data(model)
-
-    def _check_data(self, model: TorchModel) -> None:
-        """Refuse data that training would refuse, a text too long among them, before a baseline is built."""
-        if self.student == "encoder":
+        if self.start:
+            check_start(model, self)
+        if self.data and self.student == "encoder":
             from edgepipe.training.encoder_course import check_texts
 
-            return check_texts(model, self)
-        from edgepipe.training.course import check_data
+            check_texts(model, self)
+        elif self.data and not self.untaught:
+            from edgepipe.training.course import check_data
 
-        return check_data(model, self)
+            check_data(model, self)
 
     def reads(self) -> Json:
         """Return the contents this stage depends on besides the model: its key changes with them."""
