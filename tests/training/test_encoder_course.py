@@ -14,6 +14,8 @@ from edgepipe.errors import ConfigError
 from edgepipe.sources import open_model
 from edgepipe.stages.distill import Distill
 from edgepipe.students.result import save
+from edgepipe.training import encoder_course
+from edgepipe.training.encoder_course import phase_seed
 from tests.decoders import context
 
 SENTENCES = [f"The {a} {b} the {c}." for a in ("cat", "dog", "man") for b in ("sees", "eats") for c in ("fish", "bird")]
@@ -27,7 +29,7 @@ def table(path: Path, rows: list[dict[str, Any]]) -> str:
 
 def made(model: TorchModel, folder: Path, notes: list[str] | None = None, **options: Any) -> TorchModel:
     """Run the stage alone."""
-    stage = Distill(student="encoder", held_out=0.2, batch=4, precision="no", **options)
+    stage = Distill(**{"student": "encoder", "held_out": 0.2, "batch": 4, "precision": "no", **options})
     stage.check(model)
     return stage(model, context(folder, notes))
 
@@ -64,7 +66,7 @@ def test_untaught_is_the_teacher_without_its_mask(tiny_model_dir: Path, tmp_path
 def test_untaught_generators(student: str, tiny_model_dir: Path, tmp_path: Path) -> None:
     """The other kinds need no data either, and nobody writes any."""
     teacher = open_model(str(tiny_model_dir))
-    student_of = Distill(student=student, untaught=True, encoder_layers=1, decoder_layers=1)
+    student_of = Distill(student=student, untaught=True, decoder_layers=1)
     found = student_of(teacher, context(tmp_path))
     assert found.info.task == {"decoder": "text-generation", "encoder-decoder": "text2text-generation"}[student]
     assert not list(tmp_path.rglob("*.jsonl"))
@@ -81,6 +83,31 @@ def test_masked_prediction_alone(tiny_model_dir: Path, tmp_path: Path, texts: st
     assert not changed(both, again)
     other = made(teacher, tmp_path / "d", data=texts, steps=2, mask_steps=2, contrast_dropout=0.1)
     assert changed(both, other)
+
+
+def test_phases_have_numbers_of_their_own(
+    tiny_model_dir: Path, tmp_path: Path, texts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first phase draws by the run's seed, and no phase by that of another run's."""
+    assert [phase_seed(seed, 0) for seed in range(5)] == list(range(5))
+    seeds = [phase_seed(seed, phase) for seed in range(50) for phase in range(3)]
+    assert len(set(seeds)) == len(seeds)
+    used: list[int] = []
+    train = encoder_course.train
+    monkeypatch.setattr(encoder_course, "train", lambda *given: (used.append(given[3].seed), train(*given))[1])
+    made(open_model(str(tiny_model_dir)), tmp_path, data=texts, mask_steps=1, steps=1)
+    assert used == [0, phase_seed(0, 1)]
+
+
+def test_held_out_texts_without_a_masked_token_judge_nothing(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """One token is never masked: there is no best student, so the last one is kept, and that is said."""
+    notes: list[str] = []
+    teacher = open_model(str(tiny_model_dir))
+    file = table(tmp_path / "short.jsonl", [{"text": letter} for letter in "abcdefgh"] + [{"text": "the mill"}] * 30)
+    plain = made(teacher, tmp_path, untaught=True)
+    masked = made(teacher, tmp_path / "a", notes, data=file, untaught=True, mask_steps=3, held_out=0.02)
+    assert changed(plain, masked)
+    assert any("gave nothing to judge by: the last weights are kept" in note for note in notes)
 
 
 def test_a_student_is_taught_further(tiny_model_dir: Path, tmp_path: Path, texts: str) -> None:

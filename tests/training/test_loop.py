@@ -181,6 +181,21 @@ def test_early_stop_and_best(tmp_path: Path) -> None:
     assert again["held_out"][0]["loss"] == pytest.approx(record["best"]["loss"], abs=1e-6)
 
 
+def test_held_out_examples_that_weigh_nothing(tmp_path: Path) -> None:
+    """A loss of nothing is no loss of 0: there is no best, the last weights are kept, and the record says so."""
+
+    def nothing(module: Any, batch: Any, step: int) -> Step:
+        return Step(predict(module, batch, step).loss * 0, 0, {})
+
+    before, student = make_student(PAIR).state_dict(), make_student(PAIR)
+    data = LoopData(train=reversals(200, 0), held_out=reversals(30, 1), judge=nothing)
+    options = dataclasses.replace(OPTIONS, steps=6, evaluate_every=2, patience=1)
+    record = train(student, predict, data, options, Place(folder=tmp_path, key="nothing"))
+    assert (record["steps"], record["stopped"], record["unjudged"]) == (6, "steps", True)
+    assert record["held_out"] == [] and record["best"] == {}
+    assert not same_weights(before, student.state_dict())
+
+
 def test_minutes_decide_the_steps_once(tmp_path: Path) -> None:
     """A time limit becomes a number of steps that is written down, and the schedule ends there."""
     options = dataclasses.replace(OPTIONS, steps=0, minutes=0.05, evaluate_every=0, save_every=0)
