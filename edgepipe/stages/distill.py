@@ -158,7 +158,8 @@ class Distill:
         else:
             plan_student(config_of(model), student_plan(self))
         teacher_tokens(model.info)
-        if "tokenizer.json" not in model.info.tokenizer and (self.data or self.student != "encoder"):
+        reads_texts = bool(self.data) or not self.untaught or self.student == "encoder-decoder"
+        if reads_texts and "tokenizer.json" not in model.info.tokenizer:
             raise ConfigError(f"{model.info.name} has no tokenizer.json, by which a student's texts become tokens")
         self._check_files(model)
 

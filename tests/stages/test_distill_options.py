@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from edgepipe.artifacts import Json, TorchModel
+from edgepipe.students.result import save
 from tests.stages.test_distill import context, files, quick, teacher  # noqa: F401  fixtures are found by their names
 
 
@@ -71,6 +75,46 @@ def test_the_first_steps_losses(
     held = [record["student"]["held_out"][0]["loss"] for record in (said, usual[1])]
     assert (held[0] == held[1]) == (not {"scratch", "adapt_steps"} & set(options))  # judged by the data's own targets
     assert changed(student, usual[0])
+
+
+def test_rows_change_no_losses(
+    teacher: TorchModel,  # noqa: F811
+    files: dict[str, str],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """A batch that is divided gives the figures of the whole, those of samples and of sources too."""
+    whole, parts = (
+        run(teacher, tmp_path / str(rows), data=files["answers"], on_policy=1.0, match_hidden=1.0, rows=rows)[1]
+        for rows in (0, 3)
+    )
+    for one, other in zip(whole["student"]["train"], parts["student"]["train"], strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+
+
+def test_a_student_with_more_tokens_is_compared_at_the_teachers(
+    teacher: TorchModel,  # noqa: F811
+    files: dict[str, str],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Rows of embedding and head behind the teacher's vocabulary don't count in the divergence."""
+    save(quick(steps=0, untaught=True)(teacher, context(tmp_path / "made")), tmp_path / "student")
+    shutil.copytree(tmp_path / "student", tmp_path / "wider")
+    config = json.loads((tmp_path / "wider" / "config.json").read_text(encoding="utf-8"))
+    for part in (config, config["encoder"], config["decoder"]):
+        part["vocab_size"] += 16
+    (tmp_path / "wider" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    values = load_file(tmp_path / "wider" / "model.safetensors")
+    for name in {"embed_tokens.weight", "lm_head.weight"} & set(values):
+        values[name] = np.concatenate([values[name], values[name][:16] + 1])
+    save_file(values, tmp_path / "wider" / "model.safetensors")
+    first, wider = (
+        run(teacher, tmp_path / f"from {name}", data=files["answers"], start=str(tmp_path / name))[1]["student"][
+            "train"
+        ][0]
+        for name in ("student", "wider")
+    )
+    assert wider["divergence"] == pytest.approx(first["divergence"], rel=1e-5)
+    assert wider["cross_entropy"] > first["cross_entropy"]
 
 
 def test_cross_attention_is_trained_alone(
