@@ -104,6 +104,10 @@ class Distill:
         if not 0 < self.adapt_rate <= 1:
             raise ConfigError(f"distill.adapt_rate: expected a number above 0 and up to 1, got {self.adapt_rate}")
         self._check_kind()
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Refuse options that contradict each other."""
         for name, contradicts, sentence in (
             ("steps and distill.minutes", bool(self.steps and self.minutes), "give one of them"),
             (
