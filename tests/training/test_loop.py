@@ -134,6 +134,16 @@ def test_accumulation_is_one_batch(rows: int, tmp_path: Path) -> None:
         assert abs(a["accuracy"] - b["accuracy"]) < 1e-2
 
 
+def test_what_a_teacher_teaches_goes_on_to_the_bit(tmp_path: Path) -> None:
+    """A step on samples and states, drawn before its runs, is a function of its number: a stop leaves no trace."""
+    whole, record = run_taught(tmp_path / "whole", rows=6)
+    with pytest.raises(KeyboardInterrupt):
+        run_taught(tmp_path / "stopped", rows=6, stop_at=4)
+    again, resumed = run_taught(tmp_path / "stopped", rows=6)
+    assert same_weights(whole.state_dict(), again.state_dict())
+    assert resumed["train"] == record["train"]
+
+
 def test_bfloat16(tmp_path: Path) -> None:
     """Products in bfloat16 give nearly the same curve, and the weights stay float32."""
     options = dataclasses.replace(OPTIONS, steps=10)

@@ -75,13 +75,19 @@ def run_tiny(folder: Path, options: LoopOptions = OPTIONS, dropout: float = 0.1,
     return student, train(student, predict, data, options, Place(folder=folder, key=f"tiny {seed}"))
 
 
-def run_taught(folder: Path) -> tuple[Any, Any]:
-    """Train by a teacher, on samples in half of the steps, and on its states."""
+def run_taught(folder: Path, rows: int = 0, stop_at: int = 0) -> tuple[Any, Any]:
+    """Train by a teacher, on samples in half of the steps, and on its states; stop in a step as Ctrl-C does."""
     student: Any = Projected(make_student(PAIR), 112)  # type: ignore[arg-type]
     how = DistilOptions(alpha=0.5, on_policy=0.5, match_hidden=0.5)
-    objective = distillation(how, teacher(), layers=LayerMap(encoder=(0, 1), decoder=(1,)))
+    taught = distillation(how, teacher(), layers=LayerMap(encoder=(0, 1), decoder=(1,)))
+
+    def objective(module: nn.Module, batch: Batch, step: int) -> Step:
+        if stop_at and step == stop_at:
+            raise KeyboardInterrupt
+        return taught(module, batch, step)
+
     data = LoopData(train=reversals(200, 0), held_out=reversals(30, 1), judge=likelihood, prepare=drawing(how))
-    options = dataclasses.replace(OPTIONS, steps=6, learning_rate=1e-3)
+    options = dataclasses.replace(OPTIONS, steps=6, learning_rate=1e-3, rows=rows, save_every=2)
     return student, train(student, objective, data, options, Place(folder=folder, key="taught"))
 
 
