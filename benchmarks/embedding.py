@@ -259,7 +259,9 @@ def score(student: Path, arm: Arm, data: Path) -> Json:
     run(open_model(str(student)), recipe, out=bundle, runs=student.parent / "build", fresh=False, listener=Progress())
     how = Evaluation(metric=arm.metric, threads=THREADS, batch=32)
     found = evaluate(bundle, str(data / _DEV[arm.metric]), how, listener=Progress())
-    shown = {key: found[key] for key in ("value", "interval", "count", "data", "majority") if key in found}
+    shown = {key: found[key] for key in ("value", "interval", "count", "data")}
+    if arm.metric == "accuracy":
+        shown["majority"] = found["details"]["majority"]
     return {**shown, "data": {**found["data"], "name": Path(found["data"]["name"]).name}}
 
 
@@ -307,7 +309,8 @@ def _classified(found: Sequence[tuple[list[Json], list[float], list[str]]]) -> l
     for rows, scores, cell in found:
         one = rows[0]["accuracy"]
         lines.append(
-            f"SST-2 dev, {one['count']:,} phrases: accuracy {spread(scores)} of a classifier of the same layers, made "
+            f"SST-2, {one['count']:,} phrases that are kept from the training set (parts of the same sentences may be "
+            f"in both; not the official dev set): accuracy {spread(scores)} of a classifier of the same layers, made "
             f"of the student after the contrast and taught {cell[4]} steps of 32 phrases ({cell[5]} minutes, "
             f"{cell[3]} seed{'s' if len(rows) > 1 else ''}); the commonest label alone gives {one['majority']:.3f}."
         )

@@ -19,9 +19,10 @@ _KINDS = ("encoder-decoder", "encoder", "decoder")
 # Options that mean something to these kinds of student alone; to another one a value beside the default is a mistake.
 _ONLY: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("encoder-decoder", "encoder"), ("encoder_layers", "encoder_from", "causal_encoder", "centred_positions")),
-    (("encoder-decoder", "decoder"), ("decoder_layers", "decoder_from", "own_texts", "max_target")),
+    (("encoder-decoder", "decoder"), ("decoder_layers", "decoder_from", "max_target")),
     (("encoder-decoder", "decoder"), ("adapt_steps", "adapt_rate", "targets", "alpha", "reverse", "temperature")),
     (("encoder-decoder", "decoder"), ("on_policy", "match_hidden", "top_k", "scores")),
+    (("encoder-decoder", "decoder"), ("match_cosine", "sample_temperature", "sample_top_k")),
     (("encoder-decoder",), ("cross", "cross_steps")),
     (("encoder",), ("pooling", "mask_steps", "contrast_steps", "contrast_dropout")),
 )
@@ -63,7 +64,10 @@ class Distill:
     reverse: float = 0.0  # share of the reverse divergence, KL(student ‖ teacher), in [0, 1]
     temperature: float = 1.0  # of both distributions, above 0
     on_policy: float = 0.0  # share of steps whose targets the student samples, in [0, 1]
+    sample_temperature: float = 0.9  # of these samples, above 0
+    sample_top_k: int = 128  # likeliest tokens that are sampled from; 0: all
     match_hidden: float = 0.0  # weight of the distance to the teacher's hidden states
+    match_cosine: bool = False  # that distance is 1 − cosine, not the mean squared error
     top_k: int = 32  # tokens of the teacher's distribution that are kept on disk
     scores: str = ""  # folder where that is kept for other runs with the same teacher and data; empty: this run's own
     mask_steps: int = 0  # of an encoder: steps of masked next-token prediction first
@@ -120,11 +124,6 @@ class Distill:
                 self.student == "encoder" and bool(self.start),
                 "an encoder student is taught further by giving it as MODEL",
             ),
-            (
-                "data",
-                self.student == "encoder" and not self.data and bool(self._encoder_steps),
-                "an encoder learns from texts, pairs or labels: give a file of them",
-            ),
         ):
             if contradicts:
                 raise ConfigError(f"distill.{name}: {sentence}")
@@ -139,11 +138,6 @@ class Distill:
                         f"distill.{name} means something to a student of kind {' or '.join(kinds)} alone, "
                         f"and this one is of kind {self.student}: leave it out"
                     )
-
-    @property
-    def _encoder_steps(self) -> int:
-        """Count what an encoder is taught in."""
-        return self.mask_steps + self.contrast_steps + (not self.untaught)
 
     def check(self, model: TorchModel) -> None:
         """Refuse a teacher that no student can be made of, and data that can't be read."""
@@ -177,10 +171,12 @@ class Distill:
             check_folder(Path(self.scores))
         if self.start:
             check_start(model, self)
-        if self.data and self.student == "encoder":
-            from edgepipe.training.encoder_course import check_texts
+        if self.student == "encoder":
+            from edgepipe.training.encoder_course import check_mask, check_texts
 
-            check_texts(model, self)
+            check_mask(model, self)
+            if self.data:
+                check_texts(model, self)
         elif self.data and not self.untaught:
             from edgepipe.training.course import check_data
 

@@ -104,7 +104,8 @@ def teach_generator(model: TorchModel, options: Distill, ctx: Context) -> TorchM
         return _result(model, new_student(model, options, ctx), options, files)
     folder = kept_folder(ctx)
     teacher = Lazy(model)
-    data = _data(teacher, options, ctx, folder)
+    tokens = min(2 * options.max_source, 2 * options.max_target)
+    data = _given(options) if options.data else own_texts(teacher, options, ctx, folder, tokens)
     reading = _reading(model, options, data)
     train_part, held_part = hold_out(data, options.held_out, SPLIT_SEED)
     reads = reading if options.data else _cutting(reading)
@@ -189,6 +190,9 @@ def distil_options(options: Distill, seed: int) -> DistilOptions:
         temperature=options.temperature,
         on_policy=options.on_policy,
         match_hidden=options.match_hidden,
+        match_cosine=options.match_cosine,
+        sample_temperature=options.sample_temperature,
+        sample_top_k=options.sample_top_k,
         seed=seed,
     )
 
@@ -289,10 +293,8 @@ def _listed(layers: tuple[int, ...]) -> str:
     return ", ".join(str(layer) for layer in layers)
 
 
-def _data(teacher: Lazy, options: Distill, ctx: Context, folder: Path) -> TrainingData:
-    """Read the data, or let the teacher write texts."""
-    if options.data:
-        return _given(options)
+def own_texts(teacher: Lazy, options: Distill, ctx: Context, folder: Path, tokens: int) -> TrainingData:
+    """Let the teacher write texts of at most so many tokens, where no data were given."""
     info = teacher.model.info
     writing = Writing(
         teacher=teacher.module(),
@@ -301,7 +303,7 @@ def _data(teacher: Lazy, options: Distill, ctx: Context, folder: Path) -> Traini
         folder=folder / "texts",
         progress=ctx.progress,
     )
-    how = WriteOptions(tokens=min(2 * options.max_source, 2 * options.max_target), temperature=1.0, seed=ctx.seed)
+    how = WriteOptions(tokens=tokens, temperature=1.0, seed=ctx.seed)
     start = min(info.eos_token_ids) if info.bos_token_id is None else info.bos_token_id
     data = write_texts(options.own_texts, start, writing, how)
     ctx.note(f"no data were given: the teacher wrote {len(data.records)} texts")

@@ -54,7 +54,7 @@ class DistilOptions:
     sample_temperature: float = 0.9  # of these samples, above 0
     sample_top_k: int = 128  # tokens that are sampled from; 0: all
     match_hidden: float = 0.0  # weight γ of hidden states, from 0
-    hidden_cosine: bool = False  # 1 − cosine instead of the mean squared error
+    match_cosine: bool = False  # 1 − cosine instead of the mean squared error
     seed: int = 0  # of the samples
 
     def __post_init__(self) -> None:
@@ -337,6 +337,6 @@ def _hidden(
             state = ours[own + 1]
             if isinstance(module, Projected):
                 state = getattr(module, name)(state)
-            distance = masked_mean(hidden_loss(state, theirs[layer + 1], cosine=options.hidden_cosine), mask)
+            distance = masked_mean(hidden_loss(state, theirs[layer + 1], cosine=options.match_cosine), mask)
             distances.append(distance * factor(batch, _SOURCES) if name == "encoder" else distance)
     return torch.stack(distances).mean()

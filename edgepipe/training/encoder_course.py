@@ -29,12 +29,14 @@ from edgepipe.students.models import Encoder
 from edgepipe.students.result import as_model, teacher_tokens
 from edgepipe.training.course import (
     SPLIT_SEED,
+    Lazy,
     change,
     check_made_already,
     describe_data,
     kept_folder,
     loop_options,
     new_student,
+    own_texts,
     run_key,
 )
 from edgepipe.training.data import TrainingData, hold_out, read_data
@@ -54,14 +56,19 @@ from edgepipe.training.loop import LoopData, LoopOptions, Objective, Place, trai
 if TYPE_CHECKING:
     from edgepipe.stages.distill import Distill
 
+_OWN_TOKENS = 128  # of a text that the teacher writes: a passage
 _MASKS = ("<mask>", "[MASK]", "<|mask|>")  # what vocabularies call a mask; "_" where there is none (LLM2Vec)
 
 
 def teach_encoder(model: TorchModel, options: Distill, ctx: Context) -> TorchModel:
     """Return an encoder student of `model`, trained as options and data say."""
-    if not options.data:
+    if options.data:
+        data = read_data(options.data, columns=options.columns, option="distill.columns")
+    elif _teaches(options):
+        tokens = min(options.max_source, _OWN_TOKENS)
+        data = own_texts(Lazy(model), options, ctx, kept_folder(ctx), tokens)
+    else:
         return _result(model, _new_encoder(model, options, ctx, ()))
-    data = read_data(options.data, columns=options.columns, option="distill.columns")
     course = _Course(model, data, options, ctx)
     if options.mask_steps:
         course.phase("masked", options.mask_steps, masked(mask_id=_mask_id(model), vocab=course.vocab))
@@ -80,6 +87,21 @@ def check_taught_further(model: TorchModel, options: Distill) -> None:
     if read_student(model.info.config).kind != "encoder":
         raise ConfigError(f"an encoder can be taught further, but {model.info.name} is for {model.info.task}")
     check_made_already(options, model.info.name)
+    if _teaches(options) and not options.data:
+        raise ConfigError(
+            f"distill.data: {model.info.name} writes no texts of its own: give a file of texts, pairs or labels"
+        )
+
+
+def check_mask(model: TorchModel, options: Distill) -> None:
+    """Refuse masked prediction over a vocabulary in which nothing can stand for a mask."""
+    if options.mask_steps:
+        _mask_id(model)
+
+
+def _teaches(options: Distill) -> bool:
+    """Say whether an encoder is taught anything."""
+    return bool(options.mask_steps or options.contrast_steps or not options.untaught)
 
 
 def check_texts(model: TorchModel, options: Distill) -> None:
@@ -96,8 +118,6 @@ def check_texts(model: TorchModel, options: Distill) -> None:
                 "distill.contrast_steps: a classifier gives no embedding to contrast: teach an encoder with texts, and "
                 "give it as MODEL with the labels"
             )
-    if options.mask_steps:
-        _mask_id(model)
 
 
 def _mask_id(model: TorchModel) -> int:
@@ -115,7 +135,7 @@ def _reading(model: TorchModel, options: Distill, note: Callable[[str], None]) -
     return Reading(
         files=model.info.tokenizer,
         limit=options.max_source,
-        cut=options.cut,
+        cut=options.cut or not options.data,  # what a teacher wrote may have more tokens when it is read again
         pad=teacher_tokens(model.info)["pad_token_id"],
         note=note,
     )

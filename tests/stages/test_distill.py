@@ -127,10 +127,12 @@ def test_the_same_seed_gives_the_same_student(teacher: TorchModel, files: dict[s
     assert found[0] == found[1] != found[2]
 
 
-def test_the_teacher_writes_when_there_are_no_data(teacher: TorchModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{"max_target": 16}, {"student": "encoder", "max_source": 24, "mask_steps": 2}])
+def test_the_teacher_writes_when_there_are_no_data(options: Json, teacher: TorchModel, tmp_path: Path) -> None:
     """Its texts are kept with their provenance, and said to be its own."""
     notes: list[str] = []
-    stage = quick(own_texts=12, max_target=16)
+    stage = quick(own_texts=12, **options)
+    stage.check(teacher)
     stage(teacher, context(tmp_path, notes))
     assert any("the teacher wrote" in note for note in notes)
     assert list((tmp_path / "kept" / "texts").glob("*.jsonl"))
@@ -226,7 +228,6 @@ def test_a_student_goes_on(teacher: TorchModel, files: dict[str, str], tmp_path:
             "distill.cross_steps means something to a student of kind encoder-dec",
         ),
         ({"student": "decoder", "causal_encoder": True}, "distill.causal_encoder means something to"),
-        ({"student": "encoder"}, "distill.data: an encoder learns from texts, pairs or labels"),
         ({"adapt_rate": -1.0}, "distill.adapt_rate: expected a number above 0"),
         (
             {"student": "encoder", "start": "x"},

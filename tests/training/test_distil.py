@@ -77,7 +77,7 @@ def test_a_decoder_reads_source_and_target_as_one_row() -> None:
         DistilOptions(alpha=1, reverse=0.5, temperature=2),
         DistilOptions(alpha=0.9, on_policy=1),
         DistilOptions(alpha=0.5, match_hidden=0.3),
-        DistilOptions(alpha=0.5, match_hidden=0.3, hidden_cosine=True),
+        DistilOptions(alpha=0.5, match_hidden=0.3, match_cosine=True),
     ],
 )
 def test_padding_changes_no_loss(kind: str, options: DistilOptions) -> None:

@@ -150,5 +150,6 @@ def test_what_is_refused(tiny_model_dir: Path, tmp_path: Path, texts: str) -> No
     for rate in (0.0, 1.0):
         with pytest.raises(ConfigError, match=r"distill\.contrast_dropout: expected above 0 and below 1"):
             Distill(contrast_dropout=rate)
-    with pytest.raises(ConfigError, match="an encoder learns from texts, pairs or labels"):
-        made(teacher, tmp_path, untaught=True, mask_steps=1)
+    student = made(teacher, tmp_path / "student", untaught=True)
+    with pytest.raises(ConfigError, match="writes no texts of its own: give a file of texts, pairs or labels"):
+        Distill(student="encoder", mask_steps=1, untaught=True).check(student)
