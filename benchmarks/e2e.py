@@ -58,13 +58,18 @@ class Arm:
 
     name: str
     settings: dict[str, object] = field(default_factory=dict)  # of the stage distill, beside the common ones
+    seeds: int = 3  # at most
 
 
+# The teacher's first layers read; its first two and its last one write. Cross-attention starts at random.
+_LAYERS: dict[str, object] = {"encoder_from": [0, 1, 2, 3, 4, 5], "decoder_from": [0, 1, 29], "cross": "random"}
 ARMS = (
-    Arm(name="adapted, KD"),
-    Arm(name="adapted, CE alone", settings={"alpha": 0.0}),
+    Arm(name="adapted, KD", settings=_LAYERS),
+    Arm(name="adapted, CE alone", settings={**_LAYERS, "alpha": 0.0}),
     Arm(name="scratch, KD", settings={"scratch": True}),
-    Arm(name="adapted, KD, causal encoder", settings={"causal_encoder": True}),
+    Arm(name="adapted, KD, causal encoder", settings={**_LAYERS, "causal_encoder": True}),
+    Arm(name="adapted, KD, layers evenly spaced, cross-attention copied", seeds=1),
+    Arm(name="scratch, KD, twice the learning rate", settings={"scratch": True, "learning_rate": 1e-3}, seeds=1),
 )
 COMMON: dict[str, object] = {
     "student": "encoder-decoder",
@@ -114,6 +119,8 @@ def take(data: Path, steps: int, adapt_steps: int, seeds: int) -> None:
         write_result(NAME, result)
     for seed in range(seeds):
         for arm in ARMS:
+            if seed >= arm.seeds:
+                continue
             settings = settings_of(arm, steps, taught)
             kept = [row for row in result["rows"] if (row["arm"], row["seed"]) != (arm.name, seed)]
             if any(row not in kept and row["settings"] == settings for row in result["rows"]):
