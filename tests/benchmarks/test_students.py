@@ -58,6 +58,9 @@ def test_the_pages_words_are_the_tables() -> None:
     assert f"the first token comes {' and '.join(earlier)} % earlier in float32 and at 4 bits" in words
     assert f"the next ones {faster[0]} and {faster[1]} times as fast" in words
     assert f"for every token, {faster[2]} and {faster[3]} times" in words
+    readme = " ".join((students.ROOT / "README.md").read_text("utf-8").split())
+    assert f"the first token {earlier.pop()} % earlier than a decoder alone" in readme
+    assert f"the next ones {faster[0]} times as fast ({faster[1]} at 4 bits)" in readme
 
 
 def test_what_is_counted_agrees() -> None:
