@@ -64,7 +64,7 @@ def _plan_one_graph(info: ModelInfo, module: Any, context: int, pooling: str, no
     wrapped = one_graph(core, TASKS[info.task].outputs, chosen, unit).eval()
     example, varying = _EXAMPLES[kind](core, module.config)
     part = Part(name="model", module=wrapped, example=example, varying=varying)
-    limit = _positions(module.config) if reads_text else None
+    limit = positions_of(module.config) if reads_text else None
     usual = settings.get("max_tokens") or limit or _USUAL_SOURCE
     labels = module.config.id2label if info.task.endswith("-classification") else None
     spec: Json = {
@@ -136,7 +136,7 @@ def _plan_decoder(info: ModelInfo, module: Any, context: int) -> Plan:
     part = Part(
         name="decoder", module=cached_decoder(module, has_source=False).eval(), example=example, varying=varying
     )
-    limit = _positions(module.config)
+    limit = positions_of(module.config)
     spec = _generation_spec(info, module.config, past)
     spec["context"] = _limited(context, min(limit or _USUAL_CONTEXT, _USUAL_CONTEXT), limit)
     return Plan(parts=(part,), spec=spec)
@@ -179,7 +179,7 @@ def _plan_source_and_answer(info: ModelInfo, module: Any, context: int) -> Plan:
             "past": {0: "batch", 2: "past"},
         },
     )
-    limit = _positions(config)
+    limit = positions_of(config)
     usual = min(limit or _USUAL_SOURCE, _USUAL_CONTEXT)
     spec = _generation_spec(info, config, past)
     spec["context"] = spec["source_context"] = _limited(context, usual, limit)
@@ -222,7 +222,7 @@ def _pairs(cache: Any, tokens: int) -> list[tuple[Any, Any]]:
     return [(torch.zeros(_BATCH, heads, tokens, width), torch.zeros(_BATCH, heads, tokens, width)) for _ in layers]
 
 
-def _positions(config: Any) -> int | None:
+def positions_of(config: Any) -> int | None:
     """Return the tokens a model has positions for; None where they are relative and never end."""
     if getattr(config, "relative_attention_num_buckets", None) and config.model_type in ("t5", "mt5", "umt5", "longt5"):
         return None

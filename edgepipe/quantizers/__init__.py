@@ -1,0 +1,1 @@
+"""Choose codes with the help of data: one method a file, imported when it is used; and what all of them look at."""

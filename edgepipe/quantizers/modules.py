@@ -1,0 +1,80 @@
+"""The torch module of any model, and how a batch of calibration texts goes through it.
+
+module_of    TorchModel → transformers' module, or a student's, in float32 and filled
+run_batch    one batch through it, whatever its task
+answers      what an encoder-decoder writes to its sources: real decoding steps to calibrate its decoder with
+"""
+# ruff: noqa: TID253  calibration runs a torch module: this file is imported only where that is done
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from edgepipe.artifacts import TorchModel
+from edgepipe.graph.framework import build_module, fill_module
+from edgepipe.graph.tasks import GENERATION
+from edgepipe.quantizers.texts import Batch
+from edgepipe.students.config import is_student
+from edgepipe.students.files import read_bare
+
+
+def module_of(model: TorchModel) -> Any:
+    """Return the module that computes a model, all its weights in memory as float32, parameters fixed.
+
+    Raises ConfigError when transformers has no class for it. What the store lacks (an unused head) is
+    random, and seeded.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module: Any = read_bare(model.info.config) if is_student(model.info.config) else build_module(model.info)
+    fill_module(module, model.weights)
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    if model.info.task in GENERATION and hasattr(module, "config") and hasattr(module.config, "use_cache"):
+        module.config.use_cache = False  # a whole text at once: keys and values would only be copied
+    return module.eval()
+
+
+def feeds(batch: Batch) -> dict[str, torch.Tensor]:
+    """Return a batch as the tensors that a module's `forward` takes."""
+    found = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    if batch.decoder_input_ids is not None:
+        found["decoder_input_ids"] = batch.decoder_input_ids
+    return {name: torch.from_numpy(value) for name, value in found.items()}
+
+
+@torch.no_grad()
+def run_batch(module: Any, batch: Batch) -> Any:
+    """Send a batch through a module and return what it gives; hooks see everything on the way."""
+    return module(**feeds(batch))
+
+
+@torch.no_grad()
+def answers(module: Any, batch: Batch, *, start: int, ends: frozenset[int], tokens: int) -> Batch:
+    """Return the batch with the likeliest answer to each row as the decoder's input [rows, tokens at most].
+
+    What follows an end is masked out: a decoder never gets that far.
+    """
+    inputs = feeds(batch)
+    ids = torch.full((len(batch.input_ids), 1), start, dtype=torch.int64)
+    alive = torch.ones_like(ids)
+    while ids.shape[1] < tokens and bool(alive[:, -1].any()):
+        logits = _logits(module(**inputs, decoder_input_ids=ids))[:, -1]
+        chosen = logits.argmax(-1, keepdim=True)
+        ended = torch.isin(chosen, torch.tensor(sorted(ends), dtype=torch.int64))
+        ids = torch.cat([ids, chosen], 1)
+        alive = torch.cat([alive, alive[:, -1:] * (~ended).long()], 1)
+    return Batch(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        decoder_input_ids=ids.numpy(),
+        decoder_mask=np.asarray(alive.numpy(), np.int64),
+    )
+
+
+def _logits(output: Any) -> Any:
+    """Return logits [rows, tokens, vocabulary] of what a generator's module gives."""
+    return (output[0] if isinstance(output, tuple) and not hasattr(output, "logits") else output).logits
