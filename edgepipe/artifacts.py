@@ -37,9 +37,11 @@ class QuantizedTensor:
     """
 
     shape: tuple[int, int]  # (out, in): elements, padding not counted
-    bits: int  # 4 or 8
+    bits: int  # 2, 4 or 8
     group: int  # elements of one row that share a scale
-    codes: np.ndarray  # [out, groups · group · bits / 8] uint8, little end first: element 2i is the low nibble
+    codes: (
+        np.ndarray
+    )  # [out, groups · group · bits / 8] uint8, little end first: at 4 bits element 2i is the low nibble
     scale: np.ndarray  # [out, groups] float16 | float32
     zero_points: np.ndarray | None = None  # [out, groups] uint8, one per byte
     minima: np.ndarray | None = None  # [out, groups] float16 | float32

@@ -27,7 +27,7 @@ class Weight:
 
     name: str
     shape: tuple[int, ...]
-    dtype: str  # numpy / ml_dtypes name of a float weight, or "q4" / "q8" for a QuantizedTensor
+    dtype: str  # numpy / ml_dtypes name of a float weight, or "q2" / "q4" / "q8" for a QuantizedTensor
     nbytes: int  # bytes as stored
     load: Callable[[], Value]
     grid: str | None = None  # "Q4_1", "rtn" … when the value is a QuantizedTensor

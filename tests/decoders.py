@@ -146,6 +146,8 @@ CHANGES: dict[str, Change] = {
     "4 bits zero points": partial(rounded, bits=4, symmetric=False),
     "4 bits groups of 16": partial(rounded, bits=4, group=16),
     "4 bits minima": partial(with_minima, bits=4),
+    "2 bits": partial(rounded, bits=2),
+    "2 bits zero points": partial(rounded, bits=2, symmetric=False),
     "8 bits": partial(rounded, bits=8),
     "8 bits zero points": partial(rounded, bits=8, symmetric=False),
     "8 bits minima": partial(with_minima, bits=8, scale_dtype=np.float32),

@@ -9,6 +9,10 @@ _NONE: frozenset[int] = frozenset()  # the lowering multiplies 8-bit weights in 
 
 # name of a check in kernels.py → accuracy levels of targets whose bundles need it
 NEEDED_AT: dict[str, frozenset[int]] = {
+    "MatMulNBits 2 bits, float32": _FLOAT32_LEVELS,  # in encoders; decoders multiply in int8
+    "MatMulNBits 2 bits, float32, zero points": _FLOAT32_LEVELS,
+    "MatMulNBits 2 bits, int8": _ALL,
+    "MatMulNBits 2 bits, int8, zero points": _ALL,
     "MatMulNBits 4 bits, float32": _FLOAT32_LEVELS,
     "MatMulNBits 4 bits, float32, zero points": _FLOAT32_LEVELS,
     "MatMulNBits 4 bits, int8": _INT8_LEVELS,
@@ -17,6 +21,7 @@ NEEDED_AT: dict[str, frozenset[int]] = {
     "MatMulNBits 8 bits, float32, zero points": _NONE,
     "MatMulNBits 8 bits, int8": _ALL,
     "MatMulNBits 8 bits, int8, zero points": _ALL,
+    "GatherBlockQuantized 2 bits": _ALL,
     "GatherBlockQuantized 4 bits": _ALL,
     "GatherBlockQuantized 8 bits": _ALL,
     "FusedMatMul on float16, bfloat16, float32": _ALL,

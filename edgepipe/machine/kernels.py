@@ -59,12 +59,11 @@ def check_kernel(kernel: Kernel) -> tuple[str, str]:
 
 
 def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Return codes [..., n] with two 4-bit ones to a byte, the earlier one in its low half."""
-    if bits == 8:
-        return codes
-    if codes.shape[-1] % 2:
-        codes = np.concatenate([codes, np.zeros_like(codes[..., :1])], axis=-1)
-    packed: np.ndarray = codes[..., ::2] | codes[..., 1::2] << 4
+    """Return codes [..., n] with as many to a byte as fit, the earliest one in its lowest bits."""
+    per_byte = 8 // bits
+    short = -codes.shape[-1] % per_byte
+    codes = np.concatenate([codes, np.zeros_like(codes[..., :short])], axis=-1)
+    packed: np.ndarray = np.bitwise_or.reduce([codes[..., i::per_byte] << i * bits for i in range(per_byte)])
     return packed
 
 
@@ -341,6 +340,10 @@ def _run(node: Node, feeds: dict[str, np.ndarray], constants: dict[str, Array]) 
 
 
 KERNELS: dict[str, Kernel] = {
+    "MatMulNBits 2 bits, float32": Kernel(cases=lambda: _matmul(2, 0, False)),
+    "MatMulNBits 2 bits, float32, zero points": Kernel(cases=lambda: _matmul(2, 0, True)),
+    "MatMulNBits 2 bits, int8": Kernel(cases=lambda: _matmul(2, 4, False)),
+    "MatMulNBits 2 bits, int8, zero points": Kernel(cases=lambda: _matmul(2, 4, True)),
     "MatMulNBits 4 bits, float32": Kernel(cases=lambda: _matmul(4, 0, False)),
     "MatMulNBits 4 bits, float32, zero points": Kernel(cases=lambda: _matmul(4, 0, True)),
     "MatMulNBits 4 bits, int8": Kernel(cases=lambda: _matmul(4, 4, False)),
@@ -349,6 +352,7 @@ KERNELS: dict[str, Kernel] = {
     "MatMulNBits 8 bits, float32, zero points": Kernel(cases=lambda: _matmul(8, 0, True)),
     "MatMulNBits 8 bits, int8": Kernel(cases=lambda: _matmul(8, 4, False)),
     "MatMulNBits 8 bits, int8, zero points": Kernel(cases=lambda: _matmul(8, 4, True)),
+    "GatherBlockQuantized 2 bits": Kernel(cases=lambda: _gather(2)),
     "GatherBlockQuantized 4 bits": Kernel(cases=lambda: _gather(4)),
     "GatherBlockQuantized 8 bits": Kernel(cases=lambda: _gather(8)),
     "FusedMatMul on float16, bfloat16, float32": Kernel(cases=_fused_matmul),

@@ -21,10 +21,11 @@ _ELEMENTS_AT_ONCE = 1 << 22  # 16 MB of float32: bounds the memory of rounding w
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Pack codes [..., n] uint8 into bytes [..., n · bits / 8], element 2i in the low nibble."""
-    if bits == 8:
-        return codes
-    packed: np.ndarray = codes[..., 0::2] | (codes[..., 1::2] << 4)
+    """Pack codes [..., n] uint8 of 2, 4 or 8 bits into bytes [..., n · bits / 8], the first in the lowest bits."""
+    per_byte = 8 // bits
+    packed: np.ndarray = codes[..., 0::per_byte]
+    for place in range(1, per_byte):
+        packed = packed | (codes[..., place::per_byte] << (place * bits))
     return packed
 
 
@@ -32,9 +33,12 @@ def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
     """Unpack bytes [..., m] into codes [..., m · 8 / bits] uint8; the inverse of `pack`."""
     if bits == 8:
         return packed
-    codes = np.empty((*packed.shape[:-1], packed.shape[-1] * 2), np.uint8)
-    np.bitwise_and(packed, 0x0F, out=codes[..., 0::2])
-    np.right_shift(packed, 4, out=codes[..., 1::2])
+    per_byte = 8 // bits
+    codes = np.empty((*packed.shape[:-1], packed.shape[-1] * per_byte), np.uint8)
+    for place in range(per_byte):
+        part = codes[..., place::per_byte]
+        np.right_shift(packed, place * bits, out=part)
+        np.bitwise_and(part, (1 << bits) - 1, out=part)
     return codes
 
 
@@ -57,7 +61,7 @@ def dequantize(tensor: QuantizedTensor) -> np.ndarray:
 
 
 def round_to_nearest(weight: np.ndarray, *, bits: int, group: int, symmetric: bool) -> QuantizedTensor:
-    """Quantize weight [out, in], of any float type, to the nearest point of a `bits`-wide grid per group of one row.
+    """Quantize weight [out, in], of any float type, to the nearest point of a 2-, 4- or 8-bit grid per group of a row.
 
     Symmetric grids have no offset; asymmetric ones integer zero points. Raises ValueError when a weight isn't finite.
     Works on a few million elements at a time, so that a large embedding is never held in float32.

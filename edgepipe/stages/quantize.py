@@ -20,7 +20,7 @@ from edgepipe.numerics.gguf_blocks import GRIDS
 from edgepipe.numerics.grids import dequantize, quantized_nbytes, round_to_nearest
 from edgepipe.weights import Value, Weight
 
-BITS = (4, 8, 16)
+BITS = (2, 4, 8, 16)
 GROUPS = (16, 32, 64, 128)
 
 
@@ -37,19 +37,19 @@ class Grid:
 class Quantize:
     """Options of the stage `quantize`."""
 
-    bits: int = 4  # of the layers' matrices: 4, 8, or 16 (kept in 16-bit floats)
-    embedding_bits: int = 0  # of embedding and output head: 4, 8, 16; 0 means 8, or 16 when bits is 16
+    bits: int = 4  # of the layers' matrices: 2, 4, 8, or 16 (kept in 16-bit floats)
+    embedding_bits: int = 0  # of embedding and output head: 2, 4, 8, 16; 0 means 8, or 16 when bits is 16
     group: int = 32  # elements of a row that share a scale: 16, 32, 64, 128
     symmetric: bool = True  # false adds integer zero points, one a group
-    import_: bool = True  # keep the grid of a source that lies on one no wider than asked (bits 4 and 8)
+    import_: bool = True  # keep the grid of a source that lies on one no wider than asked (bits below 16)
     overrides: tuple[str, ...] = ()  # "PATTERN=BITS" or "PATTERN=BITS/GROUP", PATTERN a glob over tensor names
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
         if self.bits not in BITS:
-            raise ConfigError(f"quantize.bits: expected one of 4, 8, 16, got {self.bits}")
+            raise ConfigError(f"quantize.bits: expected one of 2, 4, 8, 16, got {self.bits}")
         if self.embedding_bits not in (0, *BITS):
-            raise ConfigError(f"quantize.embedding_bits: expected one of 4, 8, 16, got {self.embedding_bits}")
+            raise ConfigError(f"quantize.embedding_bits: expected one of 2, 4, 8, 16, got {self.embedding_bits}")
         if self.group not in GROUPS:
             raise ConfigError(f"quantize.group: expected one of {', '.join(map(str, GROUPS))}, got {self.group}")
         for text in self.overrides:
@@ -117,7 +117,7 @@ def parse_override(text: str, defaults: Quantize) -> tuple[str, Grid]:
         grid = Grid(bits=0, group=0, symmetric=True)
     if not pattern or grid.bits not in BITS or grid.group not in GROUPS:
         raise ConfigError(
-            f"quantize.overrides: expected PATTERN=BITS or PATTERN=BITS/GROUP with bits 4, 8 or 16 and group "
+            f"quantize.overrides: expected PATTERN=BITS or PATTERN=BITS/GROUP with bits 2, 4, 8 or 16 and group "
             f"{', '.join(map(str, GROUPS))}, got {text!r}"
         )
     return pattern, grid

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from edgepipe.artifacts import QuantizedTensor
 from edgepipe.numerics import grids
@@ -41,8 +43,8 @@ WEIGHTS = weights()
 USUAL = ("ragged", "one row", "one column", "whole groups", "zeros", "all negative", "all positive", "ties", "outlier")
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("shape", [(1, 2), (3, 64), (2, 126)])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("shape", [(1, 4), (3, 64), (2, 124)])
 def test_packing_is_the_twins_and_unpacking_gives_back(bits: int, shape: tuple[int, int]) -> None:
     codes = np.random.default_rng(1).integers(0, 2**bits, shape, dtype=np.uint8)
     packed = pack(codes, bits)
@@ -51,14 +53,71 @@ def test_packing_is_the_twins_and_unpacking_gives_back(bits: int, shape: tuple[i
     np.testing.assert_array_equal(unpack_naively(packed, bits), codes)
 
 
-def test_packing_takes_any_leading_axes() -> None:
-    codes = np.random.default_rng(2).integers(0, 16, (2, 3, 8), dtype=np.uint8)
-    np.testing.assert_array_equal(unpack(pack(codes, 4), 4), codes)
-    assert pack(codes, 4).shape == (2, 3, 4)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_packing_takes_any_leading_axes(bits: int) -> None:
+    codes = np.random.default_rng(2).integers(0, 2**bits, (2, 3, 8), dtype=np.uint8)
+    np.testing.assert_array_equal(unpack(pack(codes, bits), bits), codes)
+    assert pack(codes, bits).shape == (2, 3, bits)
+
+
+BITS, GROUPS = st.sampled_from([2, 4, 8]), st.sampled_from([16, 32, 64, 128])
+
+
+@given(
+    rows=st.integers(1, 5),
+    columns=st.integers(1, 140),
+    bits=BITS,
+    group=GROUPS,
+    symmetric=st.booleans(),
+    kind=st.sampled_from(["normal", "zeros", "a row of zeros", "outlier", "one sign"]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=150, deadline=None)
+def test_any_matrix_is_rounded_and_packed_as_the_twin_does(
+    rows: int, columns: int, bits: int, group: int, symmetric: bool, kind: str, seed: int
+) -> None:
+    """Any shape, the last group short or not, rows of zeros, one outlier: codes, scales, bytes and decoded values."""
+    rng = np.random.default_rng(seed)
+    weight = rng.standard_normal((rows, columns)).astype(np.float32)
+    if kind == "zeros":
+        weight[:] = 0
+    elif kind == "a row of zeros":
+        weight[rng.integers(rows)] = 0
+    elif kind == "outlier":
+        weight[rng.integers(rows), rng.integers(columns)] = rng.choice([-1e3, 1e3])
+    elif kind == "one sign":
+        weight = np.abs(weight)
+    expected = round_naively(weight, bits, group, symmetric)
+    got = round_to_nearest(weight, bits=bits, group=group, symmetric=symmetric)
+    np.testing.assert_array_equal(got.scale, expected.scale)
+    np.testing.assert_array_equal(got.codes, pack_naively(expected.codes, bits))
+    np.testing.assert_array_equal(unpack(got.codes, bits), expected.codes)
+    np.testing.assert_array_equal(dequantize(got), decode_naively(got))
+    assert got.nbytes == quantized_nbytes((rows, columns), bits=bits, group=group, offset_bytes=0 if symmetric else 1)
+    assert (dequantize(got)[(weight == 0).all(axis=1)] == 0).all()
+
+
+@given(
+    rows=st.integers(1, 4),
+    columns=st.integers(1, 70),
+    bits=BITS,
+    group=GROUPS,
+    symmetric=st.booleans(),
+    value=st.sampled_from([np.nan, np.inf, -np.inf]),
+    place=st.integers(0, 10**6),
+)
+@settings(max_examples=60, deadline=None)
+def test_one_value_that_is_not_finite_is_refused_anywhere(
+    rows: int, columns: int, bits: int, group: int, symmetric: bool, value: float, place: int
+) -> None:
+    weight = np.ones((rows, columns), np.float32)
+    weight.flat[place % weight.size] = value
+    with pytest.raises(ValueError, match="not finite"):
+        round_to_nearest(weight, bits=bits, group=group, symmetric=symmetric)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 16), (8, 32), (8, 128)])
+@pytest.mark.parametrize(("bits", "group"), [(2, 32), (2, 16), (4, 32), (4, 16), (8, 32), (8, 128)])
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_rounding_is_the_twins(name: str, bits: int, group: int, symmetric: bool) -> None:
     weight = WEIGHTS[name]
@@ -76,7 +135,7 @@ def test_rounding_is_the_twins(name: str, bits: int, group: int, symmetric: bool
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("name", USUAL)
 def test_no_point_of_the_grid_is_nearer(name: str, bits: int, symmetric: bool) -> None:
     """Inside the grid an element moves by half a step at most; the outermost ones by less than a whole one."""
@@ -132,7 +191,7 @@ def test_the_size_of_a_part_changes_nothing(monkeypatch: pytest.MonkeyPatch, at_
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_values_that_are_not_finite_are_refused(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+def test_values_in_a_later_part_that_are_not_finite_are_refused(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
     monkeypatch.setattr(grids, "_ELEMENTS_AT_ONCE", 1)
     weight = WEIGHTS["ragged"].copy()
     weight[-1, -1] = value
@@ -141,7 +200,7 @@ def test_values_that_are_not_finite_are_refused(monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.parametrize("shape", [(7, 100), (1, 1), (4, 128)])
-@pytest.mark.parametrize(("bits", "group"), [(4, 16), (4, 32), (8, 64), (8, 128)])
+@pytest.mark.parametrize(("bits", "group"), [(2, 16), (2, 128), (4, 16), (4, 32), (8, 64), (8, 128)])
 def test_planned_bytes_are_the_tensors(shape: tuple[int, int], bits: int, group: int) -> None:
     weight = np.ones(shape, np.float32)
     for symmetric, offset_bytes in ((True, 0), (False, 1)):
@@ -149,7 +208,7 @@ def test_planned_bytes_are_the_tensors(shape: tuple[int, int], bits: int, group:
         assert tensor.nbytes == quantized_nbytes(shape, bits=bits, group=group, offset_bytes=offset_bytes)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("scale_dtype", [np.float16, np.float32])
 def test_minima(bits: int, scale_dtype: type) -> None:
     """Decoding is the twin's, and a product may be split into symmetric codes and group sums."""

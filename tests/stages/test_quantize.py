@@ -57,6 +57,8 @@ def kind_of(weights: WeightStore, name: str) -> tuple[int, int, bool]:
         ({}, (4, 32, False), (8, 32, False)),
         ({"bits": 8}, (8, 32, False), (8, 32, False)),
         ({"embedding_bits": 4}, (4, 32, False), (4, 32, False)),
+        ({"bits": 2}, (2, 32, False), (8, 32, False)),
+        ({"bits": 2, "embedding_bits": 2, "symmetric": False}, (2, 32, True), (2, 32, True)),
         ({"bits": 8, "embedding_bits": 4, "group": 128}, (8, 128, False), (4, 128, False)),
         ({"symmetric": False, "group": 16}, (4, 16, True), (8, 16, True)),
     ],
@@ -199,9 +201,9 @@ def test_a_pattern_may_hold_an_equals_sign() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"bits": 5}, "quantize.bits: expected one of 4, 8, 16, got 5"),
+        ({"bits": 5}, "quantize.bits: expected one of 2, 4, 8, 16, got 5"),
         ({"bits": 0}, "quantize.bits"),
-        ({"embedding_bits": 2}, "quantize.embedding_bits: expected one of 4, 8, 16, got 2"),
+        ({"embedding_bits": 3}, "quantize.embedding_bits: expected one of 2, 4, 8, 16, got 3"),
         ({"group": 48}, "quantize.group: expected one of 16, 32, 64, 128, got 48"),
     ],
 )

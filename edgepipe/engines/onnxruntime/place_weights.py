@@ -3,6 +3,8 @@
     MatMul(x, W.T)   symmetric or zero points → MatMulNBits(x, codes, scale, zero_points, bias)
                      8 bits, float32 arithmetic → the same on x in two int8 parts (two_parts.py); in a graph that
                      runs many rows at a time → FusedMatMul on the decoded weight, which the engine folds when it loads
+                     2 bits, float32 arithmetic → on x in two int8 parts; with many rows at a time as it is, since the
+                     kernel then decodes the weight once for all of them
                      minima                   → the same on symmetric codes, + groupsum(x) · (minima + middle·scale)ᵀ
                      float                    → FusedMatMul(x, Cast(W), transB)
     MatMul(x, W)     as stored (GPT-2's Conv1D) → MatMul(x, decoded W): its groups lie along the other axis
@@ -128,7 +130,8 @@ def _lower_matmul(low: _Lowering, node: ir.Node) -> None:
     if sample.zero_points is not None:
         zeros = low.initializer(plan_part(low.weights, names, "zero_points", sample))
     bias = _take_bias(low, node)
-    in_two = sample.bits == 8 and low.accuracy_level != _INT8
+    slow = sample.bits == 8 or (sample.bits == 2 and not low.many_rows)  # decoded whole at every call, in float32
+    in_two = slow and low.accuracy_level != _INT8
     operand = _two_parts(low, node, x, sample) if in_two else x
     product = ir.node(
         "MatMulNBits",

@@ -87,8 +87,7 @@ def plan_part(weights: WeightStore, names: Sequence[str], part: str, sample: Qua
             shift = (1 << (value.bits - 1)) - middle_code(value)
             return array + np.uint8(shift) if shift else array
         if part == "zero_points":  # the kernel wants them packed like codes, each row padded to whole bytes
-            odd = array.shape[1] % 2 if value.bits == 4 else 0
-            array = pack(np.pad(array, ((0, 0), (0, odd))), value.bits)
+            array = pack(np.pad(array, ((0, 0), (0, -array.shape[1] % (8 // value.bits)))), value.bits)
         return array
 
     names = [weights[n].name for n in names]
