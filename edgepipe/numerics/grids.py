@@ -9,6 +9,8 @@ Source: ggml-quants.c (Q4_0, Q4_1); Jacob et al., arXiv:1712.05877, for the zero
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from edgepipe.artifacts import QuantizedTensor
@@ -18,6 +20,15 @@ from edgepipe.artifacts import QuantizedTensor
 _SMALLEST_FP16 = np.float32(2.0**-20)
 _LARGEST_FP16 = np.float32(65504.0)
 _ELEMENTS_AT_ONCE = 1 << 22  # 16 MB of float32: bounds the memory of rounding without slowing it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """Say which grid one tensor goes on."""
+
+    bits: int
+    group: int
+    symmetric: bool  # else integer zero points
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -84,6 +95,60 @@ def round_to_nearest(weight: np.ndarray, *, bits: int, group: int, symmetric: bo
             zeros[part] = offset
     return QuantizedTensor(
         shape=(rows, columns), bits=bits, group=group, codes=codes, scale=scale, zero_points=zeros, source_grid="rtn"
+    )
+
+
+def group_grid(blocks: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
+    """Return the scale [..., 1] float32 (a float16's value) and zero [..., 1] float32 of groups [..., group] float32.
+
+    They are those that round-to-nearest takes: value = scale · (code − zero), codes 0 to 2^bits − 1.
+    """
+    rows = blocks.reshape(-1, 1, blocks.shape[-1])
+    _, scale, zero = _round_blocks(rows, grid.bits, grid.symmetric)
+    shape = (*blocks.shape[:-1], 1)
+    zeros = np.full(shape, 1 << (grid.bits - 1), np.float32) if zero is None else zero.reshape(shape).astype(np.float32)
+    return _safe(scale).reshape(shape), zeros
+
+
+def nearest(values: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: int) -> np.ndarray:
+    """Return the nearest points of a grid to float32 values; scale and zero broadcast."""
+    points: np.ndarray = scale * (np.clip(np.rint(values / scale) + zero, 0, (1 << bits) - 1) - zero)
+    return points
+
+
+def in_groups(weight: np.ndarray, group: int) -> np.ndarray:
+    """Return weight [out, in] as float32 [out, groups, group], rows padded with zeros to whole groups."""
+    rows, columns = weight.shape
+    padded = np.zeros((rows, -(-columns // group) * group), np.float32)
+    padded[:, :columns] = weight
+    return padded.reshape(rows, -1, group)
+
+
+def on_grid(weight: np.ndarray, scale: np.ndarray, zero: np.ndarray | None, grid: Grid, source: str) -> QuantizedTensor:
+    """Quantize weight [out, in] with the scales and zero points [out, groups] that a method found.
+
+    They are rounded to what ships, float16 and whole codes, before codes are chosen: whatever precision the method
+    worked in, the result lies on one grid. Zero points of a symmetric grid aren't looked at.
+    """
+    blocks = in_groups(weight, grid.group)
+    if not (np.isfinite(blocks).all() and np.isfinite(scale).all()):
+        raise ValueError("the weight has values that are not finite")
+    top = (1 << grid.bits) - 1
+    halves = _to_float16(np.asarray(scale, np.float32))
+    zeros = None
+    middle = np.float32(1 << (grid.bits - 1))
+    if not grid.symmetric and zero is not None:
+        zeros = np.clip(np.rint(zero), 0, top).astype(np.uint8)
+    offset = middle if zeros is None else zeros.astype(np.float32)[..., None]
+    codes = np.clip(np.rint(blocks / _safe(halves)[..., None]) + offset, 0, top).astype(np.uint8)
+    return QuantizedTensor(
+        shape=(weight.shape[0], weight.shape[1]),
+        bits=grid.bits,
+        group=grid.group,
+        codes=pack(codes.reshape(len(codes), -1), grid.bits),
+        scale=halves,
+        zero_points=zeros,
+        source_grid=source,
     )
 
 

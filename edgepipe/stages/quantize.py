@@ -2,7 +2,8 @@
 
 Round-to-nearest per group (numerics/grids.py), or lossless import: a tensor that already lies on a grid no wider than
 asked keeps its codes, scales and minima. `bits` speaks of the layers; embedding and output head have their own dial,
-because they are gathered from and multiplied once, and lose more per bit (docs/quantize.md has the figures).
+because they are gathered from and multiplied once, and lose more per bit (docs/quantize.md has the figures). Another
+`method` (edgepipe/quantizers/) chooses the codes of the layers; what it doesn't work on is rounded to nearest.
 """
 
 from __future__ import annotations
@@ -11,26 +12,22 @@ import dataclasses
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgepipe.artifacts import Context, QuantizedTensor, TorchModel
+from edgepipe.artifacts import Context, Json, QuantizedTensor, TorchModel
 from edgepipe.errors import ConfigError, StageError
 from edgepipe.numerics.gguf_blocks import GRIDS
-from edgepipe.numerics.grids import dequantize, quantized_nbytes, round_to_nearest
-from edgepipe.weights import Value, Weight
+from edgepipe.numerics.grids import Grid, dequantize, quantized_nbytes, round_to_nearest
+from edgepipe.quantizers import METHODS, WITHOUT_DATA
+from edgepipe.weights import Value, Weight, held_weight
+
+if TYPE_CHECKING:
+    from edgepipe.quantizers.texts import Calibration
 
 BITS = (2, 4, 8, 16)
 GROUPS = (16, 32, 64, 128)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Grid:
-    """Say which grid one tensor goes on."""
-
-    bits: int
-    group: int
-    symmetric: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +39,12 @@ class Quantize:
     group: int = 32  # elements of a row that share a scale: 16, 32, 64, 128
     symmetric: bool = True  # false adds integer zero points, one a group
     import_: bool = True  # keep the grid of a source that lies on one no wider than asked (bits below 16)
+    method: str = "rtn"  # how the layers' codes are chosen: rtn (round to nearest), gptq, awq, hqq, autoround
+    calibration: str = (
+        ""  # texts the method looks at: a set's name, a file, or self (a decoder writes them); "": everyday
+    )
+    samples: int = 128  # rows of ids it looks at, at most
+    tokens: int = 128  # ids of a row, at most
     overrides: tuple[str, ...] = ()  # "PATTERN=BITS" or "PATTERN=BITS/GROUP", PATTERN a glob over tensor names
 
     def __post_init__(self) -> None:
@@ -52,11 +55,32 @@ class Quantize:
             raise ConfigError(f"quantize.embedding_bits: expected one of 2, 4, 8, 16, got {self.embedding_bits}")
         if self.group not in GROUPS:
             raise ConfigError(f"quantize.group: expected one of {', '.join(map(str, GROUPS))}, got {self.group}")
+        if self.method not in METHODS:
+            raise ConfigError(f"quantize.method: expected one of {', '.join(METHODS)}, got {self.method!r}")
+        for name, least in (("samples", 1), ("tokens", 8)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"quantize.{name}: expected at least {least}, got {getattr(self, name)}")
+        if self.calibration and self.method in WITHOUT_DATA:
+            raise ConfigError(f"quantize.calibration: the method {self.method} looks at no texts: leave it out")
         for text in self.overrides:
             parse_override(text, self)
 
+    def reads(self) -> Json:
+        """Return the contents this stage depends on besides the model: its key changes with them."""
+        if self.method == "rtn":
+            return {}
+        from edgepipe.quantizers.choose import versions_of
+        from edgepipe.quantizers.texts import fingerprint
+
+        texts = {} if self.method in WITHOUT_DATA else fingerprint(self._texts())
+        return {"versions": versions_of(self.method), **texts}
+
     def check(self, model: TorchModel) -> None:
-        """Refuse overrides that match no tensor."""
+        """Refuse overrides that match no tensor, and a method that can't work here or on this model."""
+        if self.method != "rtn":
+            from edgepipe.quantizers.choose import check_method
+
+            check_method(self.method, model, self._texts())
         patterns = {parse_override(text, self)[0] for text in self.overrides}
         unmatched = sorted(p for p in patterns if not any(fnmatch.fnmatchcase(name, p) for name in model.weights))
         if unmatched:
@@ -66,6 +90,7 @@ class Quantize:
         """Return the model with every matrix on the grid the plan gives it; values are computed when they are read."""
         self.check(model)
         changed: dict[str, Weight] = {}
+        grids: dict[str, Grid] = {}
         imported = narrower = 0
         for name in model.weights:
             weight = model.weights[name]
@@ -73,17 +98,40 @@ class Quantize:
             if self._keeps(weight, grid):
                 imported += 1
                 narrower += GRIDS[weight.grid or ""].width < grid.bits
+            elif grid.bits < 16 and len(weight.shape) == 2 and not _is_vector(weight):
+                changed[name] = _on_grid(weight, grid)
+                grids[name] = grid
             else:
-                changed[name] = (
-                    _on_grid(weight, grid)
-                    if grid.bits < 16 and len(weight.shape) == 2 and not _is_vector(weight)
-                    else _as_float(weight)
-                )
+                changed[name] = _as_float(weight)
+        changed |= self._chosen(model, {n: g for n, g in grids.items() if n not in model.info.embeddings}, ctx)
         if imported:
             ctx.note(f"{imported} tensors kept the grid they came on, exactly")
         if narrower:
             ctx.note(f"{narrower} of them came on fewer bits than were asked for: more would bring nothing back")
         return dataclasses.replace(model, weights=model.weights.replace(changed))
+
+    def _texts(self) -> Calibration:
+        """Return what the method looks at."""
+        from edgepipe.quantizers.texts import Calibration
+
+        return Calibration(source=self.calibration, samples=self.samples, tokens=self.tokens)
+
+    def _chosen(self, model: TorchModel, grids: dict[str, Grid], ctx: Context) -> dict[str, Weight]:
+        """Return the weights that another method than round-to-nearest gives, of those named in `grids`."""
+        if self.method == "rtn" or not grids:
+            return {}
+        from edgepipe.quantizers.choose import choose_codes
+
+        if self.method == "hqq" and self.symmetric:
+            grids = {name: dataclasses.replace(grid, symmetric=False) for name, grid in grids.items()}
+            ctx.note("hqq chooses zero points, so its matrices have them")
+        found = choose_codes(model, grids, self.method, self._texts(), seed=ctx.seed, progress=ctx.progress)
+        for note in found.notes:
+            ctx.note(note)
+        if left := len(grids) - len(found.tensors):
+            ctx.note(f"{left} matrices that {self.method} doesn't work on were rounded to nearest")
+        tensors = {name: _held(model.weights[name], value) for name, value in found.tensors.items()}
+        return tensors | {name: held_weight(name, value) for name, value in found.vectors.items()}
 
     def plan(self, weight: Weight, embeddings: Sequence[str]) -> Grid:
         """Return the grid that the options give a tensor; `embeddings` names those that have a dial of their own.
@@ -135,6 +183,13 @@ def _on_grid(weight: Weight, grid: Grid) -> Weight:
 
     nbytes = quantized_nbytes((out, n_in), bits=grid.bits, group=grid.group, offset_bytes=0 if grid.symmetric else 1)
     return dataclasses.replace(weight, dtype=f"q{grid.bits}", nbytes=nbytes, load=load, grid="rtn")
+
+
+def _held(weight: Weight, value: QuantizedTensor) -> Weight:
+    """Return a weight whose codes a method has chosen."""
+    return dataclasses.replace(
+        weight, dtype=f"q{value.bits}", nbytes=value.nbytes, load=lambda: value, grid=value.source_grid
+    )
 
 
 def _as_float(weight: Weight) -> Weight:
