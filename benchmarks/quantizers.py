@@ -1,6 +1,7 @@
 """Compare the methods that choose a weight's codes by STS-B, through real bundles: a table of docs/quantize.md.
 
     python benchmarks/quantizers.py --data FILE    run what isn't stored yet, store results/quantizers.json, show it
+                                    --arm NAME     … of this row alone, "gptq 4"; may be given several times
     python benchmarks/quantizers.py --page-only    rewrite the table from what is stored
 
 FILE holds pairs of sentences with a score that people gave, such as the dev set of STS-B. Methods are judged on
@@ -64,21 +65,25 @@ def main(arguments: list[str]) -> None:
     """Run, store and show, as the arguments say."""
     parser = argparse.ArgumentParser(description="Compare methods that choose a weight's codes.")
     parser.add_argument("--data", type=Path, help="pairs of sentences with a score, .tsv")
+    parser.add_argument("--arm", action="append", help="a row to run (default: all)")
     parser.add_argument("--page-only", action="store_true", help="rewrite the table from what is stored")
     options = parser.parse_args(arguments)
     if not options.page_only:
         if options.data is None:
             parser.error("--data FILE is needed")
-        take(options.data)
+        names = [arm.name for arm in ARMS]
+        if unknown := [name for name in options.arm or () if name not in names]:
+            parser.error(f"--arm {unknown[0]}: expected one of {', '.join(names)}")
+        take(options.data, options.arm or names)
     result = read_result(NAME)
     replace_section(PAGE, NAME, page_section(result))
     print(json.dumps({row["arm"]: row["spearman"]["value"] for row in result["rows"]}))
 
 
-def take(data: Path) -> None:
-    """Run every arm that isn't stored as it is now, and store each as soon as it is scored."""
+def take(data: Path, names: list[str]) -> None:
+    """Run every named arm that isn't stored as it is now, and store each as soon as it is scored."""
     result: Json = read_result(NAME) if (RESULTS / f"{NAME}.json").is_file() else {"rows": []}
-    for arm in ARMS:
+    for arm in (next(arm for arm in ARMS if arm.name == name) for name in names):
         kept = [row for row in result["rows"] if row["arm"] != arm.name]
         if any(row["arm"] == arm.name and row["settings"] == settings_of(arm) for row in result["rows"]):
             continue

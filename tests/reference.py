@@ -287,3 +287,63 @@ def choice_scores_naively(logits: Sequence[float], choices: Sequence[int]) -> li
     """Return log p of each choice among the choices, from the logits of a whole vocabulary."""
     total = sum(math.exp(logits[choice]) for choice in choices)
     return [math.log(math.exp(logits[choice]) / total) for choice in choices]
+
+
+def gptq_naively(weight: np.ndarray, gram: np.ndarray, bits: int, group: int, symmetric: bool) -> np.ndarray:
+    """Round column by column; after each, the columns behind it move by the optimal brain surgeon's formula. → values
+
+    The inverse of the gram matrix of the columns that are left is computed anew for each one, which Cholesky's factor
+    has in its rows. float64 throughout, but for the scales.
+    """
+    values = weight.astype(np.float64)
+    rows, columns = values.shape
+    damped = gram.astype(np.float64).copy()
+    for i in range(columns):
+        if damped[i, i] == 0:
+            damped[i, i] = 1
+    damped += 0.01 * np.mean(np.diag(damped)) * np.eye(columns)
+    points = np.zeros_like(values)
+    for i in range(columns):
+        if i % group == 0:
+            rounded = round_naively(values[:, i : i + group].astype(np.float32), bits, group, symmetric)
+        inverse = np.linalg.inv(damped[i:, i:])
+        for row in range(rows):
+            scale, zero = float(rounded.scale[row, 0]), int(rounded.zero_points[row, 0])
+            code = min(max(int(np.rint(values[row, i] / scale)) + zero, 0), 2**bits - 1)
+            points[row, i] = scale * (code - zero)
+            error = (values[row, i] - points[row, i]) / inverse[0, 0]
+            for j in range(i + 1, columns):
+                values[row, j] -= error * inverse[0, j - i]
+    return points
+
+
+def lost_naively(error: np.ndarray, inputs: np.ndarray) -> float:
+    """Return the mean over inputs [n, in] of the squared error [out, in] of the outputs, summed over them."""
+    total = 0.0
+    for x in inputs.astype(np.float64):
+        for row in error.astype(np.float64):
+            total += float(np.dot(row, x)) ** 2
+    return total / len(inputs)
+
+
+def cut_naively(weight: np.ndarray, gram: np.ndarray, bits: int, group: int, symmetric: bool) -> np.ndarray:
+    """Try eleven ranges for every group, and keep what loses least on the inputs it meets. → values [out, in]"""
+    rows, columns = weight.shape
+    values = np.zeros((rows, columns))
+    for row in range(rows):
+        for start in range(0, columns, group):
+            part = weight[row : row + 1, start : start + group].astype(np.float32)
+            local = gram[start : start + group, start : start + group].astype(np.float64)
+            least = math.inf
+            for ratio in np.linspace(1, 0.5, 11).astype(np.float32):
+                low, high = min(part.min(), np.float32(0)) * ratio, max(part.max(), np.float32(0)) * ratio
+                grid = round_naively(np.clip(part, low, high), bits, group, symmetric)
+                scale, zero = float(grid.scale[0, 0]), int(grid.zero_points[0, 0])
+                points = [
+                    scale * (min(max(int(np.rint(float(w) / scale)) + zero, 0), 2**bits - 1) - zero) for w in part[0]
+                ]
+                error = np.array(points) - part[0]
+                lost = float(error @ local @ error)
+                if lost < least * (1 - 1e-6):
+                    least, values[row, start : start + group] = lost, points
+    return values

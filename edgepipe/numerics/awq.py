@@ -70,7 +70,7 @@ def _best_ranges(blocks: np.ndarray, local: np.ndarray, grid: Grid) -> tuple[np.
     """Return scale and zero [rows, groups] of blocks [rows, groups, group]; local [groups, group, group]."""
     lowest = np.full(blocks.shape[:2], np.inf, np.float32)
     scales, zeros = np.empty_like(lowest), np.empty_like(lowest)
-    low, high = blocks.min(-1, keepdims=True), blocks.max(-1, keepdims=True)
+    low, high = np.minimum(blocks.min(-1, keepdims=True), 0), np.maximum(blocks.max(-1, keepdims=True), 0)
     for ratio in _RANGES.astype(np.float32):
         scale, zero = group_grid(np.clip(blocks, low * ratio, high * ratio), grid)
         error = nearest(blocks, scale, zero, grid.bits) - blocks

@@ -9,6 +9,7 @@ its own. Rows that are padding don't count.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -143,6 +144,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield value
     elif isinstance(value, Mapping):
         yield from _tensors(tuple(value.values()))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from _tensors(tuple(getattr(value, field.name) for field in dataclasses.fields(value)))
     elif isinstance(value, tuple | list):
         for one in value:
             yield from _tensors(one)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -290,3 +291,72 @@ def test_the_input_is_untouched(model: TorchModel) -> None:
     assert dict(model.weights) == before
     assert result.info is model.info
     assert result.weights.origin is None
+
+
+METHOD = {"method": "gptq", "samples": 8, "tokens": 16}
+
+
+def test_a_method_chooses_the_layers_codes(model: TorchModel) -> None:
+    """Embedding and head are rounded to nearest, what has another grid by an override gets that one, floats stay."""
+    notes: list[str] = []
+    weights = quantized(model, notes, **METHOD, overrides=("*.layers.0.mlp.up*=8/64", "*.layers.1.mlp.up*=16"))
+    assert {weights[name].grid for name in matrices(weights)} == {"gptq", None}
+    assert weights[UP].grid == "gptq" and kind_of(weights, UP) == (8, 64, False)
+    assert weights[UP.replace("0", "1")].dtype == "float16"
+    assert {weights[name].grid for name in (EMBEDDING, HEAD)} == {"rtn"}
+    (note,) = notes
+    assert re.fullmatch(r"gptq: 13 matrices in 2 blocks looked at 8 texts of 128 tokens", note)
+    for weight in weights.values():
+        value = weight.load()
+        assert (weight.shape, weight.nbytes) == (value.shape, value.nbytes)
+
+
+def test_awq_changes_norms_too(model: TorchModel) -> None:
+    weights = quantized(model, **{**METHOD, "method": "awq"})
+    assert {weights[name].grid for name in matrices(weights)} == {"awq"}
+    assert not np.array_equal(weights.float32(NORM), model.weights.float32(NORM))
+    assert weights[NORM].dtype == "float32"
+
+
+def test_what_a_grid_is_kept_of_is_left_alone(blocks: TorchModel) -> None:
+    notes: list[str] = []
+    weights = quantized(blocks, notes, **METHOD)
+    assert grids_of(weights)["q_proj"] == "Q4_0"
+    assert grids_of(weights)["up_proj"] == "gptq"
+    assert len(notes) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"method": "gtpq"}, "quantize.method: expected one of rtn, gptq, awq, hqq, autoround, got 'gtpq'"),
+        ({"method": "gptq", "samples": 0}, "quantize.samples: expected at least 1, got 0"),
+        ({"method": "gptq", "tokens": 3}, "quantize.tokens: expected at least 8, got 3"),
+        ({"calibration": "everyday"}, "quantize.calibration: the method rtn looks at no texts: leave it out"),
+    ],
+)
+def test_methods_out_of_range(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        Quantize(**options)
+
+
+def test_texts_that_cannot_be_had_are_refused_before_any_work(model: TorchModel) -> None:
+    with pytest.raises(ConfigError, match=r"nosuch can't be read .*: give a file, or one of the texts everyday"):
+        Quantize(method="gptq", calibration="nosuch").check(model)
+    with pytest.raises(ConfigError, match="prose-eval is the evaluation set prose-eval"):
+        Quantize(method="awq", calibration="prose-eval").check(model)
+    without = dataclasses.replace(model, info=dataclasses.replace(model.info, tokenizer={}))
+    with pytest.raises(ConfigError, match="expected a model of texts with a tokenizer"):
+        Quantize(method="gptq").check(without)
+
+
+def test_the_key_covers_texts_and_packages(tmp_path: Path) -> None:
+    """The same name with other contents is another calibration; round-to-nearest reads nothing."""
+    path = tmp_path / "own.txt"
+    keys = []
+    for text in ("A first text.\n", "A second text.\n"):
+        path.write_text(text, encoding="utf-8")
+        keys.append(Quantize(method="gptq", calibration=str(path)).reads())
+    assert keys[0]["sha256"] != keys[1]["sha256"]
+    assert Quantize().reads() == {}
+    assert set(Quantize(method="hqq").reads()) == {"versions"}
