@@ -67,12 +67,12 @@ def learn(
     *,
     seed: int,
     progress: Callable[[int, int], None],
-    steps: int = STEPS,
 ) -> dict[str, QuantizedTensor]:
     """Return the matrices of all blocks on their grids; the module holds their values afterwards.
 
     `progress` is told (steps done, steps in all).
     """
+    steps = STEPS
     found: dict[str, QuantizedTensor] = {}
     targets = outputs_of(module, blocks, batches)
     for number, block in enumerate(blocks):
