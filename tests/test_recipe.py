@@ -174,9 +174,9 @@ def test_names_and_types_that_do_not_fit(settings: list[tuple[str, str, object]]
 @pytest.mark.parametrize(
     ("stage", "option", "value", "message"),
     [
-        ("quantize", "bits", 5, "quantize.bits: expected one of 4, 8, 16, got 5"),
+        ("quantize", "bits", 5, "quantize.bits: expected one of 2, 4, 8, 16, got 5"),
         ("quantize", "bits", 0, "got 0"),
-        ("quantize", "embedding_bits", 2, "quantize.embedding_bits: expected one of 4, 8, 16, got 2"),
+        ("quantize", "embedding_bits", 3, "quantize.embedding_bits: expected one of 2, 4, 8, 16, got 3"),
         ("quantize", "group", 48, "quantize.group: expected one of 16, 32, 64, 128, got 48"),
         ("quantize", "overrides", ["*.mlp.*"], "expected PATTERN=BITS"),
         ("quantize", "overrides", ["=8"], "expected PATTERN=BITS"),
@@ -209,7 +209,7 @@ def test_values_out_of_range(stage: str, option: str, value: object, message: st
     ("stage", "option", "values"),
     [
         ("quantize", "bits", (4, 8, 16)),
-        ("quantize", "embedding_bits", (0, 4, 8, 16)),
+        ("quantize", "embedding_bits", (0, 2, 4, 8, 16)),
         ("quantize", "group", (16, 32, 64, 128)),
         ("export", "context", (0, 8, 4096)),
         ("export", "tolerance", (1, 0.5)),
@@ -252,7 +252,7 @@ def test_values_at_the_edge_of_their_range(stage: str, option: str, values: tupl
             'stages = ["export", "compile"]\n[quantize]\nbits = 4',
             "^options of quantize are set, but the recipe has no stage 'quantize': it has export, compile$",
         ),
-        ("[quantize]\nbits = 5", "quantize.bits: expected one of 4, 8, 16, got 5"),
+        ("[quantize]\nbits = 5", "quantize.bits: expected one of 2, 4, 8, 16, got 5"),
         ("[quantize.deep]\nbits = 5", "stage quantize has no option 'deep'"),
     ],
 )

@@ -40,9 +40,7 @@ class Quantize:
     symmetric: bool = True  # false adds integer zero points, one a group
     import_: bool = True  # keep the grid of a source that lies on one no wider than asked (bits below 16)
     method: str = "rtn"  # how the layers' codes are chosen: rtn (round to nearest), gptq, awq, hqq, autoround
-    calibration: str = (
-        ""  # texts the method looks at: a set's name, a file, or self (a decoder writes them); "": everyday
-    )
+    calibration: str = ""  # texts it looks at: a set's name, a file, self (a decoder writes them); empty: everyday
     samples: int = 128  # rows of ids it looks at, at most
     tokens: int = 128  # ids of a row, at most
     overrides: tuple[str, ...] = ()  # "PATTERN=BITS" or "PATTERN=BITS/GROUP", PATTERN a glob over tensor names
