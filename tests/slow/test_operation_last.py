@@ -56,7 +56,7 @@ STACK: dict[str, Any] = {
 }
 PLAN = StudentPlan(kind="encoder-decoder", encoder_layers=2, decoder_layers=2)
 ARMS = {"bidirectional": PLAN, "causal": dataclasses.replace(PLAN, causal_encoder=True)}
-TEACHER_STEPS, STEPS = 1500, 1000
+TEACHER_STEPS, STEPS = 1500, 1600
 
 
 def examples(count: int, seed: int) -> Seq2Seq:
@@ -97,7 +97,7 @@ def info(tiny_model_dir: Path) -> ModelInfo:
 
 @pytest.mark.slow
 def test_an_encoder_that_looks_ahead_learns_more(info: ModelInfo, tmp_path: Path) -> None:
-    """After the same steps the bidirectional student answers most rows; on the first machine 88 of 100 against 8."""
+    """After the same steps the bidirectional student answers most rows, and far more than the causal one."""
     decoder = make_student(STACK)
     assert isinstance(decoder, Decoder)
     assert taught(decoder, TEACHER_STEPS, tmp_path / "teacher") > 0.9
