@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -33,18 +33,19 @@ class QuantizedTensor:
         zero points   value = scale · (code − zero_points)
         minima        value = scale · code + minima
 
-    Rows are padded to whole groups; padding codes decode to a value that meets only zero activations.
+    Rows are padded to whole groups; padding codes decode to a value that meets only zero activations. With
+    `column_scale`, the value of column j is multiplied by column_scale[j] as well: kernels multiply x by it instead.
     """
 
     shape: tuple[int, int]  # (out, in): elements, padding not counted
     bits: int  # 2, 4 or 8
-    group: int  # elements of one row that share a scale
-    codes: (
-        np.ndarray
-    )  # [out, groups · group · bits / 8] uint8, little end first: at 4 bits element 2i is the low nibble
+    group: int  # elements of one row that share a scale; the width where a whole row shares one
+    # [out, groups · group · bits / 8] uint8, little end first: at 4 bits element 2i is the low nibble
+    codes: np.ndarray
     scale: np.ndarray  # [out, groups] float16 | float32
     zero_points: np.ndarray | None = None  # [out, groups] uint8, one per byte
     minima: np.ndarray | None = None  # [out, groups] float16 | float32
+    column_scale: np.ndarray | None = None  # [in] float16: 1 / SmoothQuant's factor of each input
     source_grid: str = "rtn"  # where the codes come from: "rtn", or the name of the imported grid ("Q4_1")
 
     @property
@@ -55,8 +56,28 @@ class QuantizedTensor:
     @property
     def nbytes(self) -> int:
         """Return the bytes of codes, scales and offsets together."""
-        parts = (self.codes, self.scale, self.zero_points, self.minima)
+        parts = (self.codes, self.scale, self.zero_points, self.minima, self.column_scale)
         return sum(p.nbytes for p in parts if p is not None)
+
+    @property
+    def has_integer_rows(self) -> bool:
+        """Say whether code − 128 is an int8 matrix with one scale a row: what integer products take."""
+        return self.bits == 8 and self.group == self.shape[1] and self.zero_points is None and self.minima is None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ActivationPlan:
+    """Say how the inputs of the matrices with one scale a row are rounded to 8 bits when the model runs.
+
+    `quantize` decides it, the engine's lowering carries it out; static ranges are those seen over `batches`.
+    """
+
+    kind: Literal["dynamic", "static"]  # a range for every run, or one for all
+    ranges: str = ""  # of static ones: "minmax", "percentile", "entropy"
+    calibration: str = ""  # the name of what was read for them
+    # Of static ones: input_ids and attention_mask [rows, tokens] int64, padded on the right, and behind an encoder
+    # decoder_input_ids and decoder_mask [rows, steps] int64, one mapping a batch
+    batches: tuple[Mapping[str, np.ndarray], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +138,7 @@ class TorchModel:
 
     info: ModelInfo
     weights: WeightStore  # Hugging Face parameter names
+    activations: ActivationPlan | None = None  # None: products of activations in float
     history: tuple[StageRecord, ...] = ()
 
 
@@ -128,6 +150,7 @@ class OnnxModel:
     graphs: Mapping[str, bytes]  # graph name → serialized ModelProto without weights
     weights: WeightStore
     spec: Json  # the task's shape: layers, kv_heads, head_dim, vocab_size, context …
+    activations: ActivationPlan | None = None
     history: tuple[StageRecord, ...] = ()
 
 

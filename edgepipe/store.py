@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from edgepipe.artifacts import (
+    ActivationPlan,
     CompiledModel,
     Json,
     Licence,
@@ -40,7 +41,8 @@ Artifact = TorchModel | OnnxModel | CompiledModel | Measured
 
 _ALIGNMENT = 64
 _SEAL = "key.json"
-_PARTS = ("codes", "scale", "zero_points", "minima")
+_BATCHES = "calibration.npz"
+_PARTS = ("codes", "scale", "zero_points", "minima", "column_scale")
 # what decides the bytes of a result, beside edgepipe's own code
 _PRODUCERS = (
     *("numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "torch", "transformers"),
@@ -93,6 +95,7 @@ def save_artifact(artifact: Artifact, directory: Path, progress: Callable[[str, 
         if origin is None:
             save_weights(artifact.weights, directory, progress)
         record["weights"] = origin if origin in (None, "source") else os.path.relpath(origin, directory)
+        record["activations"] = _save_plan(artifact.activations, directory)
     if isinstance(artifact, OnnxModel):
         record["spec"] = artifact.spec
         record["graphs"] = sorted(artifact.graphs)
@@ -120,10 +123,12 @@ def load_artifact(directory: Path, source: TorchModel, compiled: CompiledModel |
         weights = source.weights
     else:
         weights = load_weights(directory if origin is None else directory / origin)
+    plan = _load_plan(record["activations"], directory)
     if record["kind"] == "TorchModel":
-        return TorchModel(info=info, weights=weights, history=history)
+        return TorchModel(info=info, weights=weights, activations=plan, history=history)
     graphs = {name: (directory / f"{name}.onnx").read_bytes() for name in record["graphs"]}
-    return OnnxModel(info=info, weights=weights, graphs=graphs, spec=record["spec"], history=history)
+    spec = record["spec"]
+    return OnnxModel(info=info, weights=weights, graphs=graphs, spec=spec, activations=plan, history=history)
 
 
 def cache_key(*contents: object) -> str:
@@ -308,6 +313,26 @@ def _view(file: np.ndarray, place: Json) -> np.ndarray:
     dtype = np.dtype(getattr(ml_dtypes, place["dtype"], place["dtype"]))
     size = int(np.prod(place["shape"], dtype=np.int64)) * dtype.itemsize
     return file[place["offset"] : place["offset"] + size].view(dtype).reshape(place["shape"])
+
+
+def _save_plan(plan: ActivationPlan | None, directory: Path) -> Json | None:
+    """Write the batches of a plan and return the rest of it."""
+    if plan is None:
+        return None
+    arrays = {f"{number} {name}": array for number, batch in enumerate(plan.batches) for name, array in batch.items()}
+    np.savez(directory / _BATCHES, allow_pickle=False, **arrays)
+    return {"kind": plan.kind, "ranges": plan.ranges, "calibration": plan.calibration, "batches": len(plan.batches)}
+
+
+def _load_plan(record: Json | None, directory: Path) -> ActivationPlan | None:
+    if record is None:
+        return None
+    batches: list[dict[str, np.ndarray]] = [{} for _ in range(record["batches"])]
+    with np.load(directory / _BATCHES) as file:
+        for key in file.files:
+            number, _, name = key.partition(" ")
+            batches[int(number)][name] = file[key]
+    return ActivationPlan(**{**record, "batches": tuple(batches)})
 
 
 def _save_info(info: ModelInfo, directory: Path) -> None:

@@ -27,7 +27,7 @@ class Grid:
     """Say which grid one tensor goes on."""
 
     bits: int
-    group: int
+    group: int  # 0: a whole row
     symmetric: bool  # else integer zero points
 
 
@@ -68,16 +68,27 @@ def dequantize(tensor: QuantizedTensor) -> np.ndarray:
         else:
             value -= np.float32(1 << (tensor.bits - 1))
         value *= scale
-    return value.reshape(rows, -1)[:, :columns]
+    value = value.reshape(rows, -1)[:, :columns]
+    if tensor.column_scale is not None:
+        value *= np.asarray(tensor.column_scale, np.float32)
+    return value
+
+
+def row_group(columns: int, bits: int) -> int:
+    """Return the group that takes a whole row of `columns` elements, filled up to whole bytes."""
+    in_a_byte = 8 // bits
+    return -(-columns // in_a_byte) * in_a_byte
 
 
 def round_to_nearest(weight: np.ndarray, *, bits: int, group: int, symmetric: bool) -> QuantizedTensor:
     """Quantize weight [out, in], of any float type, to the nearest point of a 2-, 4- or 8-bit grid per group of a row.
 
-    Symmetric grids have no offset; asymmetric ones integer zero points. Raises ValueError when a weight isn't finite.
+    Symmetric grids have no offset; asymmetric ones integer zero points. Group 0 takes whole rows.
+    Raises ValueError when a weight isn't finite.
     Works on a few million elements at a time, so that a large embedding is never held in float32.
     """
     rows, columns = weight.shape
+    group = group or row_group(columns, bits)
     groups = -(-columns // group)
     codes = np.empty((rows, groups * group * bits // 8), np.uint8)
     scale = np.empty((rows, groups), np.float16)
@@ -183,6 +194,10 @@ def _safe(scale: np.ndarray) -> np.ndarray:
 
 
 def quantized_nbytes(shape: tuple[int, int], *, bits: int, group: int, offset_bytes: int = 0) -> int:
-    """Return the bytes a grid needs: packed codes, one float16 scale a group, and `offset_bytes` a group."""
+    """Return the bytes a grid needs: packed codes, one float16 scale a group, and `offset_bytes` a group.
+
+    Group 0 takes whole rows.
+    """
+    group = group or row_group(shape[1], bits)
     groups = -(-shape[1] // group)
     return shape[0] * groups * (group * bits // 8 + 2 + offset_bytes)

@@ -80,8 +80,10 @@ class Export:
 
         self.check(model)
         if is_student(model.info.config):
-            return self._build_student(model, ctx)
-        return self._build(model, ctx) if self._builds(model) else self._trace(model, ctx)
+            exported = self._build_student(model, ctx)
+        else:
+            exported = self._build(model, ctx) if self._builds(model) else self._trace(model, ctx)
+        return replace(exported, activations=model.activations)
 
     def _builds(self, model: TorchModel) -> bool:
         """Say whether edgepipe's own builder writes the graph."""

@@ -12,22 +12,25 @@ import dataclasses
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from edgepipe.artifacts import Context, Json, QuantizedTensor, TorchModel
+from edgepipe.artifacts import ActivationPlan, Context, Json, QuantizedTensor, TorchModel
 from edgepipe.errors import ConfigError, StageError
 from edgepipe.numerics.gguf_blocks import GRIDS
 from edgepipe.numerics.grids import Grid, dequantize, quantized_nbytes, round_to_nearest
+from edgepipe.numerics.smoothing import smoothed
 from edgepipe.quantizers import METHODS, WITHOUT_DATA
 from edgepipe.weights import Value, Weight, held_weight
 
 if TYPE_CHECKING:
-    from edgepipe.quantizers.texts import Calibration
+    from edgepipe.quantizers.texts import Batch, Calibration
 
 BITS = (2, 4, 8, 16)
 GROUPS = (16, 32, 64, 128)
+ACTIVATIONS = ("none", "dynamic", "static")
+RANGES = ("minmax", "percentile", "entropy")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +43,9 @@ class Quantize:
     symmetric: bool = True  # false adds integer zero points, one a group
     import_: bool = True  # keep the grid of a source that lies on one no wider than asked (bits below 16)
     method: str = "rtn"  # how the layers' codes are chosen: rtn (round to nearest), gptq, awq, hqq, autoround
+    activations: str = "none"  # dynamic or static: what 8-bit layers read is rounded to 8 bits too (integer products)
+    ranges: str = "minmax"  # of static activations: minmax, percentile, entropy
+    smooth: float = 0.0  # SmoothQuant's α, which moves outliers from activations to weights: 0 (off) to 1
     calibration: str = ""  # texts it looks at: a set's name, a file, self (a decoder writes them); empty: everyday
     samples: int = 128  # rows of ids it looks at, at most
     tokens: int = 128  # ids of a row, at most
@@ -58,20 +64,56 @@ class Quantize:
         for name, least in (("samples", 1), ("tokens", 8)):
             if getattr(self, name) < least:
                 raise ConfigError(f"quantize.{name}: expected at least {least}, got {getattr(self, name)}")
-        if self.calibration and self.method in WITHOUT_DATA:
-            raise ConfigError(f"quantize.calibration: the method {self.method} looks at no texts: leave it out")
+        self._check_activations()
+        if self.calibration and not self._looks:
+            raise ConfigError(
+                f"quantize.calibration: neither the method {self.method} nor ranges or smoothing look at texts: "
+                "leave it out"
+            )
         for text in self.overrides:
             parse_override(text, self)
 
+    def _check_activations(self) -> None:
+        """Refuse options of activations that are out of range, or say nothing."""
+        if self.activations not in ACTIVATIONS:
+            raise ConfigError(
+                f"quantize.activations: expected one of {', '.join(ACTIVATIONS)}, got {self.activations!r}"
+            )
+        if self.ranges not in RANGES:
+            raise ConfigError(f"quantize.ranges: expected one of {', '.join(RANGES)}, got {self.ranges!r}")
+        if not 0 <= self.smooth <= 1:
+            raise ConfigError(f"quantize.smooth: expected 0 (off) to 1, got {self.smooth}")
+        if self.activations == "none":
+            for name, value, usual in (("ranges", self.ranges, "minmax"), ("smooth", self.smooth, 0.0)):
+                if value != usual:
+                    raise ConfigError(
+                        f"quantize.{name} is for rounded activations: set quantize.activations, or leave it out"
+                    )
+        elif self.bits != 8 or not self.symmetric or self.method != "rtn":
+            raise ConfigError(
+                f"quantize.activations={self.activations} takes symmetric 8-bit layers that are rounded to nearest: "
+                "use --bits 8, no zero points and no other method"
+            )
+        if self.ranges != "minmax" and self.activations != "static":
+            raise ConfigError("quantize.ranges is for static activations: dynamic ones take the range of every run")
+
+    @property
+    def _looks(self) -> bool:
+        """Say whether texts are looked at."""
+        return self.method not in WITHOUT_DATA or self.activations == "static" or self.smooth > 0
+
     def reads(self) -> Json:
         """Return the contents this stage depends on besides the model: its key changes with them."""
-        if self.method == "rtn":
-            return {}
-        from edgepipe.quantizers.choose import versions_of
-        from edgepipe.quantizers.texts import fingerprint
+        found: Json = {}
+        if self.method != "rtn":
+            from edgepipe.quantizers.choose import versions_of
 
-        texts = {} if self.method in WITHOUT_DATA else fingerprint(self._texts())
-        return {"versions": versions_of(self.method), **texts}
+            found["versions"] = versions_of(self.method)
+        if self._looks:
+            from edgepipe.quantizers.texts import fingerprint
+
+            found |= fingerprint(self._texts())
+        return found
 
     def check(self, model: TorchModel) -> None:
         """Refuse overrides that match no tensor, and a method that can't work here or on this model."""
@@ -83,10 +125,15 @@ class Quantize:
         unmatched = sorted(p for p in patterns if not any(fnmatch.fnmatchcase(name, p) for name in model.weights))
         if unmatched:
             raise ConfigError(f"quantize.overrides: no tensor matches {', '.join(unmatched)}")
+        if self._looks:
+            from edgepipe.quantizers.texts import check_calibration
+
+            check_calibration(model.info, self._texts())
 
     def __call__(self, model: TorchModel, ctx: Context) -> TorchModel:
         """Return the model with every matrix on the grid the plan gives it; values are computed when they are read."""
         self.check(model)
+        scales, activations = self._activations(model, ctx)
         changed: dict[str, Weight] = {}
         grids: dict[str, Grid] = {}
         imported = narrower = 0
@@ -97,7 +144,7 @@ class Quantize:
                 imported += 1
                 narrower += GRIDS[weight.grid or ""].width < grid.bits
             elif grid.bits < 16 and len(weight.shape) == 2 and not _is_vector(weight):
-                changed[name] = _on_grid(weight, grid)
+                changed[name] = _on_grid(weight, grid, scales.get(name))
                 grids[name] = grid
             else:
                 changed[name] = _as_float(weight)
@@ -106,7 +153,33 @@ class Quantize:
             ctx.note(f"{imported} tensors kept the grid they came on, exactly")
         if narrower:
             ctx.note(f"{narrower} of them came on fewer bits than were asked for: more would bring nothing back")
-        return dataclasses.replace(model, weights=model.weights.replace(changed))
+        return dataclasses.replace(model, weights=model.weights.replace(changed), activations=activations)
+
+    def _activations(self, model: TorchModel, ctx: Context) -> tuple[dict[str, np.ndarray], ActivationPlan | None]:
+        """Return the column scales of matrices that are smoothed, and the plan of what they read."""
+        if self.activations == "none":
+            return {}, None
+        kind: Literal["dynamic", "static"] = "static" if self.activations == "static" else "dynamic"
+        if not self._looks:
+            return {}, ActivationPlan(kind=kind)
+        from edgepipe.quantizers.modules import module_of
+        from edgepipe.quantizers.texts import DEFAULT_SET, batches
+
+        module = module_of(model) if self.smooth or self.calibration == "self" else None
+        found = batches(model, self._texts(), seed=ctx.seed, module=module, progress=ctx.progress)
+        scales: dict[str, np.ndarray] = {}
+        if self.smooth:
+            from edgepipe.quantizers.smoothquant import smoothing_scales
+
+            grids = {name: self.plan(model.weights[name], model.info.embeddings) for name in model.weights}
+            whole = [n for n, grid in grids.items() if grid.group == 0 and not self._keeps(model.weights[n], grid)]
+            scales = smoothing_scales(module, model.weights, whole, found, self.smooth)
+            ctx.note(f"{len(scales)} matrices smoothed with α = {self.smooth:g}")
+        if kind == "dynamic":
+            return scales, ActivationPlan(kind=kind)
+        kept = tuple({key: array for key, array in _arrays(batch) if array is not None} for batch in found)
+        name = self.calibration or DEFAULT_SET
+        return scales, ActivationPlan(kind=kind, ranges=self.ranges, calibration=name, batches=kept)
 
     def _texts(self) -> Calibration:
         """Return what the method looks at."""
@@ -140,7 +213,8 @@ class Quantize:
         if weight.name in embeddings:
             bits = self.embedding_bits or (16 if self.bits == 16 else 8)
             bits = bits if 2 * weight.shape[-1] >= self.group else 16
-        grid = Grid(bits=bits, group=self.group, symmetric=self.symmetric)
+        whole = self.activations != "none" and weight.name not in embeddings and bits == 8
+        grid = Grid(bits=bits, group=0 if whole else self.group, symmetric=self.symmetric)
         for text in self.overrides:
             pattern, chosen = parse_override(text, self)
             if fnmatch.fnmatchcase(weight.name, pattern):
@@ -169,17 +243,22 @@ def parse_override(text: str, defaults: Quantize) -> tuple[str, Grid]:
     return pattern, grid
 
 
-def _on_grid(weight: Weight, grid: Grid) -> Weight:
-    """Return a weight whose value is rounded to nearest when it is read."""
+def _on_grid(weight: Weight, grid: Grid, column_scale: np.ndarray | None = None) -> Weight:
+    """Return a weight whose value is rounded to nearest when it is read, smoothed by `column_scale` [in] if given."""
     out, n_in = weight.shape
 
     def load() -> QuantizedTensor:
+        value = _floats(weight)
+        if column_scale is not None:
+            value = smoothed(value, column_scale)
         try:
-            return round_to_nearest(_floats(weight), bits=grid.bits, group=grid.group, symmetric=grid.symmetric)
+            rounded = round_to_nearest(value, bits=grid.bits, group=grid.group, symmetric=grid.symmetric)
+            return dataclasses.replace(rounded, column_scale=column_scale)
         except ValueError as error:
             raise StageError(f"{weight.name} cannot be quantized: {error}") from error
 
     nbytes = quantized_nbytes((out, n_in), bits=grid.bits, group=grid.group, offset_bytes=0 if grid.symmetric else 1)
+    nbytes += 0 if column_scale is None else column_scale.nbytes
     return dataclasses.replace(weight, dtype=f"q{grid.bits}", nbytes=nbytes, load=load, grid="rtn")
 
 
@@ -188,6 +267,11 @@ def _held(weight: Weight, value: QuantizedTensor) -> Weight:
     return dataclasses.replace(
         weight, dtype=f"q{value.bits}", nbytes=value.nbytes, load=lambda: value, grid=value.source_grid
     )
+
+
+def _arrays(batch: Batch) -> list[tuple[str, np.ndarray | None]]:
+    """Return the arrays of a batch by name."""
+    return [(field.name, getattr(batch, field.name)) for field in dataclasses.fields(batch)]
 
 
 def _as_float(weight: Weight) -> Weight:

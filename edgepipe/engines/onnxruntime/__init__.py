@@ -21,6 +21,7 @@ from edgepipe.artifacts import OnnxModel
 from edgepipe.engines.onnxruntime.fuse_attention import fuse_attention
 from edgepipe.engines.onnxruntime.fuse_norms import fuse_norms
 from edgepipe.engines.onnxruntime.fuse_reading import fuse_reading
+from edgepipe.engines.onnxruntime.integer_products import Arithmetic, Range, integer_products
 from edgepipe.engines.onnxruntime.join_projections import join_projections
 from edgepipe.engines.onnxruntime.place_weights import place_weights
 from edgepipe.engines.onnxruntime.planned import FILE_NAME, WeightsFile
@@ -34,24 +35,32 @@ _OPSETS = {"": 23, "com.microsoft": 1}
 
 
 def lower(
-    model: OnnxModel, *, accuracy_level: int, cache_dtype: str = "float32"
+    model: OnnxModel,
+    *,
+    accuracy_level: int,
+    cache_dtype: str = "float32",
+    exact: bool = False,
+    ranges: Mapping[str, Mapping[str, Range]] | None = None,
+    file: WeightsFile | None = None,
 ) -> tuple[dict[str, bytes], WeightsFile]:
     """Return the lowered graphs by name and the layout of the weights they share; nothing is written.
 
     `accuracy_level` is MatMulNBits': 0 computes in float32, 4 multiplies int8 activations. `cache_dtype` is what
-    keys and values are kept in where the cache is preallocated: "float32" or "float16".
+    keys and values are kept in where the cache is preallocated: "float32" or "float16". `exact` multiplies in float
+    what the model's plan multiplies as integers; `ranges` are those of static activations: graph → input → range.
+    `file` is the layout of an earlier lowering of the same model, whose weights these graphs share.
     """
     preallocated = "ends" not in model.spec
     built = preallocated or is_student(model.info.config)  # by edgepipe's own builders, in forms the passes know
     if preallocated:
         _check_head_size(model)
-    file = WeightsFile()
+    file = WeightsFile() if file is None else file
     graphs = {}
     for name, portable in model.graphs.items():
         source = ir.from_proto(onnx.load_model_from_string(portable))
         graph = source.graph
-        # Over many rows a call's own cost is nothing, and the Split copies: apart, a student's encoder takes 2–4 % less
-        if not (built and name in _WHOLE_TEXT):
+        # Over many rows a call's own cost is nothing, and the Split copies: apart, an encoder takes 2–4 % less
+        if name not in _WHOLE_TEXT:
             join_projections(graph, model.weights)
         if built:
             fuse_reading(graph)
@@ -60,6 +69,9 @@ def lower(
             fuse_attention(graph, model.spec, CACHE_DTYPES[cache_dtype])
         if built:
             fuse_norms(graph)
+        if model.activations is not None:
+            kind = "exact" if exact else model.activations.kind
+            integer_products(graph, model.weights, file, Arithmetic(kind=kind, ranges=(ranges or {}).get(name, {})))
         place_weights(graph, model.weights, file, accuracy_level, many_rows=name in _WHOLE_TEXT)
         _drop_unused(graph, inputs=cached)
         graph.opset_imports.update(_OPSETS)

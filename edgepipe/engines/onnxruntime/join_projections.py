@@ -9,6 +9,7 @@ do weights that are multiplied as stored (GPT-2) and products that are the graph
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 
 import numpy as np
@@ -47,6 +48,8 @@ def grid_kind(weights: WeightStore, name: str) -> tuple[str, int, int, int]:
     value = weights.load(name)
     assert isinstance(value, QuantizedTensor)
     offset = "z" if value.zero_points is not None else "m" if value.minima is not None else ""
+    if value.column_scale is not None:  # what is read is multiplied by them: all must have the same
+        offset += hashlib.sha256(np.asarray(value.column_scale).tobytes()).hexdigest()
     return value.scale.dtype.name + offset, value.bits, value.group, middle_code(value)
 
 

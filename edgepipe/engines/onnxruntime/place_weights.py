@@ -26,23 +26,31 @@ import onnx_ir as ir
 
 from edgepipe.artifacts import QuantizedTensor
 from edgepipe.engines.onnxruntime.names import is_transposed, weight_parts
-from edgepipe.engines.onnxruntime.planned import PlannedTensor, WeightsFile, middle_code, plan_float, plan_part
+from edgepipe.engines.onnxruntime.planned import (
+    PlannedTensor,
+    WeightsFile,
+    middle_code,
+    plan_columns,
+    plan_float,
+    plan_part,
+)
 from edgepipe.engines.onnxruntime.two_parts import pads, rank, split_groups, split_in_two, sum_of_two
 from edgepipe.weights import WeightStore
 
 _MICROSOFT = "com.microsoft"
+_LEAST_BLOCK = 16  # of MatMulNBits and GatherBlockQuantized, whose blocks are powers of two
 _INT8 = 4  # MatMulNBits' accuracy level: activations are rounded to int8 per group
 
 
 @dataclass(slots=True, kw_only=True)
-class _Lowering:
-    """Hold what one run of the pass needs."""
+class Lowering:
+    """Hold what one run of a pass that places weights needs."""
 
     graph: ir.Graph
     weights: WeightStore
     file: WeightsFile
-    accuracy_level: int
-    many_rows: bool
+    accuracy_level: int = 0
+    many_rows: bool = False
     group_sums: dict[tuple[ir.Value, int], ir.Value] = field(default_factory=dict)
     two_parts: dict[tuple[ir.Value, int], ir.Value] = field(default_factory=dict)
 
@@ -75,7 +83,7 @@ def place_weights(
     `many_rows` is for a graph that always runs a whole text (an encoder): its 8-bit products are five times as fast on
     decoded weights, which cost four times their bytes in memory and none in the file.
     """
-    low = _Lowering(graph=graph, weights=weights, file=file, accuracy_level=accuracy_level, many_rows=many_rows)
+    low = Lowering(graph=graph, weights=weights, file=file, accuracy_level=accuracy_level, many_rows=many_rows)
     for node in list(graph):
         if node.op_type == "MatMul" and is_transposed(node.inputs[1]):
             _lower_matmul(low, node)
@@ -91,19 +99,21 @@ def _parts(node: ir.Node, index: int) -> tuple[str, ...]:
     return weight_parts(value) if value is not None else ()
 
 
-def _emit(low: _Lowering, before: ir.Node, nodes: list[ir.Node]) -> ir.Value:
+def emit(low: Lowering, before: ir.Node, nodes: list[ir.Node]) -> ir.Value:
     """Insert nodes before another and return the last one's first output."""
     low.graph.insert_before(before, nodes)
     return nodes[-1].outputs[0]
 
 
-def _float32(low: _Lowering, before: ir.Node, value: ir.Value) -> ir.Value:
+def widened(low: Lowering, before: ir.Node, value: ir.Value) -> ir.Value:
+    """Return a float value as float32."""
     if value.dtype == ir.DataType.FLOAT:
         return value
-    return _emit(low, before, [ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)})])
+    return emit(low, before, [ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)})])
 
 
-def _replace(low: _Lowering, node: ir.Node, value: ir.Value) -> None:
+def replace_node(low: Lowering, node: ir.Node, value: ir.Value) -> None:
+    """Let `value` stand for the node's first output, under its name, and remove the node."""
     node.outputs[0].replace_all_uses_with(value, replace_graph_outputs=True)
     if node.outputs[0].name and value.name != node.outputs[0].name:
         value.name, node.outputs[0].name = node.outputs[0].name, None
@@ -111,25 +121,24 @@ def _replace(low: _Lowering, node: ir.Node, value: ir.Value) -> None:
     low.graph.remove([node], safe=True)
 
 
-def _lower_matmul(low: _Lowering, node: ir.Node) -> None:
+def _lower_matmul(low: Lowering, node: ir.Node) -> None:
     names = _parts(node, 1)
     x = node.inputs[0]
     assert x is not None
     sample = low.weights.load(names[0])
-    decoded = low.many_rows and isinstance(sample, QuantizedTensor) and sample.bits == 8 and low.accuracy_level != _INT8
-    if decoded or not isinstance(sample, QuantizedTensor):
+    if not isinstance(sample, QuantizedTensor) or _is_decoded(low, sample):
         weight = _whole(low, node, names)
         product = ir.node("FusedMatMul", [x, weight], {"transB": 1}, domain=_MICROSOFT)
-        _replace(low, node, _emit(low, node, [product]))
+        replace_node(low, node, emit(low, node, [product]))
         return
     rows = sum(low.weights[n].shape[0] for n in names)
     codes = plan_part(low.weights, names, "codes", sample)
     blob = sample.group * sample.bits // 8
-    scale = _float32(low, node, low.initializer(plan_part(low.weights, names, "scale", sample)))
+    scale = widened(low, node, low.initializer(plan_part(low.weights, names, "scale", sample)))
     zeros = None
     if sample.zero_points is not None:
         zeros = low.initializer(plan_part(low.weights, names, "zero_points", sample))
-    bias = _take_bias(low, node)
+    bias = take_bias(low, node)
     slow = sample.bits == 8 or (sample.bits == 2 and not low.many_rows)  # decoded whole at every call, in float32
     in_two = slow and low.accuracy_level != _INT8
     operand = _two_parts(low, node, x, sample) if in_two else x
@@ -145,17 +154,27 @@ def _lower_matmul(low: _Lowering, node: ir.Node) -> None:
         },
         domain=_MICROSOFT,
     )
-    y = _emit(low, node, [product])
+    y = emit(low, node, [product])
     if in_two:
-        y = _emit(low, node, [sum_of_two(y, low.constant)])
+        y = emit(low, node, [sum_of_two(y, low.constant)])
         if bias is not None:  # the kernel would add it to both parts
-            y = _emit(low, node, [ir.node("Add", [y, bias])])
+            y = emit(low, node, [ir.node("Add", [y, bias])])
     if sample.minima is not None:
         y = _add_minima(low, node, y, scale, names, sample)
-    _replace(low, node, y)
+    replace_node(low, node, y)
 
 
-def _take_bias(low: _Lowering, node: ir.Node) -> ir.Value | None:
+def _is_decoded(low: Lowering, value: QuantizedTensor) -> bool:
+    """Say whether a matrix is multiplied as floats: MatMulNBits would be slower, or takes no such groups."""
+    return not _in_blocks(value) or (low.many_rows and value.bits == 8 and low.accuracy_level != _INT8)
+
+
+def _in_blocks(value: QuantizedTensor) -> bool:
+    """Say whether kernels take a tensor's groups; whole rows are taken by integer products, or decoded."""
+    return value.group >= _LEAST_BLOCK and value.group & (value.group - 1) == 0
+
+
+def take_bias(low: Lowering, node: ir.Node) -> ir.Value | None:
     """Move the bias that follows a MatMul into it: the kernel adds it for nothing, the node is the sum then."""
     users = node.outputs[0].consumers()
     if len(users) != 1 or users[0].op_type != "Add" or node.outputs[0].is_graph_output():
@@ -164,7 +183,7 @@ def _take_bias(low: _Lowering, node: ir.Node) -> ir.Value | None:
     parts = _parts(add, 1)
     if not parts or any(len(low.weights[name].shape) != 1 for name in parts):
         return None
-    bias = _float32(low, node, low.initializer(plan_float(low.weights, parts)))
+    bias = widened(low, node, low.initializer(plan_float(low.weights, parts)))
     total, product = add.outputs[0], node.outputs[0]
     total.replace_all_uses_with(product, replace_graph_outputs=True)
     product.name, total.name = total.name, None
@@ -174,31 +193,31 @@ def _take_bias(low: _Lowering, node: ir.Node) -> ir.Value | None:
 
 
 def _add_minima(
-    low: _Lowering, node: ir.Node, y: ir.Value, scale: ir.Value, names: tuple[str, ...], sample: QuantizedTensor
+    low: Lowering, node: ir.Node, y: ir.Value, scale: ir.Value, names: tuple[str, ...], sample: QuantizedTensor
 ) -> ir.Value:
     """Add groupsum(x) · (minima + middle·scale)ᵀ to the symmetric product `y`."""
     x = node.inputs[0]
     assert x is not None
     middle = low.constant(np.array(middle_code(sample), np.float32), f"middle_{middle_code(sample)}")
-    minima = _float32(low, node, low.initializer(plan_part(low.weights, names, "minima", sample)))
+    minima = widened(low, node, low.initializer(plan_part(low.weights, names, "minima", sample)))
     shift = ir.node("Mul", [scale, middle])
     offset = ir.node("Add", [minima, shift.outputs[0]])
     low.graph.insert_before(node, [shift, offset])
     product = ir.node(
         "FusedMatMul", [_group_sums(low, node, x, sample), offset.outputs[0]], {"transB": 1}, domain=_MICROSOFT
     )
-    return _emit(low, node, [product, ir.node("Add", [y, product.outputs[0]])])
+    return emit(low, node, [product, ir.node("Add", [y, product.outputs[0]])])
 
 
-def _two_parts(low: _Lowering, node: ir.Node, x: ir.Value, sample: QuantizedTensor) -> ir.Value:
+def _two_parts(low: Lowering, node: ir.Node, x: ir.Value, sample: QuantizedTensor) -> ir.Value:
     """Split x [B, S, in] into two int8 parts → [2, B, S, in], once for all weights with groups of one size."""
     key = (x, sample.group)
     if key not in low.two_parts:
-        low.two_parts[key] = _emit(low, node, split_in_two(x, sample.shape[1], sample.group, low.constant))
+        low.two_parts[key] = emit(low, node, split_in_two(x, sample.shape[1], sample.group, low.constant))
     return low.two_parts[key]
 
 
-def _group_sums(low: _Lowering, node: ir.Node, x: ir.Value, sample: QuantizedTensor) -> ir.Value:
+def _group_sums(low: Lowering, node: ir.Node, x: ir.Value, sample: QuantizedTensor) -> ir.Value:
     """Sum x [B, S, in] over groups → [B, S, groups]; computed once for all weights that read x."""
     key = (x, sample.group)
     if key not in low.group_sums:
@@ -211,17 +230,17 @@ def _group_sums(low: _Lowering, node: ir.Node, x: ir.Value, sample: QuantizedTen
         nodes.append(ir.node("Reshape", [nodes[-1].outputs[0] if nodes else x, dims]))
         axis = low.constant(np.array([-1], np.int64), "last_axis")
         nodes.append(ir.node("ReduceSum", [nodes[-1].outputs[0], axis], {"keepdims": 0}))
-        low.group_sums[key] = _emit(low, node, nodes)
+        low.group_sums[key] = emit(low, node, nodes)
     return low.group_sums[key]
 
 
-def _lower_gather(low: _Lowering, node: ir.Node) -> None:
+def _lower_gather(low: Lowering, node: ir.Node) -> None:
     ids = node.inputs[1]
     assert ids is not None
-    _replace(low, node, _gathered(low, node, _parts(node, 0), ids))
+    replace_node(low, node, _gathered(low, node, _parts(node, 0), ids))
 
 
-def _whole(low: _Lowering, before: ir.Node, names: tuple[str, ...]) -> ir.Value:
+def _whole(low: Lowering, before: ir.Node, names: tuple[str, ...]) -> ir.Value:
     """Return whole weights, joined along their rows, as float32.
 
     8-bit codes become DequantizeLinear, which the engine folds when it loads if the session asks for it; others, which
@@ -229,57 +248,61 @@ def _whole(low: _Lowering, before: ir.Node, names: tuple[str, ...]) -> ir.Value:
     """
     sample = low.weights.load(names[0])
     if not isinstance(sample, QuantizedTensor):
-        return _float32(low, before, low.initializer(plan_float(low.weights, names)))
+        return widened(low, before, low.initializer(plan_float(low.weights, names)))
 
     rows = sum(low.weights[name].shape[0] for name in names)
-    if sample.bits != 8 or sample.minima is not None:
+    if sample.bits != 8 or sample.minima is not None:  # always in blocks
         return _gathered(low, before, names, low.constant(np.arange(rows, dtype=np.int64), f"rows_{rows}"))
     codes = low.initializer(plan_part(low.weights, names, "codes", sample))
-    scale = _float32(low, before, low.initializer(plan_part(low.weights, names, "scale", sample)))
+    scale = widened(low, before, low.initializer(plan_part(low.weights, names, "scale", sample)))
     if sample.zero_points is None:
         dims = low.constant(np.array([rows, sample.groups], np.int64), f"shape_{rows}x{sample.groups}")
         middle = ir.tensor(np.array([middle_code(sample)], np.uint8))
-        zeros = _emit(low, before, [ir.node("ConstantOfShape", [dims], {"value": middle})])
+        zeros = emit(low, before, [ir.node("ConstantOfShape", [dims], {"value": middle})])
     else:
         zeros = low.initializer(plan_part(low.weights, names, "zero_points", sample))
-    x = _emit(
-        low, before, [ir.node("DequantizeLinear", [codes, scale, zeros], {"axis": 1, "block_size": sample.group})]
-    )
-    return _cut(low, before, x, sample)
+    x = emit(low, before, [ir.node("DequantizeLinear", [codes, scale, zeros], {"axis": 1, "block_size": sample.group})])
+    x = _cut(low, before, x, sample)
+    if sample.column_scale is None:
+        return x
+    columns = widened(low, before, low.initializer(plan_columns(low.weights, names[0], sample)))
+    return emit(low, before, [ir.node("Mul", [x, columns])])
 
 
-def _gathered(low: _Lowering, before: ir.Node, names: tuple[str, ...], ids: ir.Value) -> ir.Value:
+def _gathered(low: Lowering, before: ir.Node, names: tuple[str, ...], ids: ir.Value) -> ir.Value:
     """Return the rows `ids` of weights joined along their rows as float32 [..., width], computed before a node."""
     value = low.weights.load(names[0])
     if not isinstance(value, QuantizedTensor):
         table = low.initializer(plan_float(low.weights, names))
-        gathered = _emit(low, before, [ir.node("Gather", [table, ids])])
+        gathered = emit(low, before, [ir.node("Gather", [table, ids])])
         gathered.type = table.type
-        return _float32(low, before, gathered)
+        return widened(low, before, gathered)
+    if not _in_blocks(value):
+        return emit(low, before, [ir.node("Gather", [_whole(low, before, names), ids])])
     codes = plan_part(low.weights, names, "codes", value)
-    scale = _float32(low, before, low.initializer(plan_part(low.weights, names, "scale", value)))
+    scale = widened(low, before, low.initializer(plan_part(low.weights, names, "scale", value)))
     zeros = None
     if value.zero_points is not None:
         zeros = low.initializer(plan_part(low.weights, names, "zero_points", value))
     attributes = {"bits": value.bits, "block_size": value.group, "gather_axis": 0, "quantize_axis": 1}
     rows = ir.node("GatherBlockQuantized", [low.initializer(codes), ids, scale, zeros], attributes, domain=_MICROSOFT)
-    x = _emit(low, before, [rows])
+    x = emit(low, before, [rows])
     if value.minima is not None:
         minima = low.initializer(plan_part(low.weights, names, "minima", value))
-        x = _gather_minima(low, before, x, ids, (scale, _float32(low, before, minima)), value)
+        x = _gather_minima(low, before, x, ids, (scale, widened(low, before, minima)), value)
     return _cut(low, before, x, value)
 
 
-def _cut(low: _Lowering, before: ir.Node, x: ir.Value, value: QuantizedTensor) -> ir.Value:
+def _cut(low: Lowering, before: ir.Node, x: ir.Value, value: QuantizedTensor) -> ir.Value:
     """Return x [..., groups · group] without what pads its rows to whole groups."""
     if value.shape[1] % value.group == 0:
         return x
     bounds = [low.constant(np.array([v], np.int64), f"int_{v}") for v in (0, value.shape[1], -1)]
-    return _emit(low, before, [ir.node("Slice", [x, *bounds])])
+    return emit(low, before, [ir.node("Slice", [x, *bounds])])
 
 
 def _gather_minima(
-    low: _Lowering,
+    low: Lowering,
     before: ir.Node,
     x: ir.Value,
     ids: ir.Value,
@@ -300,12 +323,12 @@ def _gather_minima(
     column = ir.node("Unsqueeze", [picked.outputs[0], last])
     blocks = ir.node("Reshape", [x, split])
     added = ir.node("Add", [blocks.outputs[0], column.outputs[0]])
-    return _emit(
+    return emit(
         low, before, [shift, offset, picked, column, blocks, added, ir.node("Reshape", [added.outputs[0], whole])]
     )
 
 
-def _lower_rest(low: _Lowering, value: ir.Value) -> None:
+def _lower_rest(low: Lowering, value: ir.Value) -> None:
     """Turn the weights that are left (norms, biases, tables) into initializers, and drop inputs nobody reads any more.
 
     A quantized table that is added or sliced as a whole is decoded whole.
@@ -315,6 +338,6 @@ def _lower_rest(low: _Lowering, value: ir.Value) -> None:
         before = next(iter(low.graph))  # a branch or loop may be the only reader, and sees what stands before it
         whole = _whole(low, before, names)
         if is_transposed(value):
-            whole = _emit(low, before, [ir.node("Transpose", [whole], {"perm": [1, 0]})])
+            whole = emit(low, before, [ir.node("Transpose", [whole], {"perm": [1, 0]})])
         value.replace_all_uses_with(whole)
     low.graph.inputs.remove(value)

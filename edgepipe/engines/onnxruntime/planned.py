@@ -32,6 +32,7 @@ _DTYPES: dict[str, ir.DataType] = {
     "float16": ir.DataType.FLOAT16,
     "bfloat16": ir.DataType.BFLOAT16,
     "uint8": ir.DataType.UINT8,
+    "int8": ir.DataType.INT8,
 }
 
 
@@ -100,6 +101,32 @@ def plan_part(weights: WeightStore, names: Sequence[str], part: str, sample: Qua
 
     name = f"{'+'.join(names)}:{part}"
     return PlannedTensor(name=name, shape=(rows, *example.shape[1:]), dtype=example.dtype.name, load=load)
+
+
+def plan_integers(weights: WeightStore, names: Sequence[str], sample: QuantizedTensor) -> PlannedTensor:
+    """Plan the int8 matrix [in, out] of weights with one scale a row, joined along their rows: code − 128."""
+    names = [weights[n].name for n in names]
+
+    def load() -> np.ndarray:
+        values = [weights.load(n) for n in names]
+        codes = np.concatenate([np.asarray(v.codes) for v in values if isinstance(v, QuantizedTensor)])
+        return (codes ^ np.uint8(128)).view(np.int8).T
+
+    shape = (sample.shape[1], sum(weights[n].shape[0] for n in names))
+    return PlannedTensor(name=f"{'+'.join(names)}:integers", shape=shape, dtype="int8", load=load)
+
+
+def plan_columns(weights: WeightStore, name: str, sample: QuantizedTensor) -> PlannedTensor:
+    """Plan the column scales [in] of a weight, which all weights share that read the same value."""
+    name = weights[name].name
+
+    def load() -> np.ndarray:
+        value = weights.load(name)
+        assert isinstance(value, QuantizedTensor)
+        assert value.column_scale is not None
+        return np.asarray(value.column_scale)
+
+    return PlannedTensor(name=f"{name}:column_scale", shape=(sample.shape[1],), dtype="float16", load=load)
 
 
 class WeightsFile:
