@@ -347,3 +347,40 @@ def cut_naively(weight: np.ndarray, gram: np.ndarray, bits: int, group: int, sym
                 if lost < least * (1 - 1e-6):
                     least, values[row, start : start + group] = lost, points
     return values
+
+
+def integer_product_naively(
+    x: np.ndarray,
+    weight: QuantizedTensor,
+    bias: np.ndarray | None = None,
+    observed: tuple[float, float] | None = None,
+) -> np.ndarray:
+    """Multiply x [..., in] by a matrix with one scale a row, both in 8 bits: sums of integers, scaled once at the end.
+
+    x is rounded to uint8 within the range `observed`, or its own where there is none. → [..., out] float64
+    """
+    rows = x.reshape(-1, x.shape[-1]).astype(np.float32)
+    if weight.column_scale is not None:
+        rows = rows * weight.column_scale.astype(np.float32)
+    low, high = (float(rows.min()), float(rows.max())) if observed is None else observed
+    low, high = min(low, 0.0), max(high, 0.0)
+    step = np.float32((high - low) / 255) or np.float32(1)
+    zero = min(max(int(np.rint(np.float32(-low) / step)), 0), 255)
+    out = np.zeros((len(rows), weight.shape[0]))
+    for r, row in enumerate(rows):
+        codes = [min(max(int(np.rint(value / step)) + zero, 0), 255) for value in row]
+        for o in range(weight.shape[0]):
+            total = sum((code - zero) * (int(w) - 128) for code, w in zip(codes, weight.codes[o], strict=True))
+            out[r, o] = total * float(step) * float(weight.scale[o, 0])
+    return (out if bias is None else out + bias).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def column_scales_naively(activations: np.ndarray, weights: Sequence[np.ndarray], alpha: float) -> np.ndarray:
+    """Return 1/s for every channel j, s = max|x_j|^α / max|w_j|^(1−α) over all the matrices that read it."""
+    scales = np.ones(len(activations), np.float16)
+    for j, reached in enumerate(activations):
+        largest = max(abs(float(w[o, j])) for w in weights for o in range(len(w)))
+        if reached > 0 and largest > 0:
+            factor = max(float(reached), 1e-5) ** alpha / max(largest, 1e-5) ** (1 - alpha)
+            scales[j] = min(max(1 / factor, 2.0**-12), 2.0**12)
+    return scales

@@ -233,3 +233,15 @@ def test_small_weights_lose_no_more_than_large_ones(deviation: float) -> None:
     weight = deviation * np.random.default_rng(5).standard_normal((64, 128)).astype(np.float32)
     tensor = round_to_nearest(weight, bits=8, group=32, symmetric=True)
     assert np.sqrt(np.square(dequantize(tensor) - weight).mean()) < 0.009 * deviation
+
+
+@pytest.mark.parametrize(("columns", "bits"), [(7, 8), (96, 8), (6, 4), (7, 4)])
+def test_whole_rows_share_a_scale(columns: int, bits: int) -> None:
+    weight = np.random.default_rng(columns).standard_normal((5, columns)).astype(np.float32)
+    value = round_to_nearest(weight, bits=bits, group=0, symmetric=True)
+    expected = round_naively(weight, bits, value.group, True)
+    assert value.scale.shape == (5, 1)
+    np.testing.assert_array_equal(unpack(value.codes, bits), expected.codes)
+    np.testing.assert_array_equal(value.scale, expected.scale)
+    assert value.nbytes == quantized_nbytes((5, columns), bits=bits, group=0)
+    assert value.has_integer_rows == (bits == 8)
