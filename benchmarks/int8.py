@@ -69,21 +69,22 @@ class Arm:
     options: dict[str, object] | None = field(default_factory=dict)
 
 
-def _arm(name: str, activations: str, **options: object) -> Arm:
-    return Arm(name=name, layers="8-bit, a scale a row", activations=activations, options={"bits": 8, **options})
+def _arm(name: str, shown: str, kind: str, more: dict[str, object] | None = None) -> Arm:
+    options = {"bits": 8, "activations": kind, **(more or {})}
+    return Arm(name=name, layers="8-bit, a scale a row", activations=shown, options=options)
 
 
 ARMS = (
     Arm(name="float32", layers="float32", activations="float32", options=None),
     Arm(name="weights", layers="8-bit, groups of 32", activations="float32", options={"bits": 8}),
-    _arm("dynamic", "8-bit dynamic", activations="dynamic"),
-    _arm("static", "8-bit static, min-max", activations="static"),
-    _arm("percentile", "8-bit static, percentile", activations="static", ranges="percentile"),
-    _arm("entropy", "8-bit static, entropy", activations="static", ranges="entropy"),
-    _arm("smooth-0.5", "8-bit static, SmoothQuant 0.5", activations="static", smooth=0.5),
-    _arm("smooth-0.7", "8-bit static, SmoothQuant 0.7", activations="static", smooth=0.7),
-    _arm("smooth-0.9", "8-bit static, SmoothQuant 0.9", activations="static", smooth=0.9),
-    _arm("smooth-dynamic", "8-bit dynamic, SmoothQuant 0.7", activations="dynamic", smooth=0.7),
+    _arm("dynamic", "8-bit dynamic", "dynamic"),
+    _arm("static", "8-bit static, min-max", "static"),
+    _arm("percentile", "8-bit static, percentile", "static", {"ranges": "percentile"}),
+    _arm("entropy", "8-bit static, entropy", "static", {"ranges": "entropy"}),
+    _arm("smooth-0.5", "8-bit static, SmoothQuant 0.5", "static", {"smooth": 0.5}),
+    _arm("smooth-0.7", "8-bit static, SmoothQuant 0.7", "static", {"smooth": 0.7}),
+    _arm("smooth-0.9", "8-bit static, SmoothQuant 0.9", "static", {"smooth": 0.9}),
+    _arm("smooth-dynamic", "8-bit dynamic, SmoothQuant 0.7", "dynamic", {"smooth": 0.7}),
     Arm(name=PEER, layers="8-bit, one scale", activations="8-bit dynamic, by onnxruntime's quantize_dynamic"),
 )
 TIMED = ("float32", "weights", "dynamic", "static", "smooth-0.9", PEER)
@@ -276,8 +277,8 @@ def page_section(result: Json) -> str:
         f"{result['model']} on {rows['float32']['spearman']['count']} pairs of `{result['data']['name']}`, 95 % "
         f"intervals by bootstrap; points are hundredths of Spearman. Speed: {ROWS} texts of {TOKENS} tokens at once, "
         f"{THREADS} thread, median of {len(timed['seconds'][PEER])} turns in which all took part, and the median over "
-        f"turns of the peer's time by ours, with its 95 % interval. Integer products in the optimized graph: {ours} in ours, "
-        f"{peers} in the peer's. {timed['machine']['cpu']}, load average {load:.1f}, "
+        f"turns of the peer's time by ours, with its 95 % interval. Integer products in the optimized graph: {ours} in "
+        f"ours, {peers} in the peer's. {timed['machine']['cpu']}, load average {load:.1f}, "
         f"onnxruntime {timed['provenance']['versions']['onnxruntime']}; "
         + ", ".join(f"{date} at `{commit}`" for date, commit in commits)
         + "."

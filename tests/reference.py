@@ -364,7 +364,7 @@ def integer_product_naively(
         rows = rows * weight.column_scale.astype(np.float32)
     low, high = (float(rows.min()), float(rows.max())) if observed is None else observed
     low, high = min(low, 0.0), max(high, 0.0)
-    step = np.float32((high - low) / 255) or np.float32(1)
+    step = np.float32(max((high - low) / 255, 1e-10))
     zero = min(max(int(np.rint(np.float32(-low) / step)), 0), 255)
     out = np.zeros((len(rows), weight.shape[0]))
     for r, row in enumerate(rows):

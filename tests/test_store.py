@@ -14,6 +14,7 @@ import pytest
 
 from edgepipe import store
 from edgepipe.artifacts import (
+    ActivationPlan,
     CompiledModel,
     Licence,
     Measured,
@@ -24,7 +25,7 @@ from edgepipe.artifacts import (
     TorchModel,
 )
 from edgepipe.errors import ContractError
-from edgepipe.numerics.grids import round_to_nearest
+from edgepipe.numerics.grids import dequantize, round_to_nearest
 from edgepipe.store import Artifact
 from edgepipe.weights import Value, Weight, WeightStore
 
@@ -183,6 +184,36 @@ def test_a_torch_model_comes_back(tmp_path: Path) -> None:
     assert (got.info, got.history) == (INFO, HISTORY)
     assert_same_weights(got.weights, model.weights)
     assert got.weights.origin == str(tmp_path / "01")
+
+
+def test_a_plan_of_activations_comes_back(tmp_path: Path) -> None:
+    """With the ids that static ranges are seen over, a batch each, and the scales of channels beside the rest."""
+    batch = {"input_ids": np.arange(12).reshape(3, 4), "attention_mask": np.ones((3, 4), np.int64)}
+    plans = (
+        ActivationPlan(kind="dynamic"),
+        ActivationPlan(
+            kind="static",
+            ranges="entropy",
+            calibration="everyday",
+            batches=(batch, {"input_ids": batch["input_ids"][:1]}),
+        ),
+    )
+    value = round_to_nearest(matrix(), bits=8, group=0, symmetric=True)
+    value = dataclasses.replace(value, column_scale=np.linspace(0.5, 2, 70).astype(np.float16))
+    weight = Weight(name="w", shape=(5, 70), dtype="q8", nbytes=value.nbytes, load=lambda: value, grid="rtn")
+    for number, plan in enumerate(plans):
+        model = TorchModel(info=INFO, weights=WeightStore({"w": weight}), activations=plan)
+        got = round_trip(model, tmp_path / f"{number}", SOURCE)
+        assert isinstance(got, TorchModel) and got.activations is not None
+        assert repr(dataclasses.replace(got.activations, batches=())) == repr(dataclasses.replace(plan, batches=()))
+        assert len(got.activations.batches) == len(plan.batches)
+        for one, other in zip(got.activations.batches, plan.batches, strict=True):
+            assert one.keys() == other.keys()
+            assert all(np.array_equal(one[key], other[key]) for key in one)
+        found = got.weights.load("w")
+        assert isinstance(found, QuantizedTensor) and found.column_scale is not None
+        np.testing.assert_array_equal(found.column_scale, np.asarray(value.column_scale))
+        np.testing.assert_array_equal(got.weights.float32("w"), dequantize(value))
 
 
 def test_an_untouched_source_is_referred_to(tmp_path: Path) -> None:

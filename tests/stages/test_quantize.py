@@ -206,6 +206,14 @@ def test_a_pattern_may_hold_an_equals_sign() -> None:
         ({"bits": 0}, "quantize.bits"),
         ({"embedding_bits": 3}, "quantize.embedding_bits: expected one of 2, 4, 8, 16, got 3"),
         ({"group": 48}, "quantize.group: expected one of 16, 32, 64, 128, got 48"),
+        ({"activations": "int8"}, "quantize.activations: expected one of none, dynamic, static, got 'int8'"),
+        ({"ranges": "max"}, "quantize.ranges: expected one of minmax, percentile, entropy, got 'max'"),
+        ({"smooth": 1.5}, r"quantize.smooth: expected 0 \(off\) to 1, got 1.5"),
+        ({"smooth": 0.5}, "quantize.smooth is for rounded activations: set quantize.activations"),
+        ({"ranges": "entropy"}, "quantize.ranges is for rounded activations"),
+        ({"activations": "static"}, "takes symmetric 8-bit layers: use --bits 8"),
+        ({"activations": "dynamic", "bits": 8, "symmetric": False}, "takes symmetric 8-bit layers"),
+        ({"activations": "dynamic", "bits": 8, "ranges": "entropy"}, "quantize.ranges is for static activations"),
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], words: str) -> None:
@@ -360,3 +368,45 @@ def test_the_key_covers_texts_and_packages(tmp_path: Path) -> None:
     assert keys[0]["sha256"] != keys[1]["sha256"]
     assert Quantize().reads() == {}
     assert set(Quantize(method="hqq").reads()) == {"versions"}
+
+
+def test_activations_decide_the_grid_of_the_layers(model: TorchModel) -> None:
+    """One scale a row for the layers, groups for embedding and head; what an override names is left to its own."""
+    options = {"bits": 8, "activations": "dynamic", "overrides": ("*.up_proj.weight=8/64", "*.down_proj.weight=4")}
+    result = Quantize(**options)(model, context(Path()))
+    assert result.activations is not None
+    assert (result.activations.kind, result.activations.batches) == ("dynamic", ())
+    whole = {name for name in matrices(result.weights) if kind_of(result.weights, name)[1] in (100, 112)}
+    assert whole == {name for name in matrices(result.weights) if "up_proj" not in name and "down_proj" not in name}
+    assert kind_of(result.weights, UP) == (8, 64, False)
+    assert kind_of(result.weights, DOWN) == (4, 32, False)
+    assert {kind_of(result.weights, name) for name in (EMBEDDING, HEAD)} == {(8, 32, False)}
+
+
+def test_static_activations_carry_what_their_ranges_are_seen_over(model: TorchModel) -> None:
+    """Smoothed matrices hold the scales of what they read, shared by those that read it, and decode to the model."""
+    stage = Quantize(bits=8, activations="static", ranges="entropy", smooth=0.5, samples=3, tokens=8)
+    result = stage(model, context(Path()))
+    plan = result.activations
+    assert plan is not None
+    assert (plan.kind, plan.ranges, plan.calibration) == ("static", "entropy", "everyday")
+    assert sum(len(batch["input_ids"]) for batch in plan.batches) == 3
+    assert {key for batch in plan.batches for key in batch} == {"input_ids", "attention_mask"}
+    names = [f"model.layers.0.self_attn.{kind}_proj.weight" for kind in "qkv"]
+    values = [result.weights.load(name) for name in (*names, UP)]
+    scales = [value.column_scale for value in values if isinstance(value, QuantizedTensor)]
+    assert scales[0] is not None and scales[3] is not None
+    assert all(np.array_equal(scale, scales[0]) for scale in scales[1:3])
+    assert not np.array_equal(scales[0], scales[3])
+    for name in (*names, UP, DOWN):
+        assert result.weights[name].nbytes == result.weights.load(name).nbytes
+        original = np.asarray(model.weights.load(name))
+        assert np.abs(result.weights.float32(name) - original).max() < 0.05 * np.abs(original).max()
+
+
+def test_texts_are_checked_before_any_work(model: TorchModel) -> None:
+    stage = Quantize(bits=8, activations="static", calibration="prose-eval")
+    for act in (lambda: stage.check(model), stage.reads):
+        with pytest.raises(ConfigError, match="prose-eval is the evaluation set prose-eval"):
+            act()
+    assert Quantize(bits=8, activations="dynamic", calibration="prose-eval").reads() == {}
