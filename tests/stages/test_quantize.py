@@ -409,4 +409,6 @@ def test_texts_are_checked_before_any_work(model: TorchModel) -> None:
     for act in (lambda: stage.check(model), stage.reads):
         with pytest.raises(ConfigError, match="prose-eval is the evaluation set prose-eval"):
             act()
-    assert Quantize(bits=8, activations="dynamic", calibration="prose-eval").reads() == {}
+    assert Quantize(bits=8, activations="dynamic").reads() == {}
+    with pytest.raises(ConfigError, match="neither the method rtn nor ranges or smoothing look at texts"):
+        Quantize(bits=8, activations="dynamic", calibration="everyday")
