@@ -66,10 +66,7 @@ class Quantize:
                 raise ConfigError(f"quantize.{name}: expected at least {least}, got {getattr(self, name)}")
         self._check_activations()
         if self.calibration and not self._looks:
-            raise ConfigError(
-                f"quantize.calibration: neither the method {self.method} nor ranges or smoothing look at texts: "
-                "leave it out"
-            )
+            raise ConfigError(f"quantize.calibration: the method {self.method} looks at no texts: leave it out")
         for text in self.overrides:
             parse_override(text, self)
 

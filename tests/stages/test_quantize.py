@@ -410,5 +410,5 @@ def test_texts_are_checked_before_any_work(model: TorchModel) -> None:
         with pytest.raises(ConfigError, match="prose-eval is the evaluation set prose-eval"):
             act()
     assert Quantize(bits=8, activations="dynamic").reads() == {}
-    with pytest.raises(ConfigError, match="neither the method rtn nor ranges or smoothing look at texts"):
+    with pytest.raises(ConfigError, match="the method rtn looks at no texts"):
         Quantize(bits=8, activations="dynamic", calibration="everyday")
