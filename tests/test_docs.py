@@ -234,10 +234,11 @@ def test_options_that_are_named_exist(page: str) -> None:
     for stage, option in _OPTION.findall(text):
         if option not in ("py", "md"):
             assert option in {o["name"] for o in stage_options_help(stage)}, f"{page}: {stage}.{option}"
-    for setting in re.findall(r"--set ([a-z]+\.[a-z_]+=[\w.\"/*\[\]=-]+)", text):
+    for bits, setting in re.findall(r"(?:--bits (\d+) )?--set ([a-z]+\.[a-z_]+=[\w.\"/*\[\]=-]+)", text):
         stage, option, value = parse_setting(setting.strip('"'))
         before = [] if stage in DEFAULT_STAGES else [stage]
-        assert resolve(target="cpu", settings=[(stage, option, value)], before=before)
+        asked = [("quantize", "bits", int(bits))] if bits else []
+        assert resolve(target="cpu", settings=[*asked, (stage, option, value)], before=before)
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -7,7 +7,7 @@ float32 rounding), and once more when other arithmetic ships (int8 activations c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -110,11 +110,15 @@ class Compile:
         from edgepipe.graph.parts import seeded_feeds
 
         exact_errors, shipped_errors = [0.0], [0.0]
+        crossed: dict[str, np.ndarray] = {}  # what an encoder gives a decoder
         for number, (name, graph) in enumerate(model.graphs.items()):
             ctx.progress(f"checking the graph {name}", number, len(model.graphs))
             feeds = seeded_feeds(model.spec["ends"][name]["inputs"], model.spec["vocab_size"], ctx.seed + 1)
-            feeds = _with_texts(feeds, model.activations)
+            feeds = _with_texts(feeds, model.activations, answers=name in ("decoder", "scorer"))
+            if model.activations is not None and model.activations.batches:
+                feeds = _with_cache(feeds, crossed, lambda given, g=graph: evaluate(g, model.weights, given))
             expected = evaluate(graph, model.weights, feeds)
+            crossed = expected if name == "encoder" else crossed
             exact_graph = path / _write_exact({name: exact[name]}, path)[name]  # beside its weights
             got = _run_graph(exact_graph, feeds)
             exact_graph.unlink()
@@ -132,8 +136,8 @@ class Compile:
         """Compare the lowered decoder, and what stands before it, with the portable graphs."""
         count = min(self.check_tokens, model.spec["context"])
         asked = _Asked.seeded(model.spec, count, ctx.seed + 1)
-        asked = replace(asked, ids=_with_texts({"input_ids": asked.ids}, model.activations)["input_ids"])
-        asked = replace(asked, sources=_with_texts(asked.sources, model.activations))
+        ids = _with_texts({"input_ids": asked.ids}, model.activations, answers=True)["input_ids"]
+        asked = replace(asked, ids=ids, sources=_with_texts(asked.sources, model.activations, answers=False))
         ctx.progress("the portable graph's logits", 0, 3)
         expected = _portable(model, asked)
         exact_graphs = _write_exact(exact, path)
@@ -186,13 +190,35 @@ def _portable(model: OnnxModel, asked: _Asked) -> list[np.ndarray]:
     return [logits, logits[0, 0, asked.tokens], *crossed.values()]
 
 
-def _with_texts(feeds: dict[str, np.ndarray], plan: ActivationPlan | None) -> dict[str, np.ndarray]:
-    """Return feeds with ids of the calibration set, where a plan has one: static ranges are those of such texts."""
+def _with_texts(feeds: dict[str, np.ndarray], plan: ActivationPlan | None, *, answers: bool) -> dict[str, np.ndarray]:
+    """Return feeds with ids of the calibration set, where a plan has one: static ranges are those of such texts.
+
+    `answers` asks for what a decoder reads: behind an encoder those are answers.
+    """
     if plan is None or not plan.batches or "input_ids" not in feeds:
         return feeds
     batch = plan.batches[-1]  # of the longest texts
-    ids = batch["input_ids"][batch["attention_mask"].astype(bool)]
-    return {**feeds, "input_ids": np.resize(ids, feeds["input_ids"].shape)}
+    own = answers and "decoder_input_ids" in batch
+    names = ("decoder_input_ids", "decoder_mask") if own else ("input_ids", "attention_mask")
+    ids, mask = (batch[name] for name in names)
+    return {**feeds, "input_ids": np.resize(ids[mask.astype(bool)], feeds["input_ids"].shape)}
+
+
+def _with_cache(
+    feeds: dict[str, np.ndarray],
+    crossed: Mapping[str, np.ndarray],
+    run: Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]],
+) -> dict[str, np.ndarray]:
+    """Return feeds with the keys and values that the model itself makes, `crossed` those of a source: seeded ones lie
+    outside of static ranges.
+    """
+    own = {name: crossed[name][:, :, : value.shape[2]] for name, value in feeds.items() if name in crossed}
+    past = {name: value for name, value in feeds.items() if name.startswith("past_")}
+    if not past:
+        return {**feeds, **own}
+    made = run({**feeds, **own, **{name: value[:, :, :0] for name, value in past.items()}})
+    own |= {name: made[name.replace("past_", "present_")][:, :, : value.shape[2]] for name, value in past.items()}
+    return {**feeds, **own}
 
 
 def _write_exact(graphs: Mapping[str, bytes], path: Path) -> dict[str, str]:
