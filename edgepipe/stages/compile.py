@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -116,7 +117,7 @@ class Compile:
             feeds = seeded_feeds(model.spec["ends"][name]["inputs"], model.spec["vocab_size"], ctx.seed + 1)
             feeds = _with_texts(feeds, model.activations, answers=name in ("decoder", "scorer"))
             if model.activations is not None and model.activations.batches:
-                feeds = _with_cache(feeds, crossed, lambda given, g=graph: evaluate(g, model.weights, given))
+                feeds = _with_cache(feeds, crossed, partial(evaluate, graph, model.weights))
             expected = evaluate(graph, model.weights, feeds)
             crossed = expected if name == "encoder" else crossed
             exact_graph = path / _write_exact({name: exact[name]}, path)[name]  # beside its weights

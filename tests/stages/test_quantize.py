@@ -211,7 +211,7 @@ def test_a_pattern_may_hold_an_equals_sign() -> None:
         ({"smooth": 1.5}, r"quantize.smooth: expected 0 \(off\) to 1, got 1.5"),
         ({"smooth": 0.5}, "quantize.smooth is for rounded activations: set quantize.activations"),
         ({"ranges": "entropy"}, "quantize.ranges is for rounded activations"),
-        ({"activations": "static"}, "takes symmetric 8-bit layers: use --bits 8"),
+        ({"activations": "static"}, "takes symmetric 8-bit layers that are rounded to nearest: use --bits 8"),
         ({"activations": "dynamic", "bits": 8, "symmetric": False}, "takes symmetric 8-bit layers"),
         ({"activations": "dynamic", "bits": 8, "ranges": "entropy"}, "quantize.ranges is for static activations"),
     ],
