@@ -59,6 +59,7 @@ class Arm:
     name: str
     settings: dict[str, object] = field(default_factory=dict)  # of the stage distill, beside the common ones
     seeds: int = 3  # at most
+    share: float = 1.0  # of the steps
 
 
 # The teacher's first layers read; its first two and its last one write. Cross-attention starts at random.
@@ -68,6 +69,8 @@ ARMS = (
     Arm(name="adapted, CE alone", settings={**_LAYERS, "alpha": 0.0}),
     Arm(name="scratch, KD", settings={"scratch": True}),
     Arm(name="adapted, KD, causal encoder", settings={**_LAYERS, "causal_encoder": True}),
+    Arm(name="adapted, KD, half the steps", settings=_LAYERS, share=0.5),
+    Arm(name="adapted, CE alone, half the steps", settings={**_LAYERS, "alpha": 0.0}, share=0.5),
     Arm(name="adapted, KD, layers evenly spaced, cross-attention copied", seeds=1),
     Arm(name="scratch, KD, twice the learning rate", settings={"scratch": True, "learning_rate": 1e-3}, seeds=1),
 )
@@ -134,7 +137,7 @@ def take(data: Path, steps: int, adapt_steps: int, seeds: int) -> None:
 
 def settings_of(arm: Arm, steps: int, taught: Json) -> Json:
     """Return all that decides an arm's students, as JSON keeps it."""
-    found: Json = json.loads(json.dumps({**COMMON, **arm.settings, "steps": steps, "teacher": taught}))
+    found: Json = json.loads(json.dumps({**COMMON, **arm.settings, "steps": round(steps * arm.share), "teacher": taught}))
     return found
 
 
@@ -204,7 +207,7 @@ def one_run(arm: Arm, seed: int, steps: int, teacher: Path, train: Path, test: P
         for key, value in {
             **COMMON,
             **arm.settings,
-            "steps": steps,
+            "steps": round(steps * arm.share),
             "data": str(train),
             "scores": str(folder / "scores"),
         }.items()
