@@ -95,7 +95,7 @@ def test_who_has_answered_leaves_the_processor_to_the_next(tiny_bundle: Path, tm
             before = processor_ms(clock._process.pid)
             time.sleep(0.1)
             spent.append(processor_ms(clock._process.pid) - before)
-    assert sorted(spent)[2] <= 10, spent  # 40 ms a time without the pause; /proc counts in steps of 10
+    assert sorted(spent)[2] <= 20, spent  # 40 ms a time without the pause; /proc counts in steps of 10
 
 
 def processor_ms(pid: int) -> float:

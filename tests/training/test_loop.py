@@ -70,9 +70,9 @@ def test_it_learns(tmp_path: Path) -> None:
 def test_no_more_is_done_when_all_is(tmp_path: Path) -> None:
     """A finished training answers from its folder, with the same weights and the same record."""
     first, record = run_tiny(tmp_path)
-    begun = time.monotonic()
+    begun = time.process_time()
     again, same = run_tiny(tmp_path)
-    assert time.monotonic() - begun < 5
+    assert time.process_time() - begun < 5
     assert same == record
     assert same_weights(first.state_dict(), again.state_dict())
 
