@@ -137,7 +137,9 @@ def take(data: Path, steps: int, adapt_steps: int, seeds: int) -> None:
 
 def settings_of(arm: Arm, steps: int, taught: Json) -> Json:
     """Return all that decides an arm's students, as JSON keeps it."""
-    found: Json = json.loads(json.dumps({**COMMON, **arm.settings, "steps": round(steps * arm.share), "teacher": taught}))
+    found: Json = json.loads(
+        json.dumps({**COMMON, **arm.settings, "steps": round(steps * arm.share), "teacher": taught})
+    )
     return found
 
 

@@ -60,7 +60,7 @@ class StudentPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Kept:
+class KeptChannels:
     """Hold which of the teacher's channels a student keeps; each array is sorted."""
 
     hidden: np.ndarray  # [hidden] of the residual stream
@@ -189,7 +189,7 @@ def student_values(teacher: TorchModel, plan: StudentPlan, config: StudentConfig
     return values
 
 
-def choose_channels(weights: WeightStore, shape: Shape, plan: StudentPlan, layers: Sequence[int]) -> Kept:
+def choose_channels(weights: WeightStore, shape: Shape, plan: StudentPlan, layers: Sequence[int]) -> KeptChannels:
     """Choose the channels a narrower student keeps; all of them where the plan doesn't narrow."""
     hidden, ffn, groups = plan.hidden or shape.hidden, plan.ffn or shape.ffn, plan.kv_heads or shape.kv_heads
     kept_groups = {i: np.arange(shape.kv_heads) for i in layers}
@@ -201,7 +201,7 @@ def choose_channels(weights: WeightStore, shape: Shape, plan: StudentPlan, layer
             channels, neurons, heads = _importance(weights, shape, f"model.layers.{i}.")
             residual += channels
             kept_ffn[i], kept_groups[i] = _largest(neurons, ffn), _largest(heads, groups)
-    return Kept(hidden=_largest(residual, hidden), groups=kept_groups, ffn=kept_ffn)
+    return KeptChannels(hidden=_largest(residual, hidden), groups=kept_groups, ffn=kept_ffn)
 
 
 def _importance(weights: WeightStore, shape: Shape, p: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -233,7 +233,7 @@ def _config(config: StudentConfig | Json) -> Json:
 class _Copier:
     """Read the teacher's tensors, cut to the channels that are kept."""
 
-    def __init__(self, weights: WeightStore, shape: Shape, kept: Kept) -> None:
+    def __init__(self, weights: WeightStore, shape: Shape, kept: KeptChannels) -> None:
         self._weights, self._shape, self._kept = weights, shape, kept
 
     def table(self, name: str, *, scaled: bool = True) -> np.ndarray:

@@ -44,7 +44,7 @@ _FIRST_IDS = 16  # a padding token among these keeps its id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Kept:
+class KeptTokens:
     """Say which tokens stayed, and what that means for the texts."""
 
     old_ids: np.ndarray  # [tokens kept] int64: the id that each had, by its new one; cuts a teacher's logits
@@ -85,7 +85,7 @@ def check_trimmable(model: TorchModel) -> None:
 
 def trim(
     model: TorchModel, texts: Iterable[str], size: int | None = None, *, characters: bool = True
-) -> tuple[TorchModel, Kept]:
+) -> tuple[TorchModel, KeptTokens]:
     """Return the model with the tokens that `texts` use, or the most frequent `size` of its tokens, and what was kept.
 
     Single bytes (or byte tokens), special and other added tokens, the chat template's and the config's always stay;
@@ -124,7 +124,7 @@ def trim(
         weights=_cut(model, rows, old_ids),
         history=model.history,
     )
-    return smaller, Kept(
+    return smaller, KeptTokens(
         old_ids=old_ids,
         rows_before=rows,
         permanent=len(permanent),

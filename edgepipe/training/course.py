@@ -74,7 +74,7 @@ def student_plan(options: Distill) -> StudentPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Reading:
+class _PairReading:
     """Say how texts become ids for this student."""
 
     plain: Mapping[str, bytes]  # the teacher's tokenizer
@@ -121,7 +121,7 @@ def teach_generator(model: TorchModel, options: Distill, ctx: Context) -> TorchM
         teacher = Lazy(model, adapted)
         ctx.note(f"the teacher was adapted: {change(records['teacher'])}")
     if options.targets == "teacher":
-        written = _written(train_part, examples, reading, teacher, folder, ctx)
+        written = _teacher_targets(train_part, examples, reading, teacher, folder, ctx)
         ctx.note(f"the teacher wrote {len(written.records)} targets")
         examples = _cutting(reading).examples(written, ctx.note)
     student = new_student(model, options, ctx)
@@ -327,13 +327,13 @@ def check_data(model: TorchModel, options: Distill) -> None:
     _reading(model, options, data).examples(data, lambda _note: None)
 
 
-def _reading(model: TorchModel, options: Distill, data: TrainingData) -> _Reading:
+def _reading(model: TorchModel, options: Distill, data: TrainingData) -> _PairReading:
     """Return how texts become ids: sources end with the end token, but a text that a decoder continues has no end."""
     tokens = teacher_tokens(model.info)
     special = Special(start=tokens["decoder_start_token_id"], eos=tokens["pad_token_id"], pad=tokens["pad_token_id"])
     plain = model.info.tokenizer
     continues = options.student == "decoder" and data.form == "text"
-    return _Reading(
+    return _PairReading(
         plain=plain,
         files=plain if continues else with_end_token(plain, special.eos),
         special=special,
@@ -342,8 +342,8 @@ def _reading(model: TorchModel, options: Distill, data: TrainingData) -> _Readin
     )
 
 
-def _written(
-    data: TrainingData, examples: Seq2Seq, reading: _Reading, teacher: Lazy, folder: Path, ctx: Context
+def _teacher_targets(
+    data: TrainingData, examples: Seq2Seq, reading: _PairReading, teacher: Lazy, folder: Path, ctx: Context
 ) -> TrainingData:
     """Return the data with the teacher's own targets."""
     writing = Writing(
@@ -356,7 +356,7 @@ def _written(
     return write_targets(data, examples.sources, writing, WriteOptions(tokens=reading.limits.target - 1, seed=ctx.seed))
 
 
-def _cutting(reading: _Reading) -> _Reading:
+def _cutting(reading: _PairReading) -> _PairReading:
     """Return a reading of what a teacher wrote: its text may have more tokens when it is read again."""
     return dataclasses.replace(reading, limits=dataclasses.replace(reading.limits, cut=True))
 

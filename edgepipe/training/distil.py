@@ -100,7 +100,7 @@ def stack_widths(student: Decoder | EncoderDecoder) -> tuple[int, int]:
     return student.encoder_shape.hidden, student.decoder_shape.hidden
 
 
-class _Run(NamedTuple):
+class StudentOutputs(NamedTuple):
     """Hold what a student computes of a batch, at the places of its targets."""
 
     logits: Tensor  # [B, D, V]
@@ -108,15 +108,15 @@ class _Run(NamedTuple):
     decoder_states: list[Tensor]  # layers + 1 of [B, D, H]
 
 
-def run_student(student: Decoder | EncoderDecoder, batch: Batch) -> _Run:
+def run_student(student: Decoder | EncoderDecoder, batch: Batch) -> StudentOutputs:
     """Run a student over sources and targets; a decoder reads both as one row and is looked at from y_1 on."""
     if isinstance(student, EncoderDecoder):
         found = student(batch["source"], batch["source_mask"], batch["decoder_input"])
-        return _Run(found.logits, found.encoder_states, found.decoder_states)
+        return StudentOutputs(found.logits, found.encoder_states, found.decoder_states)
     ids, places = joined(batch)
     found, _ = student(ids)
     logits, *states = (_pick(x, places) for x in (found.logits, *found.decoder_states))
-    return _Run(logits, [], states)
+    return StudentOutputs(logits, [], states)
 
 
 def joined(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -324,7 +324,7 @@ def _filled(written: list[Tensor], length: int) -> Tensor:
 
 
 def _hidden(
-    module: nn.Module, run: _Run, judged: Judged, batch: Batch, layers: LayerMap, options: DistilOptions
+    module: nn.Module, run: StudentOutputs, judged: Judged, batch: Batch, layers: LayerMap, options: DistilOptions
 ) -> Tensor:
     """Return the mean distance over the layers that are compared."""
     parts = (
