@@ -18,10 +18,10 @@ demo: $(VENV)/.compress ## compress SmolLM2-135M to 4 bits for this CPU and meas
 	$(BIN)/edgepipe compress smollm2-135m --target cpu --bits 4
 
 test: $(VENV)/.dev ## run the fast tests: what CI runs
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.dev ## run the tests that take longer
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow  # one at a time: some measure time and memory
 
 lint: $(VENV)/.dev ## check style, formatting, types and the Dockerfile
 	$(BIN)/ruff check .

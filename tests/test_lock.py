@@ -126,7 +126,7 @@ def test_never_two_at_a_time(tmp_path: Path) -> None:
 
     def work(number: int) -> None:
         until = time.monotonic() + 1.5
-        while time.monotonic() < until:
+        while time.monotonic() < until or (len(most) <= 100 and time.monotonic() < until + 60):
             try:
                 with alone(tmp_path / "made" / ".lock", "it"):
                     inside.append(number)
