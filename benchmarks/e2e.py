@@ -17,14 +17,21 @@ import csv
 import dataclasses
 import json
 import random
-import statistics
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.stored import RESULTS, ROOT, markdown_table, provenance, read_result, replace_section, write_result
+from benchmarks.stored import (
+    RESULTS,
+    ROOT,
+    markdown_table,
+    provenance,
+    read_result,
+    replace_section,
+    spread,
+    write_result,
+)
 from edgepipe.artifacts import Context, Json, TorchModel
 from edgepipe.evaluate import evaluate
 from edgepipe.measuring.metrics import Evaluation
@@ -309,12 +316,6 @@ def page_section(result: Json) -> str:
         + ", ".join(f"{date} at `{commit}`" for date, commit in made)
         + "."
     )
-
-
-def spread(values: Sequence[float], digits: int) -> str:
-    """Write a mean, and where there are several values the least and the most."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 if __name__ == "__main__":

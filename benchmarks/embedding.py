@@ -24,7 +24,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.stored import RESULTS, ROOT, markdown_table, provenance, read_result, replace_section, write_result
+from benchmarks.stored import (
+    RESULTS,
+    ROOT,
+    markdown_table,
+    provenance,
+    read_result,
+    replace_section,
+    spread,
+    write_result,
+)
 from edgepipe.artifacts import Context, Json, TorchModel
 from edgepipe.evaluate import evaluate
 from edgepipe.measuring.metrics import Evaluation
@@ -73,46 +82,38 @@ class Arm:
 _ALL: dict[str, object] = {"encoder_layers": 30}
 _FIRST: dict[str, object] = {"encoder_from": LAYERS}
 _LOOP: dict[str, object] = {"batch": 32, "max_source": TOKENS, "cut": True}
-_CONTRAST: dict[str, object] = {"steps": 150, "learning_rate": 3e-4, "held_out": 0.001, "contrast_dropout": 0.1}
+_CONTRAST: dict[str, object] = {"learning_rate": 3e-4, "held_out": 0.001, "contrast_dropout": 0.1}
+
+
+def _course(prefix: str, layers: dict[str, object], mask_steps: int, contrast_steps: int) -> tuple[Arm, ...]:
+    """Return the four steps from a decoder's layers to an encoder of sentences."""
+    masked = {"mask_steps": mask_steps, "untaught": True, "learning_rate": 3e-4, "held_out": 0.005}
+    return (
+        Arm(
+            name=f"{prefix}causal",
+            label="causal mask, mean pooling",
+            settings={**layers, "untaught": True, "causal_encoder": True},
+        ),
+        Arm(name=f"{prefix}unmasked", label="mask removed", settings={**layers, "untaught": True}),
+        Arm(
+            name=f"{prefix}masked",
+            label="+ masked next-token prediction",
+            data="texts",
+            settings={**layers, **_LOOP, **masked},
+        ),
+        Arm(
+            name=f"{prefix}contrast",
+            label="+ contrast of each sentence with itself",
+            data="sentences",
+            settings={**_LOOP, **_CONTRAST, "steps": contrast_steps},
+            after=f"{prefix}masked",
+        ),
+    )
+
+
 ARMS = (
-    Arm(
-        name="whole-causal",
-        label="causal mask, mean pooling",
-        settings={**_ALL, "untaught": True, "causal_encoder": True},
-    ),
-    Arm(name="whole-unmasked", label="mask removed", settings={**_ALL, "untaught": True}),
-    Arm(
-        name="whole-masked",
-        label="+ masked next-token prediction",
-        data="texts",
-        settings={**_ALL, **_LOOP, "mask_steps": 40, "untaught": True, "learning_rate": 3e-4, "held_out": 0.005},
-    ),
-    Arm(
-        name="whole-contrast",
-        label="+ contrast of each sentence with itself",
-        data="sentences",
-        settings={**_LOOP, **_CONTRAST, "steps": 100},
-        after="whole-masked",
-    ),
-    Arm(
-        name="causal",
-        label="causal mask, mean pooling",
-        settings={**_FIRST, "untaught": True, "causal_encoder": True},
-    ),
-    Arm(name="unmasked", label="mask removed", settings={**_FIRST, "untaught": True}),
-    Arm(
-        name="masked",
-        label="+ masked next-token prediction",
-        data="texts",
-        settings={**_FIRST, **_LOOP, "mask_steps": 60, "untaught": True, "learning_rate": 3e-4, "held_out": 0.005},
-    ),
-    Arm(
-        name="contrast",
-        label="+ contrast of each sentence with itself",
-        data="sentences",
-        settings={**_LOOP, **_CONTRAST},
-        after="masked",
-    ),
+    *_course("whole-", _ALL, mask_steps=40, contrast_steps=100),
+    *_course("", _FIRST, mask_steps=60, contrast_steps=150),
     Arm(
         name="pairs",
         label="+ ranking of scored pairs",
@@ -132,7 +133,7 @@ ARMS = (
         name="contrast-causal",
         label="causal mask kept, and the same contrast alone",
         data="sentences",
-        settings={**_FIRST, "causal_encoder": True, **_LOOP, **_CONTRAST},
+        settings={**_FIRST, "causal_encoder": True, **_LOOP, **_CONTRAST, "steps": 150},
         seeds=1,
     ),
 )
@@ -290,7 +291,7 @@ def page_section(result: Json) -> str:
             str(len(rows)) if arm.trained else "",
             str(sum(phase["steps"] for phase in rows[0]["training"].values())) if arm.trained else "",
             f"{sum(phase['seconds'] for phase in phases) / len(rows) / 60:.1f}" if arm.trained else "",
-            spread(found),
+            spread(found, 3),
         ]
         if arm.metric == "accuracy":
             classifiers.append((rows, found, cell))
@@ -308,7 +309,8 @@ def _classified(found: Sequence[tuple[list[Json], list[float], list[str]]]) -> l
         one = rows[0]["accuracy"]
         lines.append(
             f"SST-2, {one['count']:,} phrases that are kept from the training set (parts of the same sentences may be "
-            f"in both; not the official dev set): accuracy {spread(scores)} of a classifier of the same layers, made "
+            f"in both; not the official dev set): accuracy {spread(scores, 3)} of a classifier of the same layers, "
+            "made "
             f"of the student after the contrast and taught {cell[4]} steps of 32 phrases ({cell[5]} minutes, "
             f"{cell[3]} seed{'s' if len(rows) > 1 else ''}); the commonest label alone gives {one['majority']:.3f}."
         )
@@ -330,12 +332,6 @@ def _said(result: Json) -> str:
         f"and most. {machine['cpu']}, {machine['cores']} cores seen, {THREADS} thread, load average {min(load):.1f} to "
         f"{max(load):.1f}; " + ", ".join(f"{date} at `{commit}`" for date, commit in made) + "."
     )
-
-
-def spread(values: Sequence[float]) -> str:
-    """Write a mean, and where there are several values the least and the most."""
-    mean = f"{statistics.mean(values):.3f}"
-    return mean if len(values) < 2 else f"{mean} ({min(values):.3f} to {max(values):.3f})"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import statistics
 import subprocess
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -59,6 +60,12 @@ def replace_section(page: Path, name: str, text: str) -> None:
     section(page, name)
     new = _marks(name).sub(lambda m: f"{m[1]}\n\n{text.strip()}\n\n{m[3]}", page.read_text(encoding="utf-8"))
     page.write_text(new, encoding="utf-8")
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Write a mean, and where there are several values the least and the most."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
