@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.embedding import ARMS, NAME, PAGE, named, page_section, rows_of, settings_of, training_files
+from benchmarks.embedding import ARMS, NAME, PAGE, named, page_section, rows_of, settings_of, training_files, values
 from benchmarks.stored import read_result, section
 
 
@@ -27,6 +27,14 @@ def test_what_is_stored_is_what_the_command_runs() -> None:
         low, high = row[arm.metric]["interval"]
         assert low < row[arm.metric]["value"] < high
         assert bool(row["training"]) == arm.trained
+
+
+def test_the_contrast_pays() -> None:
+    """With every seed, 15 points of Spearman and more above causal mean pooling of the same layers."""
+    result = read_result(NAME)
+    (first,) = values(result, "whole-causal")
+    assert len(values(result, "whole-contrast")) == 3
+    assert min(values(result, "whole-contrast")) >= first + 0.15
 
 
 def test_arms_follow_each_other() -> None:
