@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -83,22 +83,27 @@ def test_an_error_ends_the_child(program: Callable[[str], tuple[str, ...]]) -> N
     assert one._process.returncode == (-9 if sys.platform != "win32" else 1)
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to see what a process costs")
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="needs /proc to see what a process costs")
 def test_who_has_answered_leaves_the_processor_to_the_next(tiny_bundle: Path, tmp_path: Path) -> None:
     """The engine's threads spin after a run: by the time `ask` returns they have stopped."""
     text = tmp_path / "text.txt"
     text.write_text("The river carried the timber down to the mill. " * 200, encoding="utf-8")
     with Child("the index", ["index", str(tiny_bundle), str(text), "2"]) as clock:
-        spent = []
-        for _ in range(5):
-            clock.ask({})
-            before = processor_ms(clock._process.pid)
-            time.sleep(0.1)
-            spent.append(processor_ms(clock._process.pid) - before)
-    assert sorted(spent)[2] <= 20, spent  # 40 ms a time without the pause; /proc counts in steps of 10
+        rounds = []
+        while len(rounds) < 5 and (not rounds or rounds[-1] > 10):  # on a busy machine threads end their turn late
+            rounds.append(statistics.median(after_an_answer_ms(clock) for _ in range(5)))
+    assert rounds[-1] <= 10, rounds  # 40 ms without the pause
+
+
+def after_an_answer_ms(clock: Child) -> float:
+    """Return the ms of processor time that a child uses within 100 ms of its answer."""
+    clock.ask({})
+    before = processor_ms(clock._process.pid)
+    time.sleep(0.1)
+    return processor_ms(clock._process.pid) - before
 
 
 def processor_ms(pid: int) -> float:
-    """Return the ms of processor time that a process has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
-    return 1e3 * (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """Return the ms of processor time that a process's threads have used, from the scheduler's own count in ns."""
+    counts = (file.read_text(encoding="ascii") for file in Path("/proc").glob(f"{pid}/task/*/schedstat"))
+    return sum(int(count.split()[0]) for count in counts) / 1e6
