@@ -75,6 +75,7 @@ _LAYERS: dict[str, object] = {"encoder_from": [0, 1, 2, 3, 4, 5], "decoder_from"
 ARMS = (
     Arm(name="adapted, KD", settings=_LAYERS),
     Arm(name="adapted, CE alone", settings={**_LAYERS, "alpha": 0.0}),
+    Arm(name="adapted, KD, targets by the teacher", settings={**_LAYERS, "targets": "teacher"}),
     Arm(name="scratch, KD", settings={"scratch": True}),
     Arm(name="adapted, KD, causal encoder", settings={**_LAYERS, "causal_encoder": True}),
     Arm(name="adapted, KD, half the steps", settings=_LAYERS, share=0.5),
@@ -128,19 +129,17 @@ def take(data: Path, steps: int, adapt_steps: int, seeds: int) -> None:
         scored = {"parameters": parameters, **score(teacher, test_file, folder)}
         result["teacher"] = {"settings": taught, "provenance": provenance(), **scored}
         write_result(NAME, result)
-    for seed in range(seeds):
-        for arm in ARMS:
-            if seed >= arm.seeds:
-                continue
-            settings = settings_of(arm, steps, taught)
-            kept = [row for row in result["rows"] if (row["arm"], row["seed"]) != (arm.name, seed)]
-            if any(row not in kept and row["settings"] == settings for row in result["rows"]):
-                continue
-            print(f"{arm.name}, seed {seed}", file=sys.stderr, flush=True)
-            row = {"arm": arm.name, "seed": seed, "settings": settings, "provenance": provenance()}
-            row |= one_run(arm, seed, steps, teacher, train_file, test_file, folder)
-            result["rows"] = [*kept, row]
-            write_result(NAME, result)
+    every = [(arm, seed) for seed in range(seeds) for arm in ARMS if seed < arm.seeds]
+    for arm, seed in sorted(every, key=lambda one: one[0].seeds == 1):  # arms of one seed last
+        settings = settings_of(arm, steps, taught)
+        kept = [row for row in result["rows"] if (row["arm"], row["seed"]) != (arm.name, seed)]
+        if any(row not in kept and row["settings"] == settings for row in result["rows"]):
+            continue
+        print(f"{arm.name}, seed {seed}", file=sys.stderr, flush=True)
+        row = {"arm": arm.name, "seed": seed, "settings": settings, "provenance": provenance()}
+        row |= one_run(arm, seed, steps, teacher, train_file, test_file, folder)
+        result["rows"] = [*kept, row]
+        write_result(NAME, result)
 
 
 def settings_of(arm: Arm, steps: int, taught: Json) -> Json:
@@ -220,7 +219,7 @@ def one_run(arm: Arm, seed: int, steps: int, teacher: Path, train: Path, test: P
             **arm.settings,
             "steps": round(steps * arm.share),
             "data": str(train),
-            "scores": str(folder / f"scores-{teacher.name}"),
+            "scores": str(folder / f"scores-{teacher.name}{'-written' if 'targets' in arm.settings else ''}"),
         }.items()
     ]
     recipe = resolve(target="cpu", settings=settings, seed=seed, stages=["distill"])
@@ -268,7 +267,8 @@ def score(model: Path, test: Path, folder: Path) -> Json:
 def by_arm(result: Json) -> dict[str, dict[str, list[float]]]:
     """Return the scores of every arm over its seeds."""
     found: dict[str, dict[str, list[float]]] = {}
-    for row in result["rows"]:
+    order = [arm.name for arm in ARMS]
+    for row in sorted(result["rows"], key=lambda row: (order.index(row["arm"]), row["seed"])):
         scores = found.setdefault(row["arm"], {"bleu": [], "rougeL": [], "loss": []})
         scores["bleu"].append(row["bleu"]["value"])
         scores["rougeL"].append(row["rougeL"]["value"])
