@@ -78,8 +78,8 @@ ARMS = (
     Arm(name="adapted, KD, targets by the teacher", settings={**_LAYERS, "targets": "teacher"}),
     Arm(name="scratch, KD", settings={"scratch": True}),
     Arm(name="adapted, KD, causal encoder", settings={**_LAYERS, "causal_encoder": True}),
-    Arm(name="adapted, KD, half the steps", settings=_LAYERS, share=0.5),
-    Arm(name="adapted, CE alone, half the steps", settings={**_LAYERS, "alpha": 0.0}, share=0.5),
+    Arm(name="adapted, KD, half the steps", settings=_LAYERS, seeds=1, share=0.5),
+    Arm(name="adapted, CE alone, half the steps", settings={**_LAYERS, "alpha": 0.0}, seeds=1, share=0.5),
     Arm(name="adapted, KD, layers evenly spaced, cross-attention copied", seeds=1),
     Arm(name="scratch, KD, twice the learning rate", settings={"scratch": True, "learning_rate": 1e-3}, seeds=1),
 )
