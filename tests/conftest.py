@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from tests.families import FAMILIES, save_family
 from tests.tiny_models import TINY_TEXT, save_tiny_model
+
+# The same examples in every run, however slow the machine: a test that fails here fails everywhere.
+settings.register_profile("edgepipe", derandomize=True, deadline=None, database=None)
+settings.load_profile("edgepipe")
 
 
 @pytest.fixture(scope="session")
