@@ -278,7 +278,10 @@ def _as_float(weight: Weight) -> Weight:
 
     def load() -> np.ndarray:
         value = _floats(weight)
-        if max(value.max(initial=0), -value.min(initial=0)) > np.finfo(np.float16).max:
+        largest = max(value.max(initial=0), -value.min(initial=0))
+        if np.isnan(largest):
+            raise StageError(f"{weight.name} cannot be quantized: the weight has values that are not finite")
+        if largest > np.finfo(np.float16).max:
             raise StageError(
                 f"{weight.name} has values beyond float16's range; a bfloat16 source would be kept as it is"
             )

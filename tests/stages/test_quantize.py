@@ -147,6 +147,14 @@ def test_what_float16_cannot_hold_is_named(model: TorchModel, value: float) -> N
         weights.load(UP)
 
 
+def test_not_a_number_is_refused_at_16_bits_too(model: TorchModel) -> None:
+    matrix = np.zeros((100, 112), np.float32)
+    matrix[3, 5] = np.nan
+    weights = quantized(with_weight(model, UP, matrix), bits=16)
+    with pytest.raises(StageError, match=rf"^{UP} cannot be quantized: the weight has values that are not finite$"):
+        weights.load(UP)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_values_that_are_not_finite_are_named(model: TorchModel, value: float, dtype: str) -> None:
