@@ -369,7 +369,10 @@ def _float_dtype(name: str) -> np.dtype[Any]:
 
 def _load_grid(path: Path, info: TensorInfo, heads: int | None) -> QuantizedTensor:
     rows, columns = info.shape
-    return import_blocks(_raw(path, info, heads).reshape(-1), (rows, columns), GRIDS[info.type_name])
+    value = import_blocks(_raw(path, info, heads).reshape(-1), (rows, columns), GRIDS[info.type_name])
+    if not all(np.isfinite(part).all() for part in (value.scale, value.minima) if part is not None):
+        raise damaged(path, f"the tensor {info.name!r} has scales or minima that are not finite")
+    return value
 
 
 def _load_float(path: Path, info: TensorInfo, heads: int | None = None) -> np.ndarray:

@@ -322,6 +322,21 @@ def test_file_that_changes_later(write_gguf: Writer) -> None:
         weights.load("model.norm.weight")
 
 
+@pytest.mark.parametrize(("kind", "offset"), [(Q.Q4_0, 0), (Q.Q4_1, 0), (Q.Q4_1, 2), (Q.Q8_0, 0)])
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_a_scale_or_minimum_that_is_not_finite_is_refused(
+    write_gguf: Writer, kind: GGMLQuantizationType, offset: int, value: float
+) -> None:
+    """Kept exactly, it would make a row of NaN: the tensor is named when it is read."""
+    path = write_gguf(make_decoder("llama", tied=True), "llama", formats={"down_proj": kind})
+    name = "blk.1.ffn_down.weight"
+    poke(path, read_header(path).tensors[name].start + offset, "<e", value)
+    weights = open_gguf(path).weights
+    with pytest.raises(ConfigError, match=f"the tensor '{name}' has scales or minima that are not finite"):
+        weights.load("model.layers.1.mlp.down_proj.weight")
+    weights.load("model.layers.0.mlp.down_proj.weight")
+
+
 def test_packaged_smollm2(smollm2_gguf: Path) -> None:
     """The packaged decoder has its shape, its chat tokens and 5.7 bits a weight."""
     opened = open_gguf(smollm2_gguf)
