@@ -1,0 +1,171 @@
+"""The stored rows of all forms on four models: what the page shows of them, what made them, and what they promised."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import quantized
+from benchmarks.quantized import (
+    FLOAT,
+    FORMS,
+    GROUP,
+    MODELS,
+    NAME,
+    NOTES,
+    PAGE,
+    ROWS,
+    bits_of,
+    build,
+    facts,
+    lacking,
+    main,
+    missing,
+    page_section,
+    row_name,
+    settings_of,
+    timed,
+)
+from benchmarks.stored import read_result, section
+from edgepipe.artifacts import Json
+from edgepipe.recipe import resolve
+from edgepipe.sources import open_model
+
+STORED = read_result(NAME)["rows"]
+BY_NAME = {row_name(model, form): (model, form) for model, form in ROWS}
+
+
+def stored(model: str) -> dict[str, Json]:
+    """Return a model's stored rows by form."""
+    return {row["form"]: row for row in STORED if row["model"] == model}
+
+
+def value(row: Json) -> float:
+    """Return a row's score, more being better."""
+    model = next(model for model in MODELS if model.name == row["model"])
+    return -row["quality"]["value"] if model.lower else row["quality"]["value"]
+
+
+def test_the_page_shows_the_stored_run() -> None:
+    """No figure of the page's tables is typed by hand."""
+    assert section(PAGE, NAME) == page_section(read_result(NAME)).strip()
+
+
+def test_what_is_stored_is_what_the_command_runs() -> None:
+    """Every row was made with the settings it has now, once, and a model's rows are of one student and one file."""
+    assert len({(row["model"], row["form"]) for row in STORED}) == len(STORED)
+    for row in STORED:
+        model, form = BY_NAME[f"{row['model']} {row['form']}"]
+        assert row["settings"] == settings_of(model, form), row["form"]
+        low, high = row["quality"]["interval"]
+        assert low < row["quality"]["value"] < high
+        assert bool(row["student"]) == bool(model.made_by)
+    for model in MODELS:
+        assert len({(row["student"], row["data"]["sha256"]) for row in stored(model.name).values()}) <= 1
+
+
+def test_every_row_is_a_recipe() -> None:
+    """Options are known and fit together; SmolLM2 is rounded anew in all forms but the one that keeps what came."""
+    assert len(BY_NAME) == len(ROWS)
+    for model, form in ROWS:
+        settings = [*model.settings, *(("quantize", key, held) for key, held in settings_of(model, form).items())]
+        assert resolve(target="cpu", settings=settings), row_name(model, form)
+        anew = settings_of(model, form).get("import") is False
+        assert anew == (model.name == "decoder" and form.name not in ("float32", "kept"))
+
+
+def test_bits_are_counted_from_files() -> None:
+    """Codes and scales of the layers: b + 16 / g, or with zero points b + (16 + b) / g, and a few bytes of padding."""
+    for row in STORED:
+        bits, method = row["settings"].get("bits"), row["settings"].get("method")
+        if method:
+            offset = bits if method == "hqq" else 0
+            least = bits + (16 + offset) / GROUP
+            assert least <= bits_of(row) <= least + (0.01 if row["model"] != "decoder" else 0.1), row["form"]
+        if row["settings"].get("activations"):  # a scale a row
+            assert 8 < bits_of(row) < 8.2
+
+
+def test_the_bars_of_minilm() -> None:
+    """Static 8 bits lose half a point at most, the best of 4 bits a point at most at 4.6 bits a weight."""
+    rows = stored("minilm")
+    whole = value(rows["float32"])
+    if "static" in rows:
+        assert value(rows["static"]) >= whole - 0.005
+    four = [row for row in rows.values() if row["settings"].get("bits") == 4 and bits_of(row) <= 4.6]
+    assert max(value(row) for row in four) >= whole - 0.01
+
+
+@pytest.mark.parametrize("model", [model.name for model in MODELS])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_gptq_or_awq_is_no_worse_than_rounding_or_a_note_says_why(model: str, bits: int) -> None:
+    rows = stored(model)
+    names = [f"{method} {bits}" for method in ("rtn", "gptq", "awq")]
+    if all(name in rows for name in names):
+        rounded, *others = (value(rows[name]) for name in names)
+        assert max(others) >= rounded or NOTES.get((model, bits))
+
+
+def test_what_smollm2_came_on_is_kept() -> None:
+    """As it came: the float model's perplexity within 0.5 %, and decoding at least 0.75 as fast as symmetric 4 bits."""
+    rows = stored("decoder")
+    if "kept" not in rows:
+        pytest.skip("no row of SmolLM2 is stored yet")
+    assert abs(value(rows["kept"]) / value(rows["float32"]) - 1) <= 0.005
+    kept, rounded = rows["kept"]["speed"], rows.get("rtn 4", {}).get("speed")
+    if kept and rounded:  # each beside the float32 bundle in turn with it
+        assert rounded["time_beside_float32"]["value"] / kept["time_beside_float32"]["value"] >= 0.75
+
+
+def test_speeds_are_those_of_their_samples() -> None:
+    """A rate is the median of raw samples that are stored, of both sides alike."""
+    for row in STORED:
+        if not (speed := row["speed"]):
+            continue
+        assert ("float32" in speed["samples_ms"]) == (row["form"] != FLOAT.name)
+        for side, samples in speed["samples_ms"].items():
+            turns = [np.median(turn) for block in samples for turn in block]
+            if row["model"] in ("minilm", "encoder"):
+                assert speed["tokens_per_second"][side] == pytest.approx(1e3 * 8 * 128 / np.median(turns), rel=1e-3)
+            else:
+                assert speed["tokens_per_second"][side] == pytest.approx(1e3 / np.median(samples), rel=1e-3)
+
+
+def test_what_is_missing_is_said_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither data nor students: every model of them is left out, and what is stored stays."""
+    minilm, encoder, *_ = MODELS
+    assert "stsb-dev.tsv is not in" in missing(minilm, tmp_path, tmp_path)
+    (tmp_path / encoder.data).write_text("sentence\tlabel\n", encoding="utf-8")
+    said = missing(encoder, tmp_path, tmp_path)
+    assert "run `python benchmarks/embedding.py` first" in said
+    before = (read_result(NAME), PAGE.read_bytes())
+    main(["--data", str(tmp_path), "--students", str(tmp_path)])
+    shown = capsys.readouterr()
+    assert shown.err.count("its rows are left out") == len(MODELS) == len(shown.err.splitlines())
+    assert json.loads(shown.out.splitlines()[-1]).keys() == {f"{row['model']} {row['form']}" for row in STORED}
+    assert (read_result(NAME), PAGE.read_bytes()) == before
+    assert not lacking(FLOAT)
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "neural_compressor", None)
+    said = lacking(next(form for form in FORMS if form.name == "hqq 4"))
+    assert "neural-compressor-pt" in said and "edgepipe[quantize]" in said
+
+
+@pytest.mark.slow
+def test_one_row_from_source_to_speed(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny decoder goes through the same functions: two bundles, counted and timed in turn."""
+    monkeypatch.setattr(quantized, "FOLDER", tmp_path)
+    model = dataclasses.replace(next(model for model in MODELS if model.name == "decoder"), settings=())
+    source, form = open_model(str(tiny_model_dir)), next(form for form in FORMS if form.name == "rtn 4")
+    bundle, floats = build(model, form, source), build(model, FLOAT, source)
+    assert 4.5 <= bits_of(facts(bundle)) < 6 < bits_of(facts(floats)) == 32
+    speed = timed(bundle.path, floats.path)
+    assert speed["tokens_per_second"].keys() == speed["samples_ms"].keys() == {"bundle", "float32"}
+    assert speed["time_beside_float32"]["low"] <= speed["time_beside_float32"]["high"]
