@@ -11,26 +11,8 @@ import numpy as np
 import pytest
 
 from benchmarks import quantized
-from benchmarks.quantized import (
-    FLOAT,
-    FORMS,
-    GROUP,
-    MODELS,
-    NAME,
-    NOTES,
-    PAGE,
-    ROWS,
-    bits_of,
-    build,
-    facts,
-    lacking,
-    main,
-    missing,
-    page_section,
-    row_name,
-    settings_of,
-    timed,
-)
+from benchmarks.quantized import NAME, PAGE, bits_of, build, facts, lacking, main, missing, page_section, timed
+from benchmarks.quantized_models import FLOAT, FORMS, GROUP, MODELS, NOTES, ROWS, row_name, settings_of
 from benchmarks.stored import read_result, section
 from edgepipe.artifacts import Json
 from edgepipe.recipe import resolve

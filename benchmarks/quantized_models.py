@@ -1,0 +1,136 @@
+"""The models and forms of benchmarks/quantized.py: tables of records, and the options that each row means."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+from benchmarks.e2e import MAX_SOURCE, MAX_TARGET
+from edgepipe.artifacts import Json
+from edgepipe.measuring.metrics import Evaluation
+
+GROUP = 32
+THREADS = 1
+TOKENS = 8192  # of the text that gives perplexity, from its beginning
+ALPHA = 0.9  # SmoothQuant's, the best of those that benchmarks/int8.py tried on MiniLM
+Settings = tuple[tuple[str, str, object], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """Name one model, and how it is scored."""
+
+    name: str
+    label: str
+    source: str  # a package's name, or a student's folder in runs/
+    how: Evaluation
+    data: str  # a file of DIR
+    quality: str  # what a column calls the metric
+    unit: float = 100.0  # what the metric is multiplied by there
+    part: str = ""  # what of the file is scored, where not all is
+    made_by: str = ""  # the benchmark that trains it
+    settings: Settings = ()  # of export and compile
+    options: dict[str, object] = field(default_factory=dict)  # of quantize, unless the form keeps what came
+
+    @property
+    def lower(self) -> bool:
+        """Say whether less is better."""
+        return self.how.described.better == "lower"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """Name one way to quantize, and its options; None: not compressed."""
+
+    name: str
+    label: str
+    options: dict[str, object] | None = None
+    models: tuple[str, ...] = ()  # empty: all
+    keeps: bool = False  # the grid a model came on
+
+
+MODELS = (
+    Model(
+        name="minilm",
+        label="Sentence encoder `minilm-l6-v2`",
+        source="minilm-l6-v2",
+        how=Evaluation(metric="spearman", threads=THREADS),
+        data="stsb-dev.tsv",
+        quality="Spearman × 100",
+    ),
+    Model(
+        name="encoder",
+        label="Encoder student (classifier of SST-2)",
+        source="embedding/classifier-0/student",
+        how=Evaluation(metric="accuracy", threads=THREADS, batch=32),
+        data="sst2-dev.tsv",
+        quality="accuracy, %",
+        made_by="embedding",
+        settings=(("export", "context", 512),),
+    ),
+    Model(
+        name="pair",
+        label="Encoder-decoder student (E2E)",
+        source="e2e/adapted-KD-0/student",
+        how=Evaluation(metric="bleu", threads=THREADS, max_new_tokens=MAX_TARGET - 1),
+        data="e2e-dev.csv",
+        part="those of meanings that nothing was trained on",
+        quality="BLEU",
+        unit=1.0,
+        made_by="e2e",
+        settings=(("export", "context", MAX_SOURCE + MAX_TARGET), ("compile", "cache_dtype", "float32")),
+    ),
+    Model(
+        name="decoder",
+        label="Decoder `smollm2-135m`",
+        source="smollm2-135m",
+        how=Evaluation(metric="perplexity", threads=THREADS, tokens=TOKENS),
+        data="wikitext2-valid.txt",
+        part=f"its first {TOKENS:,} tokens",
+        quality="perplexity",
+        unit=1.0,
+        settings=(("export", "context", 1024),),
+        options={"import": False},
+    ),
+)
+
+
+def _codes(bits: int, method: str, models: tuple[str, ...] = ()) -> Form:
+    options = {"method": method, "bits": bits, "group": GROUP, "symmetric": True}
+    label = f"{bits}-bit, {method}" + (" (zero points)" if method == "hqq" else "")
+    return Form(name=f"{method} {bits}", label=label, options=options, models=models)
+
+
+def _activations(name: str, shown: str, more: dict[str, object]) -> Form:
+    return Form(name=name, label=f"8-bit, activations {shown}", options={"bits": 8, **more})
+
+
+METHODS = ("rtn", "gptq", "awq", "hqq", "autoround")
+FLOAT = Form(name="float32", label="float32")
+FORMS = (
+    FLOAT,
+    Form(name="kept", label="as it came: Q4_1, embedding Q8_0", options={}, models=("decoder",), keeps=True),
+    _activations("dynamic", "dynamic", {"activations": "dynamic"}),
+    _activations("static", "static, min-max", {"activations": "static"}),
+    _activations("smooth", f"static, SmoothQuant {ALPHA}", {"activations": "static", "smooth": ALPHA}),
+    *(_codes(4, method) for method in METHODS),
+    *(_codes(2, method, ("minilm",)) for method in METHODS),
+)
+# Why neither GPTQ nor AWQ reaches rounding to nearest, by model and bits, where that is so; the page shows it.
+NOTES: dict[tuple[str, int], str] = {}
+
+
+def row_name(model: Model, form: Form) -> str:
+    """Return what a row is called."""
+    return f"{model.name} {form.name}"
+
+
+ROWS = tuple((model, form) for model in MODELS for form in FORMS if not form.models or model.name in form.models)
+
+
+def settings_of(model: Model, form: Form) -> Json:
+    """Return the options of quantize that make a row, as JSON keeps them."""
+    if form.options is None:
+        return {}
+    found: Json = json.loads(json.dumps({**({} if form.keeps else model.options), **form.options}))
+    return found
