@@ -2,12 +2,15 @@
 
 module_of    TorchModel → transformers' module, or a student's, in float32 and filled
 run_batch    one batch through it, whatever its task
+swapped      other values in some of its parameters, for a while
 answers      what an encoder-decoder writes to its sources: real decoding steps to calibrate its decoder with
 """
 # ruff: noqa: TID253  calibration runs a torch module: this file is imported only where that is done
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,7 @@ from edgepipe.graph.tasks import GENERATION
 from edgepipe.quantizers.texts import Batch
 from edgepipe.students.config import is_student
 from edgepipe.students.files import read_bare
+from edgepipe.weights import WeightStore
 
 
 def module_of(model: TorchModel) -> Any:
@@ -52,6 +56,29 @@ def run_batch(module: Any, batch: Batch) -> Any:
     return module(**feeds(batch))
 
 
+def slots_of(module: Any, weights: WeightStore) -> dict[str, list[torch.Tensor]]:
+    """Return the module's own tensors by the name of the weight that fills them; a tied one may fill several."""
+    found: dict[str, list[torch.Tensor]] = {}
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if name in weights:
+            found.setdefault(weights[name].name, []).append(tensor)
+    return found
+
+
+@contextlib.contextmanager
+def swapped(slots: Mapping[str, list[torch.Tensor]], values: Mapping[str, np.ndarray]) -> Iterator[None]:
+    """Give the tensors of some weights other values (float32), and their own ones back at the end."""
+    kept = [(tensor, tensor.data) for name in values for tensor in slots.get(name, ())]
+    try:
+        for name, value in values.items():
+            for tensor in slots.get(name, ()):
+                tensor.data = torch.from_numpy(np.require(value, requirements=["C", "W"]))
+        yield
+    finally:
+        for tensor, data in kept:
+            tensor.data = data
+
+
 @torch.no_grad()
 def answers(module: Any, batch: Batch, *, start: int, ends: frozenset[int], tokens: int) -> Batch:
     """Return the batch with the likeliest answer to each row as the decoder's input [rows, tokens at most].
@@ -62,7 +89,7 @@ def answers(module: Any, batch: Batch, *, start: int, ends: frozenset[int], toke
     ids = torch.full((len(batch.input_ids), 1), start, dtype=torch.int64)
     alive = torch.ones_like(ids)
     while ids.shape[1] < tokens and bool(alive[:, -1].any()):
-        logits = _logits(module(**inputs, decoder_input_ids=ids))[:, -1]
+        logits = logits_of(module(**inputs, decoder_input_ids=ids))[:, -1]
         chosen = logits.argmax(-1, keepdim=True)
         ended = torch.isin(chosen, torch.tensor(sorted(ends), dtype=torch.int64))
         ids = torch.cat([ids, chosen], 1)
@@ -75,6 +102,6 @@ def answers(module: Any, batch: Batch, *, start: int, ends: frozenset[int], toke
     )
 
 
-def _logits(output: Any) -> Any:
+def logits_of(output: Any) -> Any:
     """Return logits [rows, tokens, vocabulary] of what a generator's module gives."""
     return (output[0] if isinstance(output, tuple) and not hasattr(output, "logits") else output).logits

@@ -140,11 +140,10 @@ class Quantize:
             if self._keeps(weight, grid):
                 imported += 1
                 narrower += GRIDS[weight.grid or ""].width < grid.bits
-            elif grid.bits < 16 and len(weight.shape) == 2 and not _is_vector(weight):
-                changed[name] = _on_grid(weight, grid, scales.get(name))
-                grids[name] = grid
             else:
-                changed[name] = _as_float(weight)
+                changed[name] = self.stored(weight, grid, scales.get(name))
+                if changed[name].grid is not None:
+                    grids[name] = grid
         changed |= self._chosen(model, {n: g for n, g in grids.items() if n not in model.info.embeddings}, ctx)
         if imported:
             ctx.note(f"{imported} tensors kept the grid they came on, exactly")
@@ -217,6 +216,14 @@ class Quantize:
             if fnmatch.fnmatchcase(weight.name, pattern):
                 grid = chosen
         return grid
+
+    def stored(self, weight: Weight, grid: Grid, column_scale: np.ndarray | None = None) -> Weight:
+        """Return a weight as a grid stores it: kept as it came, rounded to nearest, or in 16 bits."""
+        if self._keeps(weight, grid):
+            return weight
+        if grid.bits < 16 and len(weight.shape) == 2 and not _is_vector(weight):
+            return _on_grid(weight, grid, column_scale)
+        return _as_float(weight)
 
     def _keeps(self, weight: Weight, grid: Grid) -> bool:
         """Say whether a tensor keeps the grid it came on."""
