@@ -11,6 +11,7 @@ Pisinger, Knapsack Problems (2004), chapter 11.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,7 +33,7 @@ def frontier(costs: Sequence[Sequence[float]], losses: Sequence[Sequence[float]]
     hulls = [hull(c, x) for c, x in zip(costs, losses, strict=True)]
     steps = []
     for part, choices in enumerate(hulls):
-        for place, (before, after) in enumerate(zip(choices, choices[1:], strict=False)):
+        for place, (before, after) in enumerate(itertools.pairwise(choices)):
             saved = costs[part][before] - costs[part][after]
             lost = losses[part][after] - losses[part][before]
             steps.append((lost / saved, part, place, after))

@@ -1,1 +1,1 @@
-"""Drivers above the river: they propose recipes, send the model down the river, look at what came out, propose again."""
+"""Drivers above the river: they propose recipes, send the model down it, look at what came out, propose again."""

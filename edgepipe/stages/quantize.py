@@ -49,6 +49,7 @@ class Quantize:
     calibration: str = ""  # texts it looks at: a set's name, a file, self (a decoder writes them); empty: everyday
     samples: int = 128  # rows of ids it looks at, at most
     tokens: int = 128  # ids of a row, at most
+    agreement: float = 0.0  # least share of greedy tokens that stay the float model's, or layers get more bits; 0: off
     overrides: tuple[str, ...] = ()  # "PATTERN=BITS" or "PATTERN=BITS/GROUP", PATTERN a glob over tensor names
 
     def __post_init__(self) -> None:
@@ -64,6 +65,8 @@ class Quantize:
         for name, least in (("samples", 1), ("tokens", 8)):
             if getattr(self, name) < least:
                 raise ConfigError(f"quantize.{name}: expected at least {least}, got {getattr(self, name)}")
+        if not 0 <= self.agreement <= 1:
+            raise ConfigError(f"quantize.agreement: expected a share from 0 (off) to 1, got {self.agreement}")
         self._check_activations()
         if self.calibration and not self._looks:
             raise ConfigError(f"quantize.calibration: the method {self.method} looks at no texts: leave it out")
@@ -97,7 +100,7 @@ class Quantize:
     @property
     def _looks(self) -> bool:
         """Say whether texts are looked at."""
-        return self.method not in WITHOUT_DATA or self.activations == "static" or self.smooth > 0
+        return self.method not in WITHOUT_DATA or self.activations == "static" or self.smooth > 0 or self.agreement > 0
 
     def reads(self) -> Json:
         """Return the contents this stage depends on besides the model: its key changes with them."""
@@ -126,6 +129,10 @@ class Quantize:
             from edgepipe.quantizers.texts import check_calibration
 
             check_calibration(model.info, self._texts())
+        if self.agreement:
+            from edgepipe.quantizers.guard import check_floor
+
+            check_floor(model.info, self.method)
 
     def __call__(self, model: TorchModel, ctx: Context) -> TorchModel:
         """Return the model with every matrix on the grid the plan gives it; values are computed when they are read."""
@@ -145,6 +152,11 @@ class Quantize:
                 if changed[name].grid is not None:
                     grids[name] = grid
         changed |= self._chosen(model, {n: g for n, g in grids.items() if n not in model.info.embeddings}, ctx)
+        if self.agreement:
+            from edgepipe.quantizers.guard import hold_floor
+
+            grid = Grid(bits=self.bits, group=self.group, symmetric=self.symmetric)
+            changed |= hold_floor(model, changed, self.agreement, self._texts(), self.stored, grid, ctx)
         if imported:
             ctx.note(f"{imported} tensors kept the grid they came on, exactly")
         if narrower:
