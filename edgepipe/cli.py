@@ -5,6 +5,7 @@ People read stderr (progress, tables); programs read the last line of stdout, on
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -60,13 +61,20 @@ def main() -> None:
 @main.command("compress")
 @click.argument("model", default="smollm2-135m")
 @click.option("--target", help="Name in `edgepipe targets`, or a TOML file.  [default: cpu]")
-@click.option("--bits", type=int, help="Bits per weight of the layers: 2, 4, 8 or 16.  [default: 4]")
+@click.option("--bits", help="Bits of the layers: 2, 4, 8, 16, or mixed (--max-drop 1%).  [default: 4]")
 @click.option("--embedding-bits", type=int, help="Bits of embedding and output head: 2, 4, 8 or 16.  [default: 8]")
 @click.option("--trim-vocab", metavar="DATA", help="Keep only the tokens that the texts of a file use (docs/trim.md).")
 @click.option("--student", help="Distill MODEL into an encoder-decoder, encoder or decoder first (docs/distill.md).")
 @click.option(
-    "--data", help="What the student learns from: .jsonl, .csv, .tsv, a text.  [default: its teacher's texts]"
+    "--data",
+    help="What the student learns from: .jsonl, .csv, .tsv, a text.  [default: its teacher's texts]  With --max-drop: "
+    "what the drop is measured on.",
 )
+@click.option("--max-drop", metavar="DROP", help="Search bits and groups of each layer: 1% or 0.005 of the metric.")
+@click.option("--metric", help="What may drop by that, as in `edgepipe eval`.  [default: by the model's task]")
+@click.option("--eval", "evaluation", multiple=True, metavar="NAME=VALUE", help="An option of `edgepipe eval` for it.")
+@click.option("--goal", help="smallest or fastest: what the search is for.  [default: smallest]")
+@click.option("--never-slower", is_flag=True, help="Keep only grids that are no slower here than floats.")
 @click.option("--steps", type=int, help="Steps the student is trained for.")
 @click.option("--minutes", type=float, help="Minutes it is trained for, in place of steps.  [default: 20]")
 @click.option("--out", type=click.Path(path_type=Path), help="Where the bundle goes.  [default: runs/NAME/bundle]")
@@ -82,11 +90,16 @@ def main() -> None:
 def compress_command(
     model: str,
     target: str | None,
-    bits: int | None,
+    bits: str | None,
     embedding_bits: int | None,
     trim_vocab: str | None,
     student: str | None,
     data: str | None,
+    max_drop: str | None,
+    metric: str | None,
+    evaluation: tuple[str, ...],
+    goal: str | None,
+    never_slower: bool,
     steps: int | None,
     minutes: float | None,
     out: Path | None,
@@ -101,8 +114,20 @@ def compress_command(
     """Compress MODEL (a directory, a hub id, a .gguf file or a packaged name) into a bundle, and measure it."""
     from edgepipe.compress import compress
     from edgepipe.recipe import parse_setting, resolve
+    from edgepipe.search.asked import asked_of, number_of
 
-    flags: list[tuple[str, str, object]] = [("trim", "data", trim_vocab), ("quantize", "bits", bits)]
+    search = asked_of(
+        bits=bits,
+        embedding_bits=embedding_bits,
+        max_drop=max_drop,
+        data=data,
+        metric=metric,
+        options=evaluation,
+        goal=goal,
+    )
+    if search is not None:
+        bits = data = None
+    flags: list[tuple[str, str, object]] = [("trim", "data", trim_vocab), ("quantize", "bits", number_of(bits))]
     flags += [("quantize", "embedding_bits", embedding_bits), ("export", "context", context)]
     flags += [("distill", "student", student), ("distill", "data", data)]
     flags += [("distill", "steps", steps), ("distill", "minutes", minutes)]
@@ -112,12 +137,15 @@ def compress_command(
     recipe = resolve(target=target, file=recipe_file, settings=chosen, seed=seed, before=before)
     _say(f"recipe: {json.dumps(recipe.to_json())}")
     if dry_run:
-        _print_json({"model": model, "recipe": recipe.to_json()})
+        asked_for = {} if search is None else {"search": dataclasses.asdict(search)}
+        _print_json({"model": model, "recipe": recipe.to_json(), **asked_for})
         return
     from edgepipe.report.progress import Progress
     from edgepipe.report.terminal import measured_table
 
-    summary = compress(model, recipe, listener=Progress(), out=out, fresh=fresh, task=task)
+    summary = compress(
+        model, recipe, listener=Progress(), out=out, fresh=fresh, task=task, asked=search, without_slower=never_slower
+    )
     if "figures" in summary:
         _say(f"\n{measured_table(summary['figures'])}\n")
     bundle = summary["bundle"]

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgepipe.artifacts import CompiledModel, Json, Measured
-from edgepipe.errors import StageError
+from edgepipe.errors import ConfigError, StageError
 
 if TYPE_CHECKING:
     from edgepipe.pipeline import Listener
     from edgepipe.recipe import Recipe
+    from edgepipe.search.asked import Asked
+    from edgepipe.search.budget import Found
 
 
 def compress(
@@ -23,13 +25,18 @@ def compress(
     runs: Path = Path("runs"),
     fresh: bool = False,
     task: str | None = None,
+    asked: Asked | None = None,
+    without_slower: bool = False,
 ) -> Json:
     """Compress MODEL by a recipe and return the summary: bundle path, bytes, bits per weight and what was measured.
 
     `runs` keeps finished stages, so that a run that was stopped, or one with the same beginning, needn't repeat them;
-    `fresh` repeats them all. `task` overrides the task that the model's config describes. Raises ConfigError before any
-    work begins, StageError or TargetError when a stage fails. Of several processes that a launcher started the first
-    one does this; the others help it train, and end here.
+    `fresh` repeats them all. `task` overrides the task that the model's config describes. With `asked` the grids of the
+    recipe are searched for first (docs/quantize.md): the smallest bundle whose metric stays within a budget. With
+    `without_slower` grids whose products are slower than float ones on this machine are undone first. Raises
+    ConfigError before any work begins, StageError or TargetError when a stage fails, BudgetError when no bundle keeps
+    the budget: none is written then. Of several processes that a launcher started the first one does this; the others
+    help it train, and end here.
     """
     from edgepipe.pipeline import check_output, run, run_name
     from edgepipe.report.budgets import over_budget
@@ -42,19 +49,39 @@ def compress(
     if follows():
         follow(source, recipe.stages, recipe.target, recipe.seed)
         raise SystemExit(0)
+    if without_slower and asked is not None:
+        raise ConfigError("--never-slower and --max-drop: leave one out; --goal fastest searches by time")
+    found: Found | None = None
+    if asked is not None:
+        from edgepipe.search.asked import wanted_of
+        from edgepipe.search.budget import search_plan
+
+        wanted = wanted_of(asked, source.info.task)
+        found = search_plan(source, recipe, wanted, runs=runs, fresh=fresh, listener=listener)
+        recipe = found.recipe
+    beside: Json = {} if found is None else {"search": found.record}
+    if without_slower:
+        from edgepipe.search.never_slower import never_slower
+
+        recipe, beside["products"] = never_slower(source, recipe, listener=listener)
     directory = runs / run_name(source, recipe)
     before = _manifest_sha256(out if out is not None else directory / "bundle")
     summary: Json = {}
 
     def finish(result: CompiledModel | Measured) -> None:
         """Sum up and write the report before another run may change what they speak of."""
+        if found is not None:
+            found.check(result.model if isinstance(result, Measured) else result)
+            summary["search"] = found.summary
         summary.update(_summary(result, before))
+        if without_slower:
+            summary["undone"] = [name for one in beside["products"] if one["undone"] for name in one["tensors"]]
         if isinstance(result, Measured):
             budgets, name = dataclasses.asdict(recipe.target.budgets), recipe.target.name
             summary["over_budget"] = over_budget(result.figures, budgets, name)
             summary["report"] = str(_write_report(directory, result.model.path))
 
-    run(source, recipe, out=out, runs=runs, fresh=fresh, listener=listener, finish=finish)
+    run(source, recipe, out=out, runs=runs, fresh=fresh, listener=listener, finish=finish, beside=beside)
     dismiss_the_others()
     return summary
 

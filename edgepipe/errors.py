@@ -4,7 +4,8 @@
     ├── ConfigError         the request is wrong (unknown name, value out of range, wrong order)      exit 2
     ├── StageError          a stage failed; says which, and what was already done                     exit 1
     │   └── ContractError   our own promise broke: shape, dtype, numeric mismatch                     exit 1
-    └── TargetError         this target or machine cannot do it; names the extra or file to add       exit 1
+    ├── TargetError         this target or machine cannot do it; names the extra or file to add       exit 1
+    └── BudgetError         no bundle keeps what was asked for; none was shipped                      exit 3
 
 A message is one sentence or two: what was expected, what came, what to do next.
 """
@@ -39,3 +40,9 @@ class ContractError(StageError):
 
 class TargetError(EdgepipeError):
     """Say that this target or machine cannot do what was asked."""
+
+
+class BudgetError(EdgepipeError):
+    """Say that no bundle keeps to the budget, so that there is none."""
+
+    exit_code = 3

@@ -79,12 +79,14 @@ def run(
     fresh: bool,
     listener: Listener,
     finish: Callable[[CompiledModel | Measured], None] = lambda _result: None,
+    beside: Json | None = None,
 ) -> CompiledModel | Measured:
     """Send a model down the river of `recipe` and put the bundle at `out` (default: runs/NAME/bundle).
 
-    `finish` gets the result while the run's directory and `out` are still kept from other runs.
-    Raises ConfigError before any work begins when a stage can't take the model or another run is at work in the run's
-    directory or at `out`, and StageError when a stage fails; whatever stood at `out` before is untouched then.
+    `beside` is kept in run.json with the run's own record: how the recipe was found. `finish` gets the result while
+    the run's directory and `out` are still kept from other runs. Raises ConfigError before any work begins when a
+    stage can't take the model or another run is at work in the run's directory or at `out`, and StageError when a
+    stage fails; whatever stood at `out` before is untouched then.
     """
     _check(model, recipe)
     directory = runs / run_name(model, recipe)
@@ -93,14 +95,45 @@ def run(
     _check_apart(target, directory)
     make_directory(directory)
     place = _real(target)
-    beside = place.with_name(f".{place.name}.lock")
-    with alone(directory / ".lock", str(directory)), alone(beside, f"--out {target}"):
+    lock = place.with_name(f".{place.name}.lock")
+    with alone(directory / ".lock", str(directory)), alone(lock, f"--out {target}"):
         for folder in (directory, directory / "baseline"):
             tidy(folder, _OWN_NAMES)
         tidy(place.parent, re.escape(place.name))
         result = _run(model, recipe, directory, target, fresh, listener)
+        if isinstance(result, Measured):
+            try:
+                write_json(directory / "run.json", _record(result, recipe) | (beside or {}))
+            except OSError as error:
+                raise StageError(f"the bundle is at {target}, but not its run.json: {_describe(error)}") from error
         finish(result)
         return result
+
+
+def run_baseline(model: TorchModel, recipe: Recipe, *, runs: Path, fresh: bool, listener: Listener) -> CompiledModel:
+    """Build the float32 baseline alone, where a run of the same recipe with other grids finds it again.
+
+    Raises ConfigError where there is none, and what `run` raises.
+    """
+    _check(model, recipe)
+    if without := _no_baseline(model.weights, recipe):
+        raise ConfigError(f"there is no float32 model to compare with: {without}")
+    directory = runs / run_name(model, recipe)
+    make_directory(directory)
+    with alone(directory / ".lock", str(directory)):
+        for folder in (directory, directory / "baseline"):
+            tidy(folder, _OWN_NAMES)
+        numbers = iter(range(1, len(_BASELINE_STAGES) + 1))
+        river = _River(
+            recipe=recipe,
+            stages=recipe.stages,
+            directory=directory,
+            label="",
+            fresh=fresh,
+            listener=listener,
+            step=lambda: (next(numbers), len(_BASELINE_STAGES)),
+        )
+        return _baseline(model, river)
 
 
 def run_stages(model: TorchModel, recipe: Recipe, *, runs: Path, fresh: bool, listener: Listener) -> Artifact:
@@ -155,25 +188,27 @@ def _run(
     )
     baseline: CompiledModel | None = None
     if wants_baseline:
-        floats = dataclasses.replace(model, weights=weights.as_float32())
-        stages = tuple((name, _uncompressed(name, stage)) for name, stage in recipe.stages if name in _BASELINE_STAGES)
-        side = dataclasses.replace(river, stages=stages, directory=directory / "baseline", label="baseline ")
-        result = _flow(floats, side, None, "")
-        assert isinstance(result, CompiledModel)
-        baseline = result
+        baseline = _baseline(model, river)
     finished = _flow(model, river, baseline, without)
     compiled = finished.model if isinstance(finished, Measured) else finished
     assert isinstance(compiled, CompiledModel)
     _publish_bundle(compiled, target)
     compiled = dataclasses.replace(compiled, path=target)
     if isinstance(finished, Measured):
-        finished = dataclasses.replace(finished, model=compiled)
-        try:
-            write_json(directory / "run.json", _record(finished, recipe))
-        except OSError as error:
-            raise StageError(f"the bundle is at {target}, but not its run.json: {_describe(error)}") from error
-        return finished
+        return dataclasses.replace(finished, model=compiled)
     return compiled
+
+
+def _baseline(model: TorchModel, river: _River) -> CompiledModel:
+    """Send the model through export and compile alone, in float32."""
+    floats = dataclasses.replace(model, weights=model.weights.as_float32())
+    stages = tuple(
+        (name, _uncompressed(name, stage)) for name, stage in river.recipe.stages if name in _BASELINE_STAGES
+    )
+    side = dataclasses.replace(river, stages=stages, directory=river.directory / "baseline", label="baseline ")
+    result = _flow(floats, side, None, "")
+    assert isinstance(result, CompiledModel)
+    return result
 
 
 def _record(finished: Measured, recipe: Recipe) -> Json:

@@ -30,7 +30,7 @@ _HEADER_WORDS |= {"mr", "source", "target", "question", "answer"}
 # Why a shipped set is refused, by its own purpose.
 _REFUSALS = {
     "calibration": "a score on it would flatter the bundle: evaluate on text that no compression step has seen",
-    "evaluation": "a score on it would flatter the model that was trained with it: train on other text",
+    "evaluation": "a score on it would flatter the model that was made with it: take other text",
 }
 
 

@@ -69,6 +69,18 @@ def evaluate_bundle(
     }
 
 
+def score_bundle(bundle: Path, data: Data, options: Evaluation, *, progress: Progress) -> np.ndarray:
+    """Return the rows [examples, k] of which a metric is the statistic; those of two bundles stand beside each other.
+
+    Raises what `evaluate_bundle` raises. kl-to-float, which has no rows of one bundle, isn't for this.
+    """
+    metric = options.described
+    scores.check_extra(metric.name)
+    read_bundle(bundle)
+    score = _score_examples if metric.options >= TABLE_OPTIONS else _score_text
+    return score(bundle, None, data, options, progress).rows
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Scored:
     """Hold the rows of the bundle, those of the bundle it is compared with, and what else there is to say."""

@@ -12,6 +12,8 @@ from edgepipe.artifacts import Json
 from edgepipe.measuring.intervals import FLAG_ABOVE
 from edgepipe.report.budgets import over_budget
 from edgepipe.report.compare import compare
+from edgepipe.report.guards import agreement_of
+from edgepipe.report.plans import search_of
 from edgepipe.report.record import BundleReport, Latency, Limit, Material, Measurement, Phase, Report, Time, Training
 from edgepipe.report.rows import figure, measured_rows, shape_of, start_rows, static_figures
 from edgepipe.report.sentences import certainty, limit_sentences, limits_of, machine_sentences, verdict
@@ -64,6 +66,9 @@ def _bundle_report(material: Material) -> BundleReport:
         limit_sentences=tuple(limit_sentences(figures["bundle"]) if figures is not None else ()),
         parts=tuple(byte_parts(weights["parts"])),
         training=_training(material.history or ()),
+        search=None if material.search is None else search_of(material.search),
+        agreement=agreement_of(material.history or ()),
+        products=tuple(material.products),
         stages=tuple(_stages(material.history or manifest["history"])),
         recipe={"target": target, "seed": recipe["seed"]},
         source={

@@ -39,8 +39,8 @@ def _curves(phases: Sequence[Phase], width: float, height: float) -> Iterator[Js
             "train": "L".join(placed(*point) for point in train),
             "held_out": "L".join(placed(*point) for point in held_out),
             "best": placed(phase.best_step or 0, phase.best_loss or 0.0) if best else "",
-            "rows": [_tick(loss, (high - loss) / (high - low), height, losses) for loss in losses],
-            "columns": [_tick(step, step / end, width, steps) for step in steps],
+            "rows": [tick(loss, (high - loss) / (high - low), height, losses) for loss in losses],
+            "columns": [tick(step, step / end, width, steps) for step in steps],
         }
 
 
@@ -62,7 +62,7 @@ def _steps(least: float) -> Iterator[float]:
         power += 1
 
 
-def _tick(value: float, share: float, length: float, all_of_them: Sequence[float]) -> Json:
+def tick(value: float, share: float, length: float, all_of_them: Sequence[float]) -> Json:
     """Return one line of the grid, with as many digits as tell it from the others."""
     apart = all_of_them[1] - all_of_them[0]
     digits = next(n for n in range(20) if math.isclose(round(apart, n), apart, rel_tol=1e-6))

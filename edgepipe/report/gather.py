@@ -116,6 +116,8 @@ def _material(
         recipe=run.get("recipe"),
         history=run.get("history"),
         budgets=run.get("budgets"),
+        search=run.get("search"),
+        products=run.get("products") or (),
     )
 
 

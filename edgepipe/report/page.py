@@ -10,6 +10,7 @@ import jinja2
 
 from edgepipe.artifacts import Json
 from edgepipe.report.curves import loss_curves
+from edgepipe.report.plans import frontier_drawing
 from edgepipe.report.record import BundleReport, Latency, Report
 from edgepipe.report.sections import bundle_sections, comparison_section
 from edgepipe.report.sentences import limit_title
@@ -42,6 +43,7 @@ def _drawn(one: BundleReport) -> Json:
         "latency": histograms(one.latency),
         "limits": limit_bars(one),
         "training": loss_curves(one.training, _CHART_WIDTH, _CURVE_HEIGHT),
+        "search": None if one.search is None else frontier_drawing(one.search, _CHART_WIDTH, _CURVE_HEIGHT),
     }
 
 

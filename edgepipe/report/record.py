@@ -30,6 +30,8 @@ class Material:
     recipe: Json | None = None  # as a run resolved it; None: the manifest's
     history: Sequence[Json] | None = None  # what a run recorded; None: the manifest's
     budgets: Mapping[str, Any] | None = None  # of the target
+    search: Json | None = None  # as a run recorded how its grids were found
+    products: Sequence[Json] = ()  # as a run recorded which of them are faster than floats
     remarks: tuple[str, ...] = ()
 
 
@@ -109,6 +111,25 @@ class Training:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Search:
+    """Hold how a budget was kept: the frontier of plans, the bundles that were tried, and the plan that was chosen."""
+
+    metric: str
+    better: str  # "higher" or "lower"
+    max_drop: float  # a share of the float model's value when relative, else in units of the metric
+    relative: bool
+    goal: str  # what the cost of a plan is: "smallest" bytes, or "fastest" ms
+    data: Json  # name, sha256, examples
+    loss_unit: str
+    float_value: float
+    points: tuple[
+        Json, ...
+    ]  # the costliest first: cost, bytes, loss, and of tried ones value, drop, limit, example_ms …
+    chosen: int
+    units: tuple[Json, ...]  # matrices that got one choice: name, tensors, choice, bytes, and their other choices
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
     """Say when, on what and how the figures were taken."""
 
@@ -146,6 +167,9 @@ class BundleReport:
     limit_sentences: tuple[str, ...]
     parts: tuple[Json, ...]  # the largest first, with its share of the bytes
     training: Training | None  # None: no stage trained it
+    search: Search | None  # None: its grids were given
+    agreement: Json | None  # how its greedy answers agree with the float model's; None: nobody asked
+    products: tuple[Json, ...]  # each kind of matrix timed beside floats; empty: nobody asked
     stages: tuple[Json, ...]  # stage, options, notes
     recipe: Json  # target and seed
     source: Json  # model, licence, lineage

@@ -6,8 +6,11 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from edgepipe.artifacts import Json
 from edgepipe.report.compare import compared_cells
-from edgepipe.report.record import BundleReport, Comparison, Time, Training
+from edgepipe.report.guards import agreement_rows, agreement_sentences, product_rows, product_sentences
+from edgepipe.report.plans import budget_sentences, more_bits, tried
+from edgepipe.report.record import BundleReport, Comparison, Search, Time, Training
 from edgepipe.report.rows import MISSING, Row, between, cells, shown_title
 from edgepipe.report.sentences import limit_title
 
@@ -31,7 +34,7 @@ class Section:
     """Hold one section of a report."""
 
     title: str
-    key: str  # what a page may draw above it: "latency", "limits", "parts", "training"; others are tables alone
+    key: str  # what a page may draw above it: "latency", "limits", "parts", "training", "search"; others are tables
     table: Table | None = None
     sentences: tuple[str, ...] = ()
 
@@ -60,9 +63,56 @@ def bundle_sections(one: BundleReport) -> Iterator[Section]:
         yield Section(
             title="Training", key="training", table=_phases(one.training), sentences=tuple(_taught(one.training))
         )
+    yield from _choices(one)
     yield Section(title="How it was made", key="stages", table=_stages(one), sentences=(_origin(one),))
     if one.measured is not None:
         yield Section(title="Measured on", key="machine", sentences=one.measured.sentences)
+
+
+def _choices(one: BundleReport) -> Iterator[Section]:
+    """Yield how its grids were found, and what the guards found."""
+    if one.search is not None:
+        yield from search_sections(one.search)
+    if one.agreement is not None:
+        rows = tuple(agreement_rows(one.agreement))
+        table = Table(header=("in float", "KL", "tokens", ""), rows=rows, words=frozenset({3})) if rows else None
+        sentences = tuple(agreement_sentences(one.agreement))
+        yield Section(title="Token agreement", key="agreement", table=table, sentences=sentences)
+    if one.products:
+        yield _products(one.products)
+
+
+def search_sections(search: Search) -> Iterator[Section]:
+    """Yield how a budget was kept, and which matrices got more bits for it."""
+    yield Section(
+        title="Quality, bytes and time",
+        key="search",
+        table=Table(
+            header=(
+                *("matrices, MB", "bundle, MB", f"loss, {search.loss_unit}", search.metric, "drop", "at most"),
+                *("ms an example", ""),
+            ),
+            rows=tuple(tried(search)),
+            words=frozenset({7}),
+        ),
+        sentences=tuple(budget_sentences(search)),
+    )
+    rows, sentence = more_bits(search)
+    table = Table(header=("matrices", "grid", "MB", "MB more", "loss", "else"), rows=tuple(rows), words=frozenset({1}))
+    yield Section(title="Matrices that got more bits", key="plan", table=table if rows else None, sentences=(sentence,))
+
+
+def _products(products: Sequence[Json]) -> Section:
+    return Section(
+        title="Never slower",
+        key="products",
+        table=Table(
+            header=("matrices", "stored as", "rows", "ms", "float, ms", "ratio", ""),
+            rows=tuple(product_rows(products)),
+            words=frozenset({1, 6}),
+        ),
+        sentences=tuple(product_sentences(products)),
+    )
 
 
 def comparison_section(found: Comparison) -> Section:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgepipe.artifacts import TorchModel
+from edgepipe.graph.tasks import GENERATION
 from edgepipe.numerics.grids import Grid
 from edgepipe.quantizers.sensitivity import Key, Unit, readers
 from edgepipe.quantizers.texts import Batch
@@ -14,6 +16,7 @@ from edgepipe.weights import Weight
 
 # From many bits to few. Groups of 16 at 2 bits have no fast kernel (docs/quantize.md); at 8 bits scales weigh little.
 CHOICES = ("16", "8/32", "8/128", "4/16", "4/32", "4/64", "4/128", "2/32", "2/64")
+_ENCODER = re.compile(r"(^|\.)encoder\.")  # of an encoder-decoder: what reads the source at once
 _SIXTEEN = Grid(bits=16, group=32, symmetric=True)
 
 
@@ -56,6 +59,11 @@ def _unit(weights: Sequence[Weight], stage: Stage) -> Unit:
         choices[kept[0]] = kept[1]
     name = weights[0].name if len(weights) == 1 else f"{weights[0].name} and {len(weights) - 1} more"
     return Unit(name=name, choices=choices)
+
+
+def at_once(task: str, name: str) -> bool:
+    """Say whether a matrix meets all tokens of a text in one run, and never one alone."""
+    return task not in GENERATION or bool(_ENCODER.search(name))
 
 
 def that_count(units: Sequence[Unit], losses: Mapping[Key, float]) -> list[Unit]:

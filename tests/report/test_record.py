@@ -25,6 +25,7 @@ DESCRIBED = {
     "limit": record.Limit,
     "phase": record.Phase,
     "training": record.Training,
+    "search": record.Search,
     "measurement": record.Measurement,
     "bundle": record.BundleReport,
     "compared_row": record.ComparedRow,
