@@ -120,7 +120,8 @@ def taken(arm: Arm, data: Path, examples: int) -> Json:
     try:
         found = compress(arm.model, recipe, listener=Progress(), runs=folder, asked=asked)
     except BudgetError as error:
-        return {"kept": True, "refused": str(error), "minutes": (time.perf_counter() - started) / 60}
+        said = str(error).replace(f"{searched.parent}/", "").replace(f"{ROOT}/", "")
+        return {"kept": True, "refused": said, "minutes": (time.perf_counter() - started) / 60}
     minutes = (time.perf_counter() - started) / 60
     bundle = Path(found["bundle"])
     metric = Evaluation(metric=found["search"]["metric"], threads=THREADS)
@@ -131,7 +132,7 @@ def taken(arm: Arm, data: Path, examples: int) -> Json:
     return {
         "kept": drop <= parse_budget(arm.max_drop).amount,
         "refused": None,
-        "search": found["search"],
+        "search": {**found["search"], "data": {**found["search"]["data"], "name": searched.name}},
         "drop_unseen": drop,
         "unseen": {**judged["data"], "name": unseen.name, "count": judged["count"]},
         "value_unseen": judged["value"],
