@@ -65,14 +65,26 @@ class QuantizedTensor:
         return self.bits == 8 and self.group == self.shape[1] and self.zero_points is None and self.minima is None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenGrid:
+    """Say which grid a token's activations are rounded to: 2^bits levels with a scale of each token's own."""
+
+    bits: int  # 4 or 8
+    # "signed": the value of the largest magnitude lies on the lowest level; "zero points": levels reach from the
+    # smallest to the largest value; "largest": the largest magnitude is level 127 (of 8 bits), as in BitLinear
+    form: Literal["signed", "zero points", "largest"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ActivationPlan:
-    """Say how the inputs of the matrices with one scale a row are rounded to 8 bits when the model runs.
+    """Say how the inputs of the matrices with one scale a row are rounded when the model runs.
 
     `quantize` decides it, the engine's lowering carries it out; static ranges are those seen over `batches`.
     """
 
-    kind: Literal["dynamic", "static"]  # a range for every run, or one for all
+    kind: Literal["dynamic", "static", "token"]  # a range for every run, one for all (8 bits), or one for every token
+    tokens: TokenGrid | None = None  # of "token"
+    normalizes: bool = False  # of "token": what is read goes through a LayerNorm without weights first (BitLinear)
     ranges: str = ""  # of static ones: "minmax", "percentile", "entropy"
     calibration: str = ""  # the name of what was read for them
     # Of static ones: input_ids and attention_mask [rows, tokens] int64, padded on the right, and behind an encoder

@@ -384,3 +384,33 @@ def column_scales_naively(activations: np.ndarray, weights: Sequence[np.ndarray]
             factor = max(float(reached), 1e-5) ** alpha / max(largest, 1e-5) ** (1 - alpha)
             scales[j] = min(max(1 / factor, 2.0**-12), 2.0**12)
     return scales
+
+
+def round_token_naively(values: Sequence[float], bits: int, form: str) -> tuple[list[int], np.float32]:
+    """Return the levels and the scale of one token's values."""
+    x = [np.float32(value) for value in values]
+    half, top = 2 ** (bits - 1), 2**bits - 1
+    low, high = min(x), max(x)
+    zero = half
+    if form == "zero points":
+        low, high = min(low, np.float32(0)), max(high, np.float32(0))
+        scale = np.float32((high - low) / np.float32(top))
+        zero = int(np.rint(-low / scale)) if scale >= 1e-20 else 0
+    else:
+        extreme = high if high > -low else low
+        scale = extreme / np.float32(-half) if form == "signed" else abs(extreme) / np.float32(half - 1)
+    if abs(scale) < 1e-20:
+        scale = np.float32(1)
+    return [min(max(int(np.rint(value / scale)), -zero), top - zero) for value in x], scale
+
+
+def ternary_naively(weight: np.ndarray, measure: str) -> tuple[np.ndarray, np.float16]:
+    """Return −1, 0, 1 for every weight, and the scale of the matrix."""
+    magnitudes = sorted(abs(float(value)) for value in weight.ravel())
+    middle = magnitudes[(len(magnitudes) - 1) // 2]
+    measured = middle if measure == "median" else math.fsum(magnitudes) / len(magnitudes)
+    scale = np.float16(np.float32(min(max(measured, 1e-5), 65504.0)))
+    levels = np.zeros(weight.shape, np.int64)
+    for place, value in np.ndenumerate(weight):
+        levels[place] = min(max(int(np.rint(np.float32(value) / np.float32(scale))), -1), 1)
+    return levels, scale
