@@ -60,6 +60,11 @@ class QuantizedTensor:
         return sum(p.nbytes for p in parts if p is not None)
 
     @property
+    def has_rows(self) -> bool:
+        """Say whether 2- or 4-bit codes share one scale a row: what is multiplied by rounded tokens."""
+        return self.bits < 8 and self.groups == 1 and self.zero_points is None and self.minima is None
+
+    @property
     def has_integer_rows(self) -> bool:
         """Say whether code − 128 is an int8 matrix with one scale a row: what integer products take."""
         return self.bits == 8 and self.group == self.shape[1] and self.zero_points is None and self.minima is None
@@ -84,6 +89,7 @@ class ActivationPlan:
 
     kind: Literal["dynamic", "static", "token"]  # a range for every run, one for all (8 bits), or one for every token
     tokens: TokenGrid | None = None  # of "token"
+    layers: tuple[str, ...] = ()  # of "token": the matrices that read rounded values; of the others all 8-bit rows
     normalizes: bool = False  # of "token": what is read goes through a LayerNorm without weights first (BitLinear)
     ranges: str = ""  # of static ones: "minmax", "percentile", "entropy"
     calibration: str = ""  # the name of what was read for them

@@ -32,6 +32,7 @@ from edgepipe.artifacts import (
     OnnxModel,
     QuantizedTensor,
     StageRecord,
+    TokenGrid,
     TorchModel,
 )
 from edgepipe.errors import ContractError
@@ -321,7 +322,8 @@ def _save_plan(plan: ActivationPlan | None, directory: Path) -> Json | None:
         return None
     arrays = {f"{number} {name}": array for number, batch in enumerate(plan.batches) for name, array in batch.items()}
     np.savez(directory / _BATCHES, allow_pickle=False, **arrays)
-    return {"kind": plan.kind, "ranges": plan.ranges, "calibration": plan.calibration, "batches": len(plan.batches)}
+    record = dataclasses.asdict(dataclasses.replace(plan, batches=()))
+    return {**record, "batches": len(plan.batches)}
 
 
 def _load_plan(record: Json | None, directory: Path) -> ActivationPlan | None:
@@ -332,7 +334,9 @@ def _load_plan(record: Json | None, directory: Path) -> ActivationPlan | None:
         for key in file.files:
             number, _, name = key.partition(" ")
             batches[int(number)][name] = file[key]
-    return ActivationPlan(**{**record, "batches": tuple(batches)})
+    tokens = None if record["tokens"] is None else TokenGrid(**record["tokens"])
+    layers = tuple(record["layers"])
+    return ActivationPlan(**{**record, "tokens": tokens, "layers": layers, "batches": tuple(batches)})
 
 
 def _save_info(info: ModelInfo, directory: Path) -> None:

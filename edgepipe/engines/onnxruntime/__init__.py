@@ -25,6 +25,7 @@ from edgepipe.engines.onnxruntime.integer_products import Arithmetic, Range, int
 from edgepipe.engines.onnxruntime.join_projections import join_projections
 from edgepipe.engines.onnxruntime.place_weights import place_weights
 from edgepipe.engines.onnxruntime.planned import FILE_NAME, WeightsFile
+from edgepipe.engines.onnxruntime.round_tokens import round_tokens
 from edgepipe.errors import TargetError
 from edgepipe.students.config import is_student
 
@@ -47,7 +48,7 @@ def lower(
 
     `accuracy_level` is MatMulNBits': 0 computes in float32, 4 multiplies int8 activations. `cache_dtype` is what
     keys and values are kept in where the cache is preallocated: "float32" or "float16". `exact` multiplies in float
-    what the model's plan multiplies as integers; `ranges` are those of static activations: graph → input → range.
+    what the model's plan rounds; `ranges` are those of static activations: graph → input → range.
     `file` is the layout of an earlier lowering of the same model, whose weights these graphs share.
     """
     preallocated = "ends" not in model.spec
@@ -70,13 +71,26 @@ def lower(
         if built:
             fuse_norms(graph)
         if model.activations is not None:
-            kind = "exact" if exact else model.activations.kind
-            integer_products(graph, model.weights, file, Arithmetic(kind=kind, ranges=(ranges or {}).get(name, {})))
+            _round_activations(graph, model, file, exact=exact, ranges=(ranges or {}).get(name, {}))
         place_weights(graph, model.weights, file, accuracy_level, many_rows=name in _WHOLE_TEXT)
         _drop_unused(graph, inputs=cached)
         graph.opset_imports.update(_OPSETS)
         graphs[name] = bytes(ir.to_proto(source).SerializeToString(deterministic=True))
     return graphs, file
+
+
+def _round_activations(
+    graph: ir.Graph, model: OnnxModel, file: WeightsFile, *, exact: bool, ranges: Mapping[str, Range]
+) -> None:
+    """Let products read rounded activations, as the model's plan says."""
+    plan = model.activations
+    assert plan is not None
+    if plan.tokens is None:
+        integer_products(
+            graph, model.weights, file, Arithmetic(kind="exact" if exact else plan.kind, ranges=ranges)
+        )
+    elif not exact:
+        round_tokens(graph, model.weights, file, plan)
 
 
 def _check_head_size(model: OnnxModel) -> None:

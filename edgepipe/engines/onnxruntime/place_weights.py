@@ -7,6 +7,7 @@
                      kernel then decodes the weight once for all of them
                      minima                   → the same on symmetric codes, + groupsum(x) · (minima + middle·scale)ᵀ
                      float                    → FusedMatMul(x, Cast(W), transB)
+                     one scale a row          → 2 and 4 bits: the same, the scale repeated for the kernel's blocks
     MatMul(x, W)     as stored (GPT-2's Conv1D) → MatMul(x, decoded W): its groups lie along the other axis
     Gather(W, ids)   quantized                → GatherBlockQuantized, sliced to the width where rows were padded
                      float                    → Cast(Gather(W, ids))
@@ -29,7 +30,9 @@ from edgepipe.engines.onnxruntime.names import is_transposed, weight_parts
 from edgepipe.engines.onnxruntime.planned import (
     PlannedTensor,
     WeightsFile,
+    kernel_block,
     middle_code,
+    plan_codes,
     plan_columns,
     plan_float,
     plan_part,
@@ -38,7 +41,6 @@ from edgepipe.engines.onnxruntime.two_parts import pads, rank, split_groups, spl
 from edgepipe.weights import WeightStore
 
 _MICROSOFT = "com.microsoft"
-_LEAST_BLOCK = 16  # of MatMulNBits and GatherBlockQuantized, whose blocks are powers of two
 _INT8 = 4  # MatMulNBits' accuracy level: activations are rounded to int8 per group
 
 
@@ -132,9 +134,10 @@ def _lower_matmul(low: Lowering, node: ir.Node) -> None:
         replace_node(low, node, emit(low, node, [product]))
         return
     rows = sum(low.weights[n].shape[0] for n in names)
-    codes = plan_part(low.weights, names, "codes", sample)
-    blob = sample.group * sample.bits // 8
-    scale = widened(low, node, low.initializer(plan_part(low.weights, names, "scale", sample)))
+    block = kernel_block(sample)
+    blocks = -(-sample.shape[1] // block)
+    codes = low.initializer(plan_codes(low.weights, names, sample), (rows, blocks, block * sample.bits // 8))
+    scale = _scales(low, node, names, sample)
     zeros = None
     if sample.zero_points is not None:
         zeros = low.initializer(plan_part(low.weights, names, "zero_points", sample))
@@ -144,12 +147,12 @@ def _lower_matmul(low: Lowering, node: ir.Node) -> None:
     operand = _two_parts(low, node, x, sample) if in_two else x
     product = ir.node(
         "MatMulNBits",
-        [operand, low.initializer(codes, (rows, sample.groups, blob)), scale, zeros, None, None if in_two else bias],
+        [operand, codes, scale, zeros, None, None if in_two else bias],
         {
             "K": sample.shape[1],
             "N": rows,
             "bits": sample.bits,
-            "block_size": sample.group,
+            "block_size": block,
             "accuracy_level": _INT8 if in_two else low.accuracy_level,
         },
         domain=_MICROSOFT,
@@ -166,12 +169,19 @@ def _lower_matmul(low: Lowering, node: ir.Node) -> None:
 
 def _is_decoded(low: Lowering, value: QuantizedTensor) -> bool:
     """Say whether a matrix is multiplied as floats: MatMulNBits would be slower, or takes no such groups."""
-    return not _in_blocks(value) or (low.many_rows and value.bits == 8 and low.accuracy_level != _INT8)
+    return not kernel_block(value) or (low.many_rows and value.bits == 8 and low.accuracy_level != _INT8)
 
 
-def _in_blocks(value: QuantizedTensor) -> bool:
-    """Say whether kernels take a tensor's groups; whole rows are taken by integer products, or decoded."""
-    return value.group >= _LEAST_BLOCK and value.group & (value.group - 1) == 0
+def _scales(low: Lowering, before: ir.Node, names: tuple[str, ...], sample: QuantizedTensor) -> ir.Value:
+    """Return scales as the kernel takes them, float32 [rows, blocks]: one a row is repeated when the engine loads."""
+    planned = plan_part(low.weights, names, "scale", sample)
+    scale = widened(low, before, low.initializer(planned))
+    blocks = -(-sample.shape[1] // kernel_block(sample))
+    if blocks == sample.groups:
+        return scale
+    rows = planned.shape[0]
+    shape = low.constant(np.array([rows, blocks], np.int64), f"shape_{rows}x{blocks}")
+    return emit(low, before, [ir.node("Expand", [scale, shape])])
 
 
 def take_bias(low: Lowering, node: ir.Node) -> ir.Value | None:
@@ -211,9 +221,9 @@ def _add_minima(
 
 def _two_parts(low: Lowering, node: ir.Node, x: ir.Value, sample: QuantizedTensor) -> ir.Value:
     """Split x [B, S, in] into two int8 parts → [2, B, S, in], once for all weights with groups of one size."""
-    key = (x, sample.group)
+    key = (x, kernel_block(sample))
     if key not in low.two_parts:
-        low.two_parts[key] = emit(low, node, split_in_two(x, sample.shape[1], sample.group, low.constant))
+        low.two_parts[key] = emit(low, node, split_in_two(x, sample.shape[1], key[1], low.constant))
     return low.two_parts[key]
 
 
@@ -277,14 +287,15 @@ def _gathered(low: Lowering, before: ir.Node, names: tuple[str, ...], ids: ir.Va
         gathered = emit(low, before, [ir.node("Gather", [table, ids])])
         gathered.type = table.type
         return widened(low, before, gathered)
-    if not _in_blocks(value):
+    block = kernel_block(value)
+    if not block:
         return emit(low, before, [ir.node("Gather", [_whole(low, before, names), ids])])
-    codes = plan_part(low.weights, names, "codes", value)
-    scale = widened(low, before, low.initializer(plan_part(low.weights, names, "scale", value)))
+    codes = plan_codes(low.weights, names, value)
+    scale = _scales(low, before, names, value)
     zeros = None
     if value.zero_points is not None:
         zeros = low.initializer(plan_part(low.weights, names, "zero_points", value))
-    attributes = {"bits": value.bits, "block_size": value.group, "gather_axis": 0, "quantize_axis": 1}
+    attributes = {"bits": value.bits, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
     rows = ir.node("GatherBlockQuantized", [low.initializer(codes), ids, scale, zeros], attributes, domain=_MICROSOFT)
     x = emit(low, before, [rows])
     if value.minima is not None:
@@ -295,7 +306,7 @@ def _gathered(low: Lowering, before: ir.Node, names: tuple[str, ...], ids: ir.Va
 
 def _cut(low: Lowering, before: ir.Node, x: ir.Value, value: QuantizedTensor) -> ir.Value:
     """Return x [..., groups · group] without what pads its rows to whole groups."""
-    if value.shape[1] % value.group == 0:
+    if value.shape[1] % (kernel_block(value) or value.group) == 0:
         return x
     bounds = [low.constant(np.array([v], np.int64), f"int_{v}") for v in (0, value.shape[1], -1)]
     return emit(low, before, [ir.node("Slice", [x, *bounds])])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ml_dtypes
@@ -26,6 +26,10 @@ FILE_NAME = "weights.bin"
 _PAGE_BYTES = 4096
 _LARGE_BYTES = 65536  # below this, aligning to a page would waste more than it saves
 _SMALL_ALIGNMENT = 64  # one cache line
+_LEAST_BLOCK = 16  # of MatMulNBits and GatherBlockQuantized, whose blocks are powers of two
+_MOST_IN_ROW = 256  # a larger block is slower than several
+_ROW_BLOCKS = (128, 64, 32)  # what rows with one scale are cut into: all have fast kernels
+_PADDED_BLOCK = 32  # of rows that none of them divides
 
 _DTYPES: dict[str, ir.DataType] = {
     "float32": ir.DataType.FLOAT,
@@ -101,6 +105,33 @@ def plan_part(weights: WeightStore, names: Sequence[str], part: str, sample: Qua
 
     name = f"{'+'.join(names)}:{part}"
     return PlannedTensor(name=name, shape=(rows, *example.shape[1:]), dtype=example.dtype.name, load=load)
+
+
+def kernel_block(value: QuantizedTensor) -> int:
+    """Return how many codes of a row a kernel is told to share a scale; 0 where it takes no such groups.
+
+    That is the tensor's group, or where a whole row shares one scale a part of the row: the scale is repeated.
+    """
+    fits = value.group >= _LEAST_BLOCK and value.group & (value.group - 1) == 0
+    if not value.has_rows or (fits and value.group <= _MOST_IN_ROW):
+        return value.group if fits else 0
+    return next((block for block in _ROW_BLOCKS if value.group % block == 0), _PADDED_BLOCK)
+
+
+def plan_codes(weights: WeightStore, names: Sequence[str], sample: QuantizedTensor) -> PlannedTensor:
+    """Plan the codes of quantized weights joined along their rows, each row filled up to whole blocks of the kernel."""
+    planned = plan_part(weights, names, "codes", sample)
+    block = kernel_block(sample)
+    row_bytes = -(-sample.shape[1] // block) * block * sample.bits // 8 if block else 0
+    short = row_bytes - planned.shape[1]
+    if short <= 0:
+        return planned
+    middle = int(pack(np.full(8 // sample.bits, 1 << (sample.bits - 1), np.uint8), sample.bits)[0])
+
+    def load() -> np.ndarray:
+        return np.pad(planned.load(), ((0, 0), (0, short)), constant_values=middle)
+
+    return replace(planned, shape=(planned.shape[0], row_bytes), load=load)
 
 
 def plan_integers(weights: WeightStore, names: Sequence[str], sample: QuantizedTensor) -> PlannedTensor:
