@@ -61,7 +61,7 @@ def main() -> None:
 @main.command("compress")
 @click.argument("model", default="smollm2-135m")
 @click.option("--target", help="Name in `edgepipe targets`, or a TOML file.  [default: cpu]")
-@click.option("--bits", help="Bits of the layers: 2, 4, 8, 16, or mixed (--max-drop 1%).  [default: 4]")
+@click.option("--bits", help="Bits of the layers: 1.58, 2, 4, 8, 16, or mixed (--max-drop 1%).  [default: 4]")
 @click.option("--embedding-bits", type=int, help="Bits of embedding and output head: 2, 4, 8 or 16.  [default: 8]")
 @click.option("--trim-vocab", metavar="DATA", help="Keep only the tokens that the texts of a file use (docs/trim.md).")
 @click.option("--student", help="Distill MODEL into an encoder-decoder, encoder or decoder first (docs/distill.md).")

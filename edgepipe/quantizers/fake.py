@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgepipe.artifacts import TokenGrid
+from edgepipe.graph.bitlinear import EPSILON as EPSILON_OF_NORM
 from edgepipe.numerics.ternary import EPSILON, LARGEST
 from edgepipe.numerics.tokens import TINY
 
-NORM_EPSILON = 1e-5  # of the LayerNorm without weights
 _SMALLEST_FP16 = 2.0**-20  # as in numerics/grids.py
 
 
@@ -113,7 +113,7 @@ def fake_layers(module: Any, names: Iterable[str], faked: Faked) -> Dial:
 def _forward(layer: nn.Linear, faked: Faked, dial: Dial, x: Tensor) -> Tensor:
     """Compute what a layer gives for x [..., in]."""
     if faked.normalizes:
-        x = functional.layer_norm(x.float(), x.shape[-1:], eps=NORM_EPSILON)
+        x = functional.layer_norm(x.float(), x.shape[-1:], eps=EPSILON_OF_NORM)
     if faked.tokens is not None:
         x = straight_through(x.float(), on_tokens(x, faked.tokens), dial.strength)
     weight = layer.weight

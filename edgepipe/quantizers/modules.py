@@ -1,6 +1,7 @@
 """The torch module of any model, and how a batch of calibration texts goes through it.
 
 module_of    TorchModel → transformers' module, or a student's, in float32 and filled
+block_layers which matrices a method on whole layers works on
 run_batch    one batch through it, whatever its task
 swapped      other values in some of its parameters, for a while
 answers      what an encoder-decoder writes to its sources: real decoding steps to calibrate its decoder with
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from edgepipe.artifacts import TorchModel
 from edgepipe.graph.framework import build_module, fill_module
@@ -40,6 +42,25 @@ def module_of(model: TorchModel) -> Any:
     if model.info.task in GENERATION and hasattr(module, "config") and hasattr(module.config, "use_cache"):
         module.config.use_cache = False  # a whole text at once: keys and values would only be copied
     return module.eval()
+
+
+def block_layers(model: TorchModel) -> tuple[str, ...]:
+    """Return the weights of the linear layers inside of numbered blocks, embeddings left out; no value is read.
+
+    Poolers, classifiers and output heads stand outside of them.
+    """
+    if is_student(model.info.config):
+        module: Any = read_bare(model.info.config)
+    else:
+        with torch.device("meta"):
+            module = build_module(model.info)
+    names = []
+    for path, layer in module.named_modules():
+        name = f"{path}.weight"
+        inside = isinstance(layer, nn.Linear) and any(part.isdecimal() for part in path.split("."))
+        if inside and name in model.weights and name not in model.info.embeddings:
+            names.append(model.weights[name].name)
+    return tuple(dict.fromkeys(names))
 
 
 def feeds(batch: Batch) -> dict[str, torch.Tensor]:

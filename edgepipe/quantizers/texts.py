@@ -127,7 +127,7 @@ def batches(
     if not rows:
         raise ConfigError(f"{calibration.source or DEFAULT_SET} gives {model.info.name} no tokens: name other texts")
     step = calibration.rows
-    padding = _padding(model.info)
+    padding = padding_of(model.info)
     found = [_padded(rows[first : first + step], padding) for first in range(0, len(rows), step)]
     if model.info.task == "text2text-generation":
         return _answered(model, _module(model, module), found, progress)
@@ -186,7 +186,7 @@ def _padded(rows: Sequence[Sequence[int]], padding: int) -> Batch:
     return Batch(input_ids=ids, attention_mask=mask)
 
 
-def _padding(info: ModelInfo) -> int:
+def padding_of(info: ModelInfo) -> int:
     """Return the id that fills rows up: some families count positions by it."""
     value = info.config.get("pad_token_id")
     return value if type(value) is int and value >= 0 else 0

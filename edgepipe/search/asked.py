@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from edgepipe.errors import ConfigError
 from edgepipe.measuring.metrics import Evaluation
 from edgepipe.package_data import fill_record
+from edgepipe.quantizers.row_options import TERNARY
 from edgepipe.search.promise import Budget, check_metric, parse_budget
+from edgepipe.stages.quantize import BITS
 
 MIXED = "mixed"  # --bits: the search chooses
 DEFAULT = "1%"  # the budget of `--bits mixed`
@@ -75,11 +77,14 @@ def asked_of(
     return Asked(max_drop=max_drop or DEFAULT, data=data, metric=metric, options=options, goal=goal or GOALS[0])
 
 
-def number_of(bits: str | None) -> int | None:
-    """Return the number that --bits was given; ConfigError when it is none."""
-    if bits is not None and not bits.strip().isdecimal():
-        raise ConfigError(f"--bits: expected 2, 4, 8, 16 or {MIXED}, got {bits!r}")
-    return None if bits is None else int(bits)
+def number_of(bits: str | None) -> int | float | None:
+    """Return the number that --bits was given; ConfigError when it is none of those there are."""
+    if bits is None:
+        return None
+    known = {str(one): one for one in (TERNARY, *BITS)}
+    if (chosen := known.get(bits.strip())) is None:
+        raise ConfigError(f"--bits: expected {', '.join(known)} or {MIXED}, got {bits!r}")
+    return chosen
 
 
 def wanted_of(asked: Asked, task: str) -> Wanted:

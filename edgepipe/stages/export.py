@@ -83,7 +83,14 @@ class Export:
             exported = self._build_student(model, ctx)
         else:
             exported = self._build(model, ctx) if self._builds(model) else self._trace(model, ctx)
-        return replace(exported, activations=model.activations)
+        plan = model.activations
+        if plan is not None and plan.normalizes:
+            from edgepipe.graph.bitlinear import normalize_inputs
+
+            layers = {model.weights[name].name for name in plan.layers}
+            graphs = {name: normalize_inputs(graph, layers) for name, graph in exported.graphs.items()}
+            exported = replace(exported, graphs=graphs)
+        return replace(exported, activations=plan)
 
     def _builds(self, model: TorchModel) -> bool:
         """Say whether edgepipe's own builder writes the graph."""

@@ -21,7 +21,16 @@ from edgepipe.errors import ConfigError, StageError
 from edgepipe.numerics.gguf_blocks import GRIDS
 from edgepipe.numerics.grids import Grid, dequantize, quantized_nbytes, round_to_nearest
 from edgepipe.numerics.smoothing import smoothed
+from edgepipe.numerics.ternary import MEASURES, SOURCE_GRID, round_to_ternary
 from edgepipe.quantizers import METHODS, WITHOUT_DATA
+from edgepipe.quantizers.row_options import (
+    TERNARY,
+    TERNARY_PAIRS,
+    by_token,
+    check_tokens,
+    check_training,
+    token_grid,
+)
 from edgepipe.weights import Value, Weight, held_weight
 
 if TYPE_CHECKING:
@@ -37,25 +46,45 @@ RANGES = ("minmax", "percentile", "entropy")
 class Quantize:
     """Options of the stage `quantize`."""
 
-    bits: int = 4  # of the layers' matrices: 2, 4, 8, or 16 (kept in 16-bit floats)
+    bits: int | float = 4  # of the layers' matrices: 1.58 (ternary, trained), 2, 4, 8, or 16 (kept in 16-bit floats)
     embedding_bits: int = 0  # of embedding and output head: 2, 4, 8, 16; 0 means 8, or 16 when bits is 16
     group: int = 32  # elements of a row that share a scale: 16, 32, 64, 128
     symmetric: bool = True  # false adds integer zero points, one a group
     import_: bool = True  # keep the grid of a source that lies on one no wider than asked (bits below 16)
     method: str = "rtn"  # how the layers' codes are chosen: rtn (round to nearest), gptq, awq, hqq, autoround
-    activations: str = "none"  # dynamic or static: what 8-bit layers read is rounded to 8 bits too (integer products)
+    activations: str = "none"  # dynamic or static: what 8-bit layers read is rounded too; dynamic: 4-bit layers as well
     ranges: str = "minmax"  # of static activations: minmax, percentile, entropy
     smooth: float = 0.0  # SmoothQuant's α, which moves outliers from activations to weights: 0 (off) to 1
     calibration: str = ""  # texts it looks at: a set's name, a file, self (a decoder writes them); empty: everyday
     samples: int = 128  # rows of ids it looks at, at most
-    tokens: int = 128  # ids of a row, at most
+    tokens: int = 128  # ids of a row, at most, in training too
     agreement: float = 0.0  # least share of greedy tokens that stay the float model's, or layers get more bits; 0: off
     overrides: tuple[str, ...] = ()  # "PATTERN=BITS" or "PATTERN=BITS/GROUP", PATTERN a glob over tensor names
+    # --- layers with one scale a row, whose activations are rounded token by token: 4 bits and dynamic, or ternary
+    activation_bits: int = 8  # of these activations: 8, 4
+    activation_symmetric: bool = False  # levels of a token lie around zero, which saves its zero point
+    ternary: str = "median"  # of |w|: what a ternary matrix's scale is: median, mean
+    normalize: bool = True  # a ternary layer puts what it reads through a LayerNorm without weights first, as BitLinear
+    # --- training on the grid
+    steps: int = 0  # optimizer steps; 0: layers are rounded as they are
+    data: str = ""  # what they are trained with: .jsonl, .csv, .tsv, a text, or what `datasets` saved
+    columns: str = ""  # where parts stand that the file names otherwise: first=5,second=6
+    held_out: float = 0.05  # share of the data that is kept aside to judge by
+    batch: int = 32  # examples of a step
+    learning_rate: float = 1e-4  # highest one, after the warm-up
+    warmup: int = 20  # steps until the learning rate is at its highest
+    precision: str = "auto"  # auto, bf16, no; auto: bf16 where the machine gains by it
+    logits: float = 1.0  # weight of the distance to the float model's logits, or embedding
+    hidden: float = 1.0  # weight of the distance to its blocks' states
+    attention: float = 1.0  # weight of the distance to its attention maps, where it gives them
+    targets: float = 0.0  # weight of the data's own labels, targets or next tokens
+    strength_steps: int = 0  # steps within which rounding grows to its whole strength (λ); 0: at once
+    scratch: bool = False  # random weights at first, in place of the model's
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
-        if self.bits not in BITS:
-            raise ConfigError(f"quantize.bits: expected one of 2, 4, 8, 16, got {self.bits}")
+        if self.bits not in (TERNARY, *BITS):
+            raise ConfigError(f"quantize.bits: expected one of 1.58, 2, 4, 8, 16, got {self.bits}")
         if self.embedding_bits not in (0, *BITS):
             raise ConfigError(f"quantize.embedding_bits: expected one of 2, 4, 8, 16, got {self.embedding_bits}")
         if self.group not in GROUPS:
@@ -68,6 +97,8 @@ class Quantize:
         if not 0 <= self.agreement <= 1:
             raise ConfigError(f"quantize.agreement: expected a share from 0 (off) to 1, got {self.agreement}")
         self._check_activations()
+        check_tokens(self)
+        check_training(self)
         if self.calibration and not self._looks:
             raise ConfigError(f"quantize.calibration: the method {self.method} looks at no texts: leave it out")
         for text in self.overrides:
@@ -89,10 +120,15 @@ class Quantize:
                     raise ConfigError(
                         f"quantize.{name} is for rounded activations: set quantize.activations, or leave it out"
                     )
-        elif self.bits != 8 or not self.symmetric or self.method != "rtn":
+        elif self.bits != 8 and (self.activations == "static" or self.bits != 4):
             raise ConfigError(
                 f"quantize.activations={self.activations} takes symmetric 8-bit layers that are rounded to nearest: "
-                "use --bits 8, no zero points and no other method"
+                "use --bits 8, no zero points and no other method, or --bits 4 with dynamic ones"
+            )
+        elif not self.symmetric or self.method != "rtn" or (self.smooth and self.bits == 4):
+            raise ConfigError(
+                f"quantize.activations={self.activations} takes symmetric {self.bits}-bit layers that are rounded to "
+                "nearest: leave zero points, other methods and, at 4 bits, quantize.smooth out"
             )
         if self.ranges != "minmax" and self.activations != "static":
             raise ConfigError("quantize.ranges is for static activations: dynamic ones take the range of every run")
@@ -113,6 +149,11 @@ class Quantize:
             from edgepipe.quantizers.texts import fingerprint
 
             found |= fingerprint(self._texts())
+        if self.steps:
+            from edgepipe.quantizers.qat import TRAINERS, read_training
+            from edgepipe.store import versions
+
+            found |= {"data": read_training(self).sha256, "versions": versions(TRAINERS)}
         return found
 
     def check(self, model: TorchModel) -> None:
@@ -133,29 +174,39 @@ class Quantize:
             from edgepipe.quantizers.guard import check_floor
 
             check_floor(model.info, self.method)
+        if self.steps:
+            from edgepipe.quantizers.qat import check_data
+
+            check_data(model, self)
 
     def __call__(self, model: TorchModel, ctx: Context) -> TorchModel:
         """Return the model with every matrix on the grid the plan gives it; values are computed when they are read."""
         self.check(model)
-        scales, activations = self._activations(model, ctx)
+        rows = self._rows(model, ctx)
+        if self.steps:
+            from edgepipe.quantizers.qat import train_on_grid
+
+            model = train_on_grid(model, rows, self, ctx)
+        scales, activations = self._activations(model, rows, ctx)
         changed: dict[str, Weight] = {}
         grids: dict[str, Grid] = {}
         imported = narrower = 0
         for name in model.weights:
             weight = model.weights[name]
-            grid = self.plan(weight, model.info.embeddings)
+            grid = self.plan(weight, model.info.embeddings, rows)
             if self._keeps(weight, grid):
                 imported += 1
                 narrower += GRIDS[weight.grid or ""].width < grid.bits
             else:
-                changed[name] = self.stored(weight, grid, scales.get(name))
+                measure = self.ternary if self.bits == TERNARY and name in rows else ""
+                changed[name] = self.stored(weight, grid, scales.get(name), measure)
                 if changed[name].grid is not None:
                     grids[name] = grid
         changed |= self._chosen(model, {n: g for n, g in grids.items() if n not in model.info.embeddings}, ctx)
         if self.agreement:
             from edgepipe.quantizers.guard import hold_floor
 
-            grid = Grid(bits=self.bits, group=self.group, symmetric=self.symmetric)
+            grid = Grid(bits=int(self.bits), group=self.group, symmetric=self.symmetric)
             changed |= hold_floor(model, changed, self.agreement, self._texts(), self.stored, grid, ctx)
         if imported:
             ctx.note(f"{imported} tensors kept the grid they came on, exactly")
@@ -163,8 +214,29 @@ class Quantize:
             ctx.note(f"{narrower} of them came on fewer bits than were asked for: more would bring nothing back")
         return dataclasses.replace(model, weights=model.weights.replace(changed), activations=activations)
 
-    def _activations(self, model: TorchModel, ctx: Context) -> tuple[dict[str, np.ndarray], ActivationPlan | None]:
+    def _rows(self, model: TorchModel, ctx: Context) -> tuple[str, ...]:
+        """Return the matrices that get one scale a row and read rounded tokens: linear layers inside of blocks."""
+        if not by_token(self):
+            return ()
+        from edgepipe.quantizers.modules import block_layers
+
+        found = block_layers(model)
+        rows = tuple(n for n in found if self.plan(model.weights[n], model.info.embeddings, found).group == 0)
+        if not rows:
+            raise ConfigError(f"{model.info.name} has no linear layer whose activations could be rounded token by token")
+        bits = token_grid(self).bits
+        ctx.note(f"{len(rows)} matrices have one scale a row and read {bits}-bit activations, with a scale a token")
+        if self.bits == TERNARY and model.info.task == "text2text-generation":
+            ctx.note(TERNARY_PAIRS)
+        return rows
+
+    def _activations(
+        self, model: TorchModel, rows: tuple[str, ...], ctx: Context
+    ) -> tuple[dict[str, np.ndarray], ActivationPlan | None]:
         """Return the column scales of matrices that are smoothed, and the plan of what they read."""
+        if rows:
+            normalizes = self.bits == TERNARY and self.normalize
+            return {}, ActivationPlan(kind="token", tokens=token_grid(self), layers=rows, normalizes=normalizes)
         if self.activations == "none":
             return {}, None
         kind: Literal["dynamic", "static"] = "static" if self.activations == "static" else "dynamic"
@@ -212,16 +284,19 @@ class Quantize:
         tensors = {name: _held(model.weights[name], value) for name, value in found.tensors.items()}
         return tensors | {name: held_weight(name, value) for name, value in found.vectors.items()}
 
-    def plan(self, weight: Weight, embeddings: Sequence[str]) -> Grid:
+    def plan(self, weight: Weight, embeddings: Sequence[str], rows: Sequence[str] = ()) -> Grid:
         """Return the grid that the options give a tensor; `embeddings` names those that have a dial of their own.
 
-        A table with rows shorter than half a group (T5's position biases) would grow on a grid: it stays in 16 bits.
+        `rows` names those with one scale a row that read rounded tokens; what isn't one of these has the embeddings' dial
+        then. A table with rows shorter than half a group (T5's position biases) would grow on a grid: it stays in 16
+        bits.
         """
-        bits = self.bits
-        if weight.name in embeddings:
+        bits = 2 if self.bits == TERNARY else int(self.bits)
+        layer = weight.name in rows if by_token(self) else weight.name not in embeddings
+        if not layer:
             bits = self.embedding_bits or (16 if self.bits == 16 else 8)
             bits = bits if 2 * weight.shape[-1] >= self.group else 16
-        whole = self.activations != "none" and weight.name not in embeddings and bits == 8
+        whole = layer and (by_token(self) or (self.activations != "none" and bits == 8))
         grid = Grid(bits=bits, group=0 if whole else self.group, symmetric=self.symmetric)
         for text in self.overrides:
             pattern, chosen = parse_override(text, self)
@@ -229,17 +304,22 @@ class Quantize:
                 grid = chosen
         return grid
 
-    def stored(self, weight: Weight, grid: Grid, column_scale: np.ndarray | None = None) -> Weight:
-        """Return a weight as a grid stores it: kept as it came, rounded to nearest, or in 16 bits."""
+    def stored(self, weight: Weight, grid: Grid, column_scale: np.ndarray | None = None, measure: str = "") -> Weight:
+        """Return a weight as a grid stores it: kept as it came, rounded to nearest, or in 16 bits.
+
+        What is rounded is smoothed by `column_scale` [in] first, if given; with a `measure` its grid is ternary.
+        """
         if self._keeps(weight, grid):
             return weight
         if grid.bits < 16 and len(weight.shape) == 2 and not _is_vector(weight):
-            return _on_grid(weight, grid, column_scale)
+            return _on_grid(weight, grid, column_scale, measure)
         return _as_float(weight)
 
     def _keeps(self, weight: Weight, grid: Grid) -> bool:
         """Say whether a tensor keeps the grid it came on."""
         known = GRIDS.get(weight.grid or "")
+        if grid.group == 0 and by_token(self):
+            return False  # rounded tokens meet one scale a row
         return self.import_ and grid.bits < 16 and known is not None and known.width <= grid.bits
 
 
@@ -259,8 +339,11 @@ def parse_override(text: str, defaults: Quantize) -> tuple[str, Grid]:
     return pattern, grid
 
 
-def _on_grid(weight: Weight, grid: Grid, column_scale: np.ndarray | None = None) -> Weight:
-    """Return a weight whose value is rounded to nearest when it is read, smoothed by `column_scale` [in] if given."""
+def _on_grid(weight: Weight, grid: Grid, column_scale: np.ndarray | None = None, measure: str = "") -> Weight:
+    """Return a weight whose value is rounded to nearest when it is read, smoothed by `column_scale` [in] if given.
+
+    With a `measure` its grid is ternary.
+    """
     out, n_in = weight.shape
 
     def load() -> QuantizedTensor:
@@ -268,6 +351,8 @@ def _on_grid(weight: Weight, grid: Grid, column_scale: np.ndarray | None = None)
         if column_scale is not None:
             value = smoothed(value, column_scale)
         try:
+            if measure:
+                return round_to_ternary(value, measure)
             rounded = round_to_nearest(value, bits=grid.bits, group=grid.group, symmetric=grid.symmetric)
             return dataclasses.replace(rounded, column_scale=column_scale)
         except ValueError as error:
@@ -275,7 +360,8 @@ def _on_grid(weight: Weight, grid: Grid, column_scale: np.ndarray | None = None)
 
     nbytes = quantized_nbytes((out, n_in), bits=grid.bits, group=grid.group, offset_bytes=0 if grid.symmetric else 1)
     nbytes += 0 if column_scale is None else column_scale.nbytes
-    return dataclasses.replace(weight, dtype=f"q{grid.bits}", nbytes=nbytes, load=load, grid="rtn")
+    came_from = SOURCE_GRID if measure else "rtn"
+    return dataclasses.replace(weight, dtype=f"q{grid.bits}", nbytes=nbytes, load=load, grid=came_from)
 
 
 def _held(weight: Weight, value: QuantizedTensor) -> Weight:

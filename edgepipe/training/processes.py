@@ -69,6 +69,11 @@ def follows() -> bool:
     return number > 0 and count > 1
 
 
+def is_alone() -> bool:
+    """Say whether this process is the only one of its training."""
+    return _launched()[1] == 1
+
+
 def call_the_others() -> None:
     """Tell the processes that follow that a training begins; they come to it by themselves (`follow`)."""
     number, count = _launched()

@@ -132,9 +132,11 @@ def flags(**given: object) -> Asked | None:
 
 def test_flags() -> None:
     assert flags(bits="4", data="x") is None and flags() is None
-    assert (number_of("4"), number_of(None)) == (4, None)
-    with pytest.raises(ConfigError, match="--bits: expected 2, 4, 8, 16 or mixed, got 'four'"):
-        number_of("four")
+    assert (number_of("4"), number_of(" 1.58"), number_of(None)) == (4, 1.58, None)
+    assert type(number_of("4")) is int
+    for text in ("four", "1.6", "3", "4.0", "nan", ""):
+        with pytest.raises(ConfigError, match=f"--bits: expected 1.58, 2, 4, 8, 16 or mixed, got '{text}'"):
+            number_of(text)
     assert flags(bits="mixed") == Asked(max_drop="1%")
     assert flags(bits="mixed", max_drop="2%") == flags(max_drop="2%") == Asked(max_drop="2%")
     for given, sentence in (

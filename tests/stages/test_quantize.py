@@ -210,7 +210,7 @@ def test_a_pattern_may_hold_an_equals_sign() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"bits": 5}, "quantize.bits: expected one of 2, 4, 8, 16, got 5"),
+        ({"bits": 5}, "quantize.bits: expected one of 1.58, 2, 4, 8, 16, got 5"),
         ({"bits": 0}, "quantize.bits"),
         ({"embedding_bits": 3}, "quantize.embedding_bits: expected one of 2, 4, 8, 16, got 3"),
         ({"group": 48}, "quantize.group: expected one of 16, 32, 64, 128, got 48"),
