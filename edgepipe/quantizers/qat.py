@@ -56,7 +56,7 @@ def read_training(options: Quantize) -> TrainingData:
 
 def check_data(model: TorchModel, options: Quantize) -> None:
     """Refuse, before any work, a model or data that can't be trained with, and steps that can't be taken."""
-    _loop_options(options, 0)
+    loop_options(options, 0)
     info = model.info
     if info.task not in _TASKS or "tokenizer.json" not in info.tokenizer:
         raise ConfigError(
@@ -64,7 +64,9 @@ def check_data(model: TorchModel, options: Quantize) -> None:
             f"for {info.task}: leave steps out"
         )
     if not is_alone():
-        raise ConfigError("quantize.steps: layers are trained on their grid by one process: start it without a launcher")
+        raise ConfigError(
+            "quantize.steps: layers are trained on their grid by one process: start it without a launcher"
+        )
     data = read_training(options)
     if info.task == "text2text-generation" and data.form != "source-target":
         raise ConfigError(
@@ -76,13 +78,13 @@ def check_data(model: TorchModel, options: Quantize) -> None:
         )
     if options.targets and info.task == _CLASSIFIES:
         if data.form != "labels":
-            raise ConfigError(f"{data.name}: expected texts with labels, but it holds {data.form}: or leave targets out")
+            raise ConfigError(
+                f"{data.name}: expected texts with labels, but it holds {data.form}: or leave targets out"
+            )
         read_labels(data, _labels(info), _reading(model, options, lambda _note: None))
 
 
-def train_on_grid(
-    model: TorchModel, layers: Sequence[str], options: Quantize, ctx: Context
-) -> TorchModel:
+def train_on_grid(model: TorchModel, layers: Sequence[str], options: Quantize, ctx: Context) -> TorchModel:
     """Return the model with float weights that were trained while the matrices called `layers` were on their grid."""
     data = read_training(options)
     train_part, held_part = hold_out(data, options.held_out, SPLIT_SEED)
@@ -97,15 +99,15 @@ def train_on_grid(
     student = Watched(module, **how)
     teacher = Watched(module_of(model), **how) if weights.asks else None
     embeds = model.info.task == _EMBEDS
-    objective = taught(
-        student, teacher, weights, dial, strength_steps=options.strength_steps, embeds=embeds
-    )
+    objective = taught(student, teacher, weights, dial, strength_steps=options.strength_steps, embeds=embeds)
     sets = LoopData(
         train=examples, held_out=held_out, prepare=counting(per_token=model.info.task not in (_EMBEDS, _CLASSIFIES))
     )
-    key = cache_key(model.info.fingerprint, [record.key for record in model.history], repr(options), data.sha256, list(layers))
+    key = cache_key(
+        model.info.fingerprint, [record.key for record in model.history], repr(options), data.sha256, list(layers)
+    )
     place = Place(folder=kept_folder(ctx) / "grid", key=key, progress=ctx.progress)
-    record = train(module, objective, sets, _loop_options(options, ctx.seed), place)
+    record = train(module, objective, sets, loop_options(options, ctx.seed), place)
     ctx.note(f"{len(layers)} matrices were trained on their grid: {change(record)}")
     ctx.figures({"training": {"quantize": record}, "data": describe_data(data, train_part, held_part)})
     state = module.state_dict()
@@ -126,7 +128,8 @@ def faked(options: Quantize) -> Faked:
     )
 
 
-def _loop_options(options: Quantize, seed: int) -> LoopOptions:
+def loop_options(options: Quantize, seed: int) -> LoopOptions:
+    """Return how long and how fast layers are trained; ConfigError names the option that is out of range."""
     try:
         return LoopOptions(
             steps=options.steps,
@@ -169,9 +172,7 @@ def _trainable(model: TorchModel, seed: int, *, scratch: bool) -> Any:
 
 def _reading(model: TorchModel, options: Quantize, note: Callable[[str], None]) -> Reading:
     """Return how texts become ids: as calibration has them, cut at `tokens`."""
-    return Reading(
-        files=model.info.tokenizer, limit=options.tokens, cut=True, pad=padding_of(model.info), note=note
-    )
+    return Reading(files=model.info.tokenizer, limit=options.tokens, cut=True, pad=padding_of(model.info), note=note)
 
 
 def _examples(model: TorchModel, data: TrainingData, options: Quantize, note: Callable[[str], None]) -> Examples:

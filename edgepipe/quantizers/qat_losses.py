@@ -3,8 +3,8 @@
     L = w_logits · L_logits + w_hidden · L_hidden + w_attention · L_attention + w_targets · L_targets
 
     logits      KL(teacher ‖ student) over tokens or classes; of an embedding 1 − cosine
-    hidden      Σ (s − t)² / Σ t² over what each block gives, mean over blocks: the squared error of arXiv:2301.12017, made
-                free of a block's scale, which differs a thousandfold within a model without norms at the end of blocks
+    hidden      Σ (s − t)² / Σ t² over what each block gives, mean over blocks: the squared error of
+                arXiv:2301.12017, without a block's scale, which differs a thousandfold within a pre-norm model
     attention   Σ over keys (s − t)² of the maps, mean over queries, heads and layers, where the module gives maps
     targets     cross-entropy of the data's own labels, targets or next tokens; without a teacher the only one
 

@@ -21,7 +21,7 @@ from edgepipe.errors import ConfigError, StageError
 from edgepipe.numerics.gguf_blocks import GRIDS
 from edgepipe.numerics.grids import Grid, dequantize, quantized_nbytes, round_to_nearest
 from edgepipe.numerics.smoothing import smoothed
-from edgepipe.numerics.ternary import MEASURES, SOURCE_GRID, round_to_ternary
+from edgepipe.numerics.ternary import SOURCE_GRID, round_to_ternary
 from edgepipe.quantizers import METHODS, WITHOUT_DATA
 from edgepipe.quantizers.row_options import (
     TERNARY,
@@ -223,7 +223,9 @@ class Quantize:
         found = block_layers(model)
         rows = tuple(n for n in found if self.plan(model.weights[n], model.info.embeddings, found).group == 0)
         if not rows:
-            raise ConfigError(f"{model.info.name} has no linear layer whose activations could be rounded token by token")
+            raise ConfigError(
+                f"{model.info.name} has no linear layer whose activations could be rounded token by token"
+            )
         bits = token_grid(self).bits
         ctx.note(f"{len(rows)} matrices have one scale a row and read {bits}-bit activations, with a scale a token")
         if self.bits == TERNARY and model.info.task == "text2text-generation":
@@ -287,9 +289,9 @@ class Quantize:
     def plan(self, weight: Weight, embeddings: Sequence[str], rows: Sequence[str] = ()) -> Grid:
         """Return the grid that the options give a tensor; `embeddings` names those that have a dial of their own.
 
-        `rows` names those with one scale a row that read rounded tokens; what isn't one of these has the embeddings' dial
-        then. A table with rows shorter than half a group (T5's position biases) would grow on a grid: it stays in 16
-        bits.
+        `rows` names those with one scale a row that read rounded tokens; what isn't one of these has the embeddings'
+        dial then. A table with rows shorter than half a group (T5's position biases) would grow on a grid: it stays in
+        16 bits.
         """
         bits = 2 if self.bits == TERNARY else int(self.bits)
         layer = weight.name in rows if by_token(self) else weight.name not in embeddings

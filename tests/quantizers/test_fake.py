@@ -1,4 +1,4 @@
-"""Fake quantization: the naive twins' grids to the bit, in numpy and torch, and gradients that pass straight through."""
+"""Fake quantization: the naive twins' grids to the bit, in numpy and torch; gradients pass straight through."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHAPES = [(1, 1), (5, 7), (3, 64), (8, 33), (16, 100)]
 
 
 def ragged(shape: tuple[int, int], seed: int = 0) -> np.ndarray:
-    """Return values with rows of every kind: zeros, one sign alone, one outlier, tiny ones, two of the same magnitude."""
+    """Return rows of every kind: zeros, one sign alone, tiny and huge ones, two extremes of the same magnitude."""
     x = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
     rows = [x[0] * 0, np.abs(x[1 % len(x)]), -np.abs(x[2 % len(x)]), x[3 % len(x)] * 1e-25, x[4 % len(x)] * 1e6]
     for i, row in enumerate(rows[: len(x) - 1]):

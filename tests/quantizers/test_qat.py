@@ -1,4 +1,4 @@
-"""Training on the grid: what comes out lies on the grid it was trained on, and the bundle computes what training saw."""
+"""Training on the grid: what comes out lies on that grid, and the bundle computes what training saw."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from edgepipe.artifacts import CompiledModel, QuantizedTensor, TorchModel
 from edgepipe.errors import ConfigError
 from edgepipe.numerics.grids import dequantize, round_to_nearest
 from edgepipe.numerics.ternary import round_to_ternary
+from edgepipe.quantizers import qat
 from edgepipe.quantizers.fake import fake_layers
 from edgepipe.quantizers.modules import block_layers, module_of
 from edgepipe.quantizers.qat import faked
@@ -30,8 +31,24 @@ from tests.students.tiny import save_tiny_student
 
 W4A4: dict[str, Any] = {"bits": 4, "activations": "dynamic", "activation_bits": 4}
 TERNARY: dict[str, Any] = {"bits": 1.58}
-TRAINED: dict[str, Any] = {"steps": 6, "batch": 4, "learning_rate": 2e-3, "warmup": 1, "tokens": 24, "precision": "no"}
-WORDS = "the river was cold and we crossed it on foot before the sun came over the hills".split()
+TRAINED: dict[str, Any] = {"steps": 12, "batch": 8, "learning_rate": 3e-4, "warmup": 2, "tokens": 24, "precision": "no"}
+WORDS = [
+    "the",
+    "river",
+    "was",
+    "cold",
+    "and",
+    "we",
+    "crossed",
+    "it",
+    "on",
+    "foot",
+    "before",
+    "sun",
+    "came",
+    "over",
+    "hills",
+]
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +103,7 @@ def test_layers_learn_on_the_grid_that_ships(
     model, notes = model_of(folder, kind), []
     result, figures = trained(model, tmp_path, data, notes, **options)
     record = figures["training"]["quantize"]
-    assert record["steps"] == 6
+    assert record["steps"] == 12
     parts = {"logits", "hidden"} | ({"attention"} if kind in ("bert", "llama grouped", "t5") else set())
     assert parts < record["held_out"][0].keys(), "maps are compared where a module gives them"
     assert record["best"]["loss"] < record["held_out"][0]["loss"]
@@ -150,6 +167,8 @@ def test_the_bundle_computes_what_training_saw(
     rng = np.random.default_rng(3)
     ids = rng.integers(2, 300, (3, 12))
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    if kind == "bert":
+        feeds["token_type_ids"] = np.zeros_like(ids)
     with torch.no_grad():
         found = module(**{name: torch.from_numpy(value) for name, value in feeds.items()})
     if kind == "bert":
@@ -159,3 +178,83 @@ def test_the_bundle_computes_what_training_saw(
     got = next(iter(open_graph(bundle.path / name, 1).run(feeds).values()))
     np.testing.assert_allclose(got, found.numpy(), atol=2e-2)
     assert np.abs(got - found.numpy()).mean() < 2e-3, "a level may fall to the other side of a tie, and rarely"
+
+
+class _Stopped(Exception):
+    """What stands for a Ctrl-C."""
+
+
+def test_a_training_that_was_stopped_goes_on(
+    folder: Path, tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights to the bit as in one go, and no step taken twice."""
+    made = qat.loop_options
+    monkeypatch.setattr(
+        qat, "loop_options", lambda options, seed: dataclasses.replace(made(options, seed), save_every=2)
+    )
+    model = model_of(folder, "encoder")
+    stage = Quantize(**{**TRAINED, "data": data, **W4A4, "strength_steps": 6})
+    whole = stage(model, context(tmp_path / "whole", []))
+    seen: list[int] = []
+
+    def stop(what: str, done: int, _total: int) -> None:
+        if what.startswith("loss"):
+            seen.append(done)
+            if done == 7 and seen.count(7) == 1:
+                raise _Stopped
+
+    work = dataclasses.replace(context(tmp_path / "work", []), keep_dir=tmp_path / "kept", progress=stop)
+    with pytest.raises(_Stopped):
+        stage(model, work)
+    resumed = stage(model, work)
+    assert seen == [1, 2, 3, 4, 5, 6, 7, 7, 8, 9, 10, 11, 12]
+    for name in whole.weights:
+        np.testing.assert_array_equal(whole.weights.float32(name), resumed.weights.float32(name))
+
+
+def test_from_scratch_only_labels_count(folder: Path, tmp_path: Path) -> None:
+    """Random weights, no teacher, rounding that grows: the classifier learns its labels, those of the model alone."""
+    path = folder / "classifier"
+    save_tiny_student(path, dataclasses.replace(PLAIN, labels=("no", "yes")))
+    model = open_model(str(path))
+    rng = np.random.default_rng(1)
+    rows = [
+        (" ".join(rng.choice(WORDS, 5)) + (" sun sun" if i % 2 else " cold cold"), "yes" if i % 2 else "no")
+        for i in range(60)
+    ]
+    table = folder / "labels.tsv"
+    table.write_text("\n".join(["text\tlabel", *("\t".join(row) for row in rows)]), encoding="utf-8")
+    options = {
+        **TERNARY,
+        **{"scratch": True, "targets": 1.0, "logits": 0.0, "hidden": 0.0, "attention": 0.0},
+        **{"steps": 40, "strength_steps": 20, "learning_rate": 3e-3, "batch": 16},
+    }
+    _, figures = trained(model, tmp_path, str(table), [], **options)
+    record = figures["training"]["quantize"]
+    assert record["best"]["loss"] < 0.8 * record["held_out"][0]["loss"]
+    assert set(record["held_out"][0]) == {"step", "loss", "targets"}
+    table.write_text("text\tlabel\nthe sun\tmaybe\nthe river\tno\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="the label 'maybe' is none of no, yes"):
+        Quantize(**{**TRAINED, "data": str(table), **options}).check(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        (
+            "pair",
+            {"data": "everyday"},
+            "everyday: expected sources and targets, which .* learns from, but it holds text",
+        ),
+        ("encoder", {"targets": 1.0}, "gives embeddings, which have no targets of their own"),
+        ("encoder", {"learning_rate": 2.0}, "quantize.learning_rate: expected a number above 0 and up to 1, got 2.0"),
+        ("encoder", {"data": "prose-eval"}, "prose-eval is the evaluation set"),
+        ("encoder", {"data": "nowhere.txt"}, "nowhere.txt can't be read"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(
+    folder: Path, data: str, kind: str, options: dict[str, Any], words: str
+) -> None:
+    stage = Quantize(**{**TRAINED, "data": data, **W4A4, **options})
+    with pytest.raises(ConfigError, match=words):
+        stage.check(model_of(folder, kind))

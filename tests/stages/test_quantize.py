@@ -13,6 +13,7 @@ import pytest
 from edgepipe.artifacts import QuantizedTensor, TorchModel
 from edgepipe.errors import ConfigError, StageError
 from edgepipe.stages.quantize import Grid, Quantize, parse_override
+from edgepipe.store import load_artifact, save_artifact
 from edgepipe.weights import WeightStore
 from tests.decoders import Change, changed, context, gguf_blocks, opened, stored, watched, with_minima
 from tests.reference import pack_naively, round_naively
@@ -21,6 +22,7 @@ from tests.tiny_models import save_tiny_model
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 UP, DOWN = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight"
 NORM = "model.layers.0.input_layernorm.weight"
+FOUR_BITS: dict[str, Any] = {"activations": "dynamic", "activation_bits": 4}  # one scale a row, rounded tokens
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +224,29 @@ def test_a_pattern_may_hold_an_equals_sign() -> None:
         ({"activations": "static"}, "takes symmetric 8-bit layers that are rounded to nearest: use --bits 8"),
         ({"activations": "dynamic", "bits": 8, "symmetric": False}, "takes symmetric 8-bit layers"),
         ({"activations": "dynamic", "bits": 8, "ranges": "entropy"}, "quantize.ranges is for static activations"),
+        ({"activations": "dynamic", "symmetric": False}, "takes symmetric 4-bit layers"),
+        ({"activations": "dynamic", "smooth": 0.5}, "takes symmetric 4-bit layers"),
+        ({"activations": "dynamic", "bits": 2}, "use --bits 8, no zero points"),
+        ({"activation_bits": 4}, "quantize.activation_bits is for --bits 4 with quantize.activations=dynamic"),
+        ({"activation_bits": 2, "activations": "dynamic"}, "quantize.activation_bits: expected 4 or 8, got 2"),
+        ({"bits": 8, "activations": "dynamic", "activation_symmetric": True}, "quantize.activation_symmetric is for"),
+        ({"ternary": "mode"}, "quantize.ternary: expected one of median, mean, got 'mode'"),
+        ({"ternary": "mean"}, "quantize.ternary is for --bits 1.58"),
+        ({"normalize": False}, "quantize.normalize is for --bits 1.58"),
+        ({"bits": 1.58}, "ternary layers are trained: give quantize.steps and quantize.data"),
+        ({"bits": 1.5}, "quantize.bits: expected one of 1.58, 2, 4, 8, 16, got 1.5"),
+        ({"bits": 1.58, "steps": 1, "data": "x", "symmetric": False}, "has one scale a matrix"),
+        ({"bits": 1.58, "steps": 1, "data": "x", "activations": "dynamic"}, "rounds activations by itself"),
+        ({"bits": 1.58, "steps": 1}, "layers are trained with data: give a file as quantize.data"),
+        ({"steps": 1, "data": "x"}, "quantize.steps trains ternary layers, or --bits 4 with quantize.activations=dyn"),
+        ({"steps": -1}, "quantize.steps: expected at least 0, got -1"),
+        ({"data": "x"}, "quantize.data is for training on the grid: give quantize.steps"),
+        ({"hidden": 2.0}, "quantize.hidden is for training on the grid"),
+        ({"held_out": 1.0}, "quantize.held_out: expected a share between 0 and 1, got 1.0"),
+        (
+            {**FOUR_BITS, "steps": 1, "data": "x", "logits": 0.0, "hidden": 0.0, "attention": 0.0},
+            "every loss has the weight 0",
+        ),
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], words: str) -> None:
@@ -420,3 +445,41 @@ def test_texts_are_checked_before_any_work(model: TorchModel) -> None:
     assert Quantize(bits=8, activations="dynamic").reads() == {}
     with pytest.raises(ConfigError, match="the method rtn looks at no texts"):
         Quantize(bits=8, activations="dynamic", calibration="everyday")
+
+
+@pytest.mark.parametrize("options", [{}, {"activation_symmetric": True}, {"activation_bits": 8}], ids=str)
+def test_rows_that_read_rounded_tokens(model: TorchModel, tmp_path: Path, options: dict[str, Any]) -> None:
+    """Linear layers of blocks get a scale a row, all else the embeddings' dial; the plan says so, and is kept."""
+    notes: list[str] = []
+    result = Quantize(**{**FOUR_BITS, **options, "overrides": ("*.1.mlp.down_proj.weight=8/16",)})(
+        model, context(Path(), notes)
+    )
+    assert result.activations is not None and result.activations.tokens is not None
+    layers = [name for name in matrices(result.weights) if name != DOWN]
+    assert sorted(result.activations.layers) == sorted(layers)
+    tokens = result.activations.tokens
+    assert (tokens.bits, tokens.form) == (
+        options.get("activation_bits", 4),
+        "signed" if "activation_symmetric" in options else "zero points",
+    )
+    for name in layers:
+        value = result.weights.load(name)
+        assert isinstance(value, QuantizedTensor) and value.has_rows and value.bits == 4
+        rows, columns = value.shape
+        assert value.nbytes == rows * (-(-columns // 2) + 2) == result.weights[name].nbytes
+    assert kind_of(result.weights, DOWN) == (8, 16, False)
+    assert kind_of(result.weights, HEAD) == kind_of(result.weights, EMBEDDING) == (8, 32, False)
+    assert f"{len(layers)} matrices have one scale a row and read {tokens.bits}-bit activations" in notes[0]
+    (tmp_path / "saved").mkdir()
+    save_artifact(result, tmp_path / "saved", lambda *_: None)
+    kept = load_artifact(tmp_path / "saved", model)
+    assert isinstance(kept, TorchModel) and kept.activations is not None
+    assert dataclasses.asdict(kept.activations) == dataclasses.asdict(result.activations)
+
+
+def test_a_grid_that_came_along_is_not_kept_where_rows_are_asked_for(blocks: TorchModel) -> None:
+    """Rounded tokens meet one scale a row; the imported grids have groups."""
+    weights = quantized(blocks, **FOUR_BITS)
+    assert {name: grid for name, grid in grids_of(weights).items() if name.endswith("proj")} == dict.fromkeys(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), "rtn"
+    )

@@ -86,9 +86,7 @@ def _round_activations(
     plan = model.activations
     assert plan is not None
     if plan.tokens is None:
-        integer_products(
-            graph, model.weights, file, Arithmetic(kind="exact" if exact else plan.kind, ranges=ranges)
-        )
+        integer_products(graph, model.weights, file, Arithmetic(kind="exact" if exact else plan.kind, ranges=ranges))
     elif not exact:
         round_tokens(graph, model.weights, file, plan)
 

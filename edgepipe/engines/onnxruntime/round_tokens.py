@@ -2,7 +2,7 @@
 
     MatMul(x, W.T)   → MatMul(rounded x, W.T)    rounded x = level · scale, of each row of x's last axis
                                                  (numerics/tokens.py says how both are found; here as float operators)
-    with `normalizes` LayerNormalization(x) without weights stands in the portable graph already (graph/bitlinear.py)
+    with `normalizes`, LayerNormalization(x) without weights stands in the portable graph already
 
 x is rounded once for all matrices that read it. What the product reads has 2^bits different values per token at most.
 The product itself stays whatever place_weights makes of the matrix: on a CPU no kernel multiplies 4 bits by 4 bits, and
