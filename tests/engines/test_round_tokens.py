@@ -13,8 +13,8 @@ import pytest
 
 from edgepipe.artifacts import ActivationPlan, OnnxModel, QuantizedTensor, TokenGrid
 from edgepipe.engines import onnxruntime as engine
+from edgepipe.engines.onnxruntime.names import ROUNDED
 from edgepipe.engines.onnxruntime.planned import kernel_block
-from edgepipe.engines.onnxruntime.round_tokens import ROUNDED
 from edgepipe.graph.dialect import GraphBuilder
 from edgepipe.graph.evaluate import evaluate
 from edgepipe.numerics.grids import round_to_nearest
@@ -128,6 +128,15 @@ def test_the_file_holds_one_scale_a_row(tmp_path: Path, bits: int, n_in: int, ou
     assert sizes["w0:codes"] == out * (-(-n_in // block) * block) * bits // 8
     if n_in == 384:
         assert 8 * (sizes["w0:codes"] + sizes["w0:scale"]) / (out * n_in) == bits + 16 / 384
+
+
+def test_4_bit_products_of_rounded_tokens_stay_exact_at_any_level(tmp_path: Path) -> None:
+    model = layer(384, 16, 4, TokenGrid(bits=4, form="zero points"))
+    x = inputs(384)
+    (exact, *_), (fast, *_) = (
+        open_graph(lowered(model, tmp_path, level), 1).run({"x": x}).values() for level in (0, 4)
+    )
+    np.testing.assert_array_equal(exact, fast)
 
 
 def test_int8_products_of_ternary_rows_stay_close(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from edgepipe.graph.dialect import weight_name
 
 _JOIN = "+"
+ROUNDED = "tokens:"  # before the name of a value whose tokens are rounded: the first weight that reads it
 
 
 def weight_parts(value: ir.Value) -> tuple[str, ...]:

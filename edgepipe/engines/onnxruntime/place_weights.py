@@ -26,7 +26,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgepipe.artifacts import QuantizedTensor
-from edgepipe.engines.onnxruntime.names import is_transposed, weight_parts
+from edgepipe.engines.onnxruntime.names import ROUNDED, is_transposed, weight_parts
 from edgepipe.engines.onnxruntime.planned import (
     PlannedTensor,
     WeightsFile,
@@ -142,8 +142,10 @@ def _lower_matmul(low: Lowering, node: ir.Node) -> None:
     if sample.zero_points is not None:
         zeros = low.initializer(plan_part(low.weights, names, "zero_points", sample))
     bias = take_bias(low, node)
+    # What was rounded to levels keeps them: the int8 kernel would round it once more, in blocks
+    level = 0 if sample.bits == 4 and (x.name or "").startswith(ROUNDED) else low.accuracy_level
     slow = sample.bits == 8 or (sample.bits == 2 and not low.many_rows)  # decoded whole at every call, in float32
-    in_two = slow and low.accuracy_level != _INT8
+    in_two = slow and level != _INT8
     operand = _two_parts(low, node, x, sample) if in_two else x
     product = ir.node(
         "MatMulNBits",
@@ -153,7 +155,7 @@ def _lower_matmul(low: Lowering, node: ir.Node) -> None:
             "N": rows,
             "bits": sample.bits,
             "block_size": block,
-            "accuracy_level": _INT8 if in_two else low.accuracy_level,
+            "accuracy_level": _INT8 if in_two else level,
         },
         domain=_MICROSOFT,
     )

@@ -6,7 +6,7 @@
 
 x is rounded once for all matrices that read it. What the product reads has 2^bits different values per token at most.
 The product itself stays whatever place_weights makes of the matrix: on a CPU no kernel multiplies 4 bits by 4 bits, and
-float arithmetic on rounded values gives the same sums. Left alone: matrices that the plan doesn't name (embedding, heads).
+float arithmetic on rounded values gives the same sums. Left alone: what the plan doesn't name (embedding, heads).
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ import numpy as np
 import onnx_ir as ir
 
 from edgepipe.artifacts import ActivationPlan, TokenGrid
-from edgepipe.engines.onnxruntime.names import is_transposed, weight_parts
+from edgepipe.engines.onnxruntime.names import ROUNDED, is_transposed, weight_parts
 from edgepipe.engines.onnxruntime.place_weights import Lowering, emit
 from edgepipe.engines.onnxruntime.planned import WeightsFile
 from edgepipe.numerics.tokens import TINY
 from edgepipe.weights import WeightStore
-
-ROUNDED = "rounded:"  # what a rounded value is called, with the first weight that reads it
 
 
 def round_tokens(graph: ir.Graph, weights: WeightStore, file: WeightsFile, plan: ActivationPlan) -> None:
