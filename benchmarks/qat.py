@@ -28,7 +28,16 @@ import numpy as np
 
 from benchmarks.e2e import split
 from benchmarks.embedding import training_files, trimmed
-from benchmarks.stored import RESULTS, ROOT, markdown_table, provenance, read_result, replace_section, write_result
+from benchmarks.stored import (
+    RESULTS,
+    ROOT,
+    markdown_table,
+    provenance,
+    read_result,
+    replace_section,
+    spread,
+    write_result,
+)
 from edgepipe.artifacts import CompiledModel, Json, TorchModel
 from edgepipe.evaluate import evaluate
 from edgepipe.measuring.metrics import Evaluation
@@ -314,7 +323,7 @@ def page_section(result: Json) -> str:
             [
                 row.name,
                 row.metric,
-                f"{mean:.4f}" + (f" ({min(scores):.4f} to {max(scores):.4f})" if len(scores) > 1 else ""),
+                spread(scores, 4),
                 beside,
                 f"{8 * layers['bytes'] / max(1, layers['parameters']):.2f}",
                 f"{found[0]['bundle_bytes'] / 1e6:.1f}",

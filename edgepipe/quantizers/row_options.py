@@ -22,7 +22,7 @@ TERNARY_PAIRS = (
     "published at ICAART 2025): compare this one's quality with its baseline's before it ships"
 )
 _FOUR = "--bits 4 with quantize.activations=dynamic"
-_TRAINING = ("data", "columns", "held_out", "batch", "learning_rate", "warmup", "precision")  # need steps
+_TRAINING: tuple[str, ...] = ("data", "columns", "held_out", "batch", "learning_rate", "warmup", "precision")
 _TRAINING += ("logits", "hidden", "attention", "targets", "strength_steps", "scratch")
 
 

@@ -96,8 +96,8 @@ class Quantize:
                 raise ConfigError(f"quantize.{name}: expected at least {least}, got {getattr(self, name)}")
         if not 0 <= self.agreement <= 1:
             raise ConfigError(f"quantize.agreement: expected a share from 0 (off) to 1, got {self.agreement}")
-        self._check_activations()
         check_tokens(self)
+        self._check_activations()
         check_training(self)
         if self.calibration and not self._looks:
             raise ConfigError(f"quantize.calibration: the method {self.method} looks at no texts: leave it out")
