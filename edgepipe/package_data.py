@@ -134,8 +134,9 @@ def _fill(kind: type[Record], table: dict[str, Any], place: _Place, extra: dict[
 
 def _convert(value: object, hint: Any, place: _Place, key: str) -> object:
     """Check one TOML value against a field's type: a scalar, Literal, tuple of one kind, X | None or table."""
-    if hint == int | float:  # either, as it is written
-        hint = int if isinstance(value, int) else float
+    if hint == int | float:  # a whole number stays, or becomes, one
+        value = int(value) if isinstance(value, float) and value.is_integer() else value
+        hint = int if type(value) is int else float
     if isinstance(hint, types.UnionType):
         (hint,) = (part for part in typing.get_args(hint) if part is not types.NoneType)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):

@@ -79,7 +79,7 @@ def assert_untouched(out: Path) -> None:
         (("compress", "--set", "quantize.bitz=4"), ("bitz", "did you mean 'bits'")),
         (("compress", "--set", "quantise.bits=4"), ("quantise", "did you mean 'quantize'")),
         (("compress", "--set", "quantize.bits"), ("STAGE.OPTION=VALUE",)),
-        (("compress", "--set", "quantize.bits=four"), ("quantize.bits", "whole number")),
+        (("compress", "--set", "quantize.bits=four"), ("quantize.bits", "must be a number")),
         (("compress", "--set", "measure.tokens=1"), ("measure.tokens", "at least 2")),
         (("compress", "--context", "7"), ("export.context", "at least 8")),
         (("compress", "--seed", "-1"), ("seed", "-1")),
@@ -108,7 +108,7 @@ def test_unknown_names_and_values(
         ("stages = []", ("list of stage names",)),
         ('stagez = ["quantize"]', ("stagez", "unknown key")),
         ("[quantize\nbits = 4", ("not valid TOML",)),
-        ("[quantize]\nbits = true", ("quantize.bits", "whole number")),
+        ("[quantize]\nbits = true", ("quantize.bits", "must be a number")),
         ('[quantize]\noverrides = ["*=5"]', ("PATTERN=BITS", "*=5")),
     ],
 )

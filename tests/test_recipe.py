@@ -156,8 +156,8 @@ def test_settings_of_another_form(text: str) -> None:
         ),
         ([("quantize", "import_", True)], r"^stage quantize has no option 'import_' \(did you mean 'import'\?\)"),
         ([("quantize", "zzz", 1)], r"^stage quantize has no option 'zzz': known are bits, embedding_bits, group, "),
-        ([("quantize", "bits", "four")], r"^'quantize\.bits' must be a whole number, not 'four'$"),
-        ([("quantize", "bits", 4.0)], r"must be a whole number, not 4\.0"),
+        ([("quantize", "bits", "four")], r"^'quantize\.bits' must be a number, not 'four'$"),
+        ([("quantize", "group", 4.0)], r"must be a whole number, not 4\.0"),
         ([("quantize", "bits", True)], r"must be a whole number, not True"),
         ([("quantize", "symmetric", 1)], r"^'quantize\.symmetric' must be true or false, not 1$"),
         ([("quantize", "overrides", "*=8")], r"^'quantize\.overrides' must be a list of strings, not '\*=8'$"),
@@ -174,7 +174,7 @@ def test_names_and_types_that_do_not_fit(settings: list[tuple[str, str, object]]
 @pytest.mark.parametrize(
     ("stage", "option", "value", "message"),
     [
-        ("quantize", "bits", 5, "quantize.bits: expected one of 2, 4, 8, 16, got 5"),
+        ("quantize", "bits", 5, "quantize.bits: expected one of 1.58, 2, 4, 8, 16, got 5"),
         ("quantize", "bits", 0, "got 0"),
         ("quantize", "embedding_bits", 3, "quantize.embedding_bits: expected one of 2, 4, 8, 16, got 3"),
         ("quantize", "group", 48, "quantize.group: expected one of 16, 32, 64, 128, got 48"),
@@ -252,7 +252,7 @@ def test_values_at_the_edge_of_their_range(stage: str, option: str, values: tupl
             'stages = ["export", "compile"]\n[quantize]\nbits = 4',
             "^options of quantize are set, but the recipe has no stage 'quantize': it has export, compile$",
         ),
-        ("[quantize]\nbits = 5", "quantize.bits: expected one of 2, 4, 8, 16, got 5"),
+        ("[quantize]\nbits = 5", "quantize.bits: expected one of 1.58, 2, 4, 8, 16, got 5"),
         ("[quantize.deep]\nbits = 5", "stage quantize has no option 'deep'"),
     ],
 )
@@ -330,3 +330,12 @@ def test_any_chain_of_annotations_that_fits_is_taken() -> None:
         check_chain({"shrink": Shrink, "patch": Patch, "compile": Compile})
     with pytest.raises(ConfigError, match=r"^Shrink takes TorchModel, but would be given Measured$"):
         check_chain({"lower": Lower, "again": Again, "shrink": Shrink})
+
+
+@pytest.mark.parametrize(("given", "kept"), [(4, 4), (4.0, 4), (1.58, 1.58)])
+def test_whole_bits_stay_whole(given: float, kept: float) -> None:
+    """Bits may be 1.58; 4 and 4.0 are one recipe."""
+    settings: list[tuple[str, str, object]] = [("quantize", "bits", given), ("quantize", "data", "texts.txt")]
+    settings = [*settings, ("quantize", "steps", 1)] if kept == 1.58 else settings[:1]
+    bits = resolve(target=None, settings=settings).to_json()["options"]["quantize"]["bits"]
+    assert (bits, type(bits)) == (kept, type(kept))

@@ -41,9 +41,7 @@ class Compile:
     cache_dtype: str = "float16"  # of the KV cache: float16, or float32: twice its bytes, faster beyond 1,000 tokens
     check_tokens: int = 16  # tokens of the numeric check against the portable graph; 0 leaves it out
     exact_tolerance: float = 0.0  # largest error of exact arithmetic, in largest logits; 0: 1e-3, float16 cache 2e-2
-    shipped_tolerance: float = (
-        0.0  # RMS difference of outputs as shipped, in their RMS; 0: 0.1, 8-bit activations 0.5, 4-bit 1.2
-    )
+    shipped_tolerance: float = 0.0  # RMS difference as shipped, in RMS; 0: 0.1, 8-bit activations 0.5, 4-bit ones 1.2
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
