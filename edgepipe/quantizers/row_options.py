@@ -49,6 +49,11 @@ def check_tokens(options: Quantize) -> None:
         raise ConfigError("quantize.bits=1.58 has one scale a matrix: leave zero points and other methods out")
     if ternary and options.activations != "none":
         raise ConfigError("quantize.bits=1.58 rounds activations by itself: leave quantize.activations out")
+    if by_token(options) and options.agreement:
+        raise ConfigError(
+            "quantize.agreement gives single layers more bits, which those with one scale a row can't take: leave it "
+            f"out at --bits 1.58, and at {_FOUR}"
+        )
     four = options.bits == 4 and options.activations == "dynamic"
     for names, applies, where in (
         (("activation_bits", "activation_symmetric"), four, _FOUR),

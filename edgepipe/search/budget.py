@@ -28,6 +28,7 @@ from edgepipe.lock import alone
 from edgepipe.measuring.evaluation import score_bundle
 from edgepipe.numerics.knapsack import Point, frontier
 from edgepipe.pipeline import Listener, make_directory, run, run_baseline, run_name
+from edgepipe.quantizers.row_options import TERNARY, by_token
 from edgepipe.quantizers.sensitivity import Key, Unit
 from edgepipe.quantizers.texts import Calibration, check_calibration, fingerprint
 from edgepipe.recipe import Recipe, Stage
@@ -115,6 +116,10 @@ def check_search(model: TorchModel, recipe: Recipe, wanted: Wanted) -> None:
     for name, usual in (("activations", "none"), ("overrides", ()), ("agreement", 0.0)):
         if getattr(stage, name) != usual:
             raise ConfigError(f"--max-drop: the search decides what quantize.{name} would: leave one of them out")
+    if by_token(stage):
+        raise ConfigError(
+            f"--max-drop: it searches grids of 2 to 16 bits, and trains nothing: leave quantize.bits={TERNARY} out"
+        )
     check_calibration(model.info, _texts(stage, model.info.task))
     if wanted.options.described.columns:
         wanted.options.places(_data(wanted).suffix)

@@ -23,6 +23,7 @@ from edgepipe.artifacts import Json, TorchModel
 from edgepipe.errors import ConfigError
 from edgepipe.measuring.kernel_times import STEP, TEXT, Kind, Raced, race
 from edgepipe.pipeline import Listener
+from edgepipe.quantizers.row_options import by_token
 from edgepipe.recipe import Recipe
 from edgepipe.search.units import at_once, escaped, grid_of
 from edgepipe.weights import Weight
@@ -67,10 +68,10 @@ def never_slower(model: TorchModel, recipe: Recipe, *, listener: Listener) -> tu
     Raises ConfigError when the recipe's grids aren't known before its stages run, or have no product of their own.
     """
     name, stage = recipe.stages[0]
-    if name != "quantize" or stage.activations != "none":
+    if name != "quantize" or stage.activations != "none" or by_token(stage):
         raise ConfigError(
             "--never-slower times the products of weight-only grids of MODEL itself: it goes neither with "
-            "quantize.activations nor with stages before quantize"
+            "quantize.activations, nor with --bits 1.58, nor with stages before quantize"
         )
     listener.begin("never slower", 1, 1)
     started = time.perf_counter()

@@ -184,18 +184,23 @@ def test_no_bundle_within_the_budget_ships_nothing(model: Path, folder: Path, da
 
 
 @pytest.mark.parametrize(
-    ("setting", "sentence"),
+    ("options", "sentence"),
     [
-        (("quantize", "overrides", ["*=8"]), "the search decides what quantize.overrides would"),
-        (("quantize", "agreement", 0.5), "the search decides what quantize.agreement would"),
+        ({"overrides": ["*=8"]}, "the search decides what quantize.overrides would"),
+        ({"agreement": 0.5}, "the search decides what quantize.agreement would"),
+        ({"activations": "dynamic"}, "the search decides what quantize.activations would"),
+        ({"bits": 1.58, "steps": 1, "data": "x"}, "trains nothing: leave quantize.bits=1.58 out"),
     ],
 )
 def test_what_a_search_would_overrule_is_refused(
-    model: Path, folder: Path, setting: tuple[str, str, object], sentence: str
+    model: Path, folder: Path, options: dict[str, object], sentence: str
 ) -> None:
+    """Before any work."""
     asked = Asked(data=str(folder / "pairs-0.tsv"), options=COLUMNS)
+    recipe = recipe_of(folder, *(("quantize", name, value) for name, value in options.items()))
     with pytest.raises(ConfigError, match=sentence):
-        compress(str(model), recipe_of(folder, setting), listener=Silent(), runs=folder / "refused", asked=asked)
+        compress(str(model), recipe, listener=Silent(), runs=folder / "refused", asked=asked)
+    assert not (folder / "refused").exists()
 
 
 def test_trimming_comes_before(model: Path, folder: Path, data: Callable[[int], Path]) -> None:

@@ -141,9 +141,13 @@ def test_the_most_wasteful_for_its_bytes_goes_first() -> None:
 
 
 def test_what_does_not_go_together_is_refused(path: Path, folder: Path) -> None:
-    settings = [("quantize", "bits", 8), ("quantize", "activations", "dynamic")]
-    with pytest.raises(ConfigError, match="--never-slower times the products of weight-only grids"):
-        never_slower(open_model(str(path)), resolve(target="cpu", settings=settings), listener=Silent())
+    for settings in (
+        [("quantize", "bits", 8), ("quantize", "activations", "dynamic")],
+        [("quantize", "bits", 4), ("quantize", "activations", "dynamic")],
+        [("quantize", "bits", 1.58), ("quantize", "steps", 1), ("quantize", "data", "x")],
+    ):
+        with pytest.raises(ConfigError, match="--never-slower times the products of weight-only grids"):
+            never_slower(open_model(str(path)), resolve(target="cpu", settings=settings), listener=Silent())
     with pytest.raises(ConfigError, match="--goal fastest searches by time"):
         compress(
             str(path),

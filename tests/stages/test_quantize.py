@@ -238,6 +238,8 @@ def test_a_pattern_may_hold_an_equals_sign() -> None:
         ({"bits": 1.58, "steps": 1, "data": "x", "symmetric": False}, "has one scale a matrix"),
         ({"bits": 1.58, "steps": 1, "data": "x", "activations": "dynamic"}, "rounds activations by itself"),
         ({"bits": 1.58, "steps": 1}, "layers are trained with data: give a file as quantize.data"),
+        ({"bits": 1.58, "steps": 1, "data": "x", "agreement": 0.9}, "quantize.agreement gives single layers more bits"),
+        ({"activations": "dynamic", "agreement": 0.9}, "quantize.agreement gives single layers more bits"),
         ({"steps": 1, "data": "x"}, "quantize.steps trains ternary layers, or --bits 4 with quantize.activations=dyn"),
         ({"steps": -1}, "quantize.steps: expected at least 0, got -1"),
         ({"data": "x"}, "quantize.data is for training on the grid: give quantize.steps"),
