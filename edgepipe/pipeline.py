@@ -160,12 +160,17 @@ def run_stages(model: TorchModel, recipe: Recipe, *, runs: Path, fresh: bool, li
 
 
 def _check(model: TorchModel, recipe: Recipe) -> None:
-    """Let every stage look at the model before any work; what comes after another model was made looks at that one."""
+    """Let every stage look at the model before any work.
+
+    What comes after another model was made looks at that one; until then it looks at the files that it reads.
+    """
+    same = True
     for _, stage in recipe.stages:
-        if hasattr(stage, "check"):
+        if same and hasattr(stage, "check"):
             stage.check(model)
-        if getattr(stage, "makes_another", False):
-            return
+        elif hasattr(stage, "reads"):
+            stage.reads()
+        same = same and not getattr(stage, "makes_another", False)
 
 
 def _run(

@@ -130,6 +130,22 @@ def test_an_unknown_flag_is_clicks_usage_error(cli: Callable[..., Result]) -> No
     assert "Traceback" not in result.output
 
 
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        (("steps=1", "data=nowhere.txt", "activations=dynamic"), "nowhere.txt can't be read"),
+        (("method=gptq", "calibration=nowhere.txt"), "nowhere.txt"),
+    ],
+)
+def test_what_a_later_stage_reads_is_there_before_a_student_is_made(
+    cli: Callable[..., Result], model: Path, tmp_path: Path, setting: tuple[str, ...], words: str
+) -> None:
+    """What quantize itself can't look at yet, since its model is still to be made, fails before any training."""
+    settings = [f"--set=quantize.{one}" for one in setting]
+    assert_refused(cli("compress", model, "--student", "decoder", *settings), 2, words)
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("size", [0, 7, 200, -1])
 def test_truncated_safetensors(cli: Callable[..., Result], model: Path, earlier: Path, size: int) -> None:
     file = model / "model.safetensors"

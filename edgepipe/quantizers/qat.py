@@ -50,31 +50,30 @@ _DROPOUTS = ("dropout", "attention_dropout", "activation_dropout", "hidden_dropo
 
 
 def read_training(options: Quantize) -> TrainingData:
-    """Read what a stage's options train with."""
+    """Read what a stage's options train with; ConfigError for what can't be read, and steps that can't be taken."""
+    loop_options(options, 0)
+    if not is_alone():
+        raise ConfigError(
+            "quantize.steps: layers are trained on their grid by one process: start it without a launcher"
+        )
     return read_data(options.data, columns=options.columns, option="quantize.columns")
 
 
 def check_data(model: TorchModel, options: Quantize) -> None:
     """Refuse, before any work, a model or data that can't be trained with, and steps that can't be taken."""
-    loop_options(options, 0)
-    info = model.info
+    data, info = read_training(options), model.info
     if info.task not in _TASKS or "tokenizer.json" not in info.tokenizer:
         raise ConfigError(
             f"quantize.steps: expected a model of texts with a tokenizer, for {', '.join(_TASKS)}, but {info.name} is "
             f"for {info.task}: leave steps out"
         )
-    if not is_alone():
-        raise ConfigError(
-            "quantize.steps: layers are trained on their grid by one process: start it without a launcher"
-        )
-    data = read_training(options)
     if info.task == "text2text-generation" and data.form != "source-target":
         raise ConfigError(
             f"{data.name}: expected sources and targets, which {info.name} learns from, but it holds {data.form}"
         )
-    if options.targets and info.task == _EMBEDS:
+    if options.targets and info.task not in (*GENERATION, _CLASSIFIES):
         raise ConfigError(
-            f"quantize.targets: {info.name} gives embeddings, which have no targets of their own: leave it out"
+            f"quantize.targets: the data hold no targets for {info.task}, which {info.name} is for: leave it out"
         )
     if options.targets and info.task == _CLASSIFIES:
         if data.form != "labels":
@@ -110,10 +109,11 @@ def train_on_grid(model: TorchModel, layers: Sequence[str], options: Quantize, c
     record = train(module, objective, sets, loop_options(options, ctx.seed), place)
     ctx.note(f"{len(layers)} matrices were trained on their grid: {change(record)}")
     ctx.figures({"training": {"quantize": record}, "data": describe_data(data, train_part, held_part)})
-    state = module.state_dict()
-    changed = {
-        name: held_weight(name, np.array(state[name].detach().cpu().numpy())) for name in model.weights if name in state
-    }
+    changed = {}
+    for alias, value in module.state_dict().items():
+        if alias in model.weights:  # a tied one has several names there, and one of them here
+            name = model.weights[alias].name
+            changed[name] = held_weight(name, np.array(value.detach().cpu().numpy()))
     return TorchModel(info=model.info, weights=model.weights.replace(changed), history=model.history)
 
 

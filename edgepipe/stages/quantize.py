@@ -174,6 +174,7 @@ class Quantize:
             from edgepipe.quantizers.guard import check_floor
 
             check_floor(model.info, self.method)
+        self._rows(model)
         if self.steps:
             from edgepipe.quantizers.qat import check_data
 
@@ -182,7 +183,9 @@ class Quantize:
     def __call__(self, model: TorchModel, ctx: Context) -> TorchModel:
         """Return the model with every matrix on the grid the plan gives it; values are computed when they are read."""
         self.check(model)
-        rows = self._rows(model, ctx)
+        rows = self._rows(model)
+        if rows:
+            self._say_rows(rows, model.info.task, ctx)
         if self.steps:
             from edgepipe.quantizers.qat import train_on_grid
 
@@ -214,8 +217,11 @@ class Quantize:
             ctx.note(f"{narrower} of them came on fewer bits than were asked for: more would bring nothing back")
         return dataclasses.replace(model, weights=model.weights.replace(changed), activations=activations)
 
-    def _rows(self, model: TorchModel, ctx: Context) -> tuple[str, ...]:
-        """Return the matrices that get one scale a row and read rounded tokens: linear layers inside of blocks."""
+    def _rows(self, model: TorchModel) -> tuple[str, ...]:
+        """Return the matrices that get one scale a row and read rounded tokens: linear layers inside of blocks.
+
+        Raises ConfigError when there should be some, and the model has none.
+        """
         if not by_token(self):
             return ()
         from edgepipe.quantizers.modules import block_layers
@@ -226,11 +232,14 @@ class Quantize:
             raise ConfigError(
                 f"{model.info.name} has no linear layer whose activations could be rounded token by token"
             )
+        return rows
+
+    def _say_rows(self, rows: Sequence[str], task: str, ctx: Context) -> None:
+        """Say how many there are, and what is known of such models."""
         bits = token_grid(self).bits
         ctx.note(f"{len(rows)} matrices have one scale a row and read {bits}-bit activations, with a scale a token")
-        if self.bits == TERNARY and model.info.task == "text2text-generation":
+        if self.bits == TERNARY and task == "text2text-generation":
             ctx.note(TERNARY_PAIRS)
-        return rows
 
     def _activations(
         self, model: TorchModel, rows: tuple[str, ...], ctx: Context

@@ -246,10 +246,11 @@ def test_from_scratch_only_labels_count(folder: Path, tmp_path: Path) -> None:
             {"data": "everyday"},
             "everyday: expected sources and targets, which .* learns from, but it holds text",
         ),
-        ("encoder", {"targets": 1.0}, "gives embeddings, which have no targets of their own"),
+        ("encoder", {"targets": 1.0}, "the data hold no targets for feature-extraction, which .* is for: leave it out"),
         ("encoder", {"learning_rate": 2.0}, "quantize.learning_rate: expected a number above 0 and up to 1, got 2.0"),
         ("encoder", {"data": "prose-eval"}, "prose-eval is the evaluation set"),
         ("encoder", {"data": "nowhere.txt"}, "nowhere.txt can't be read"),
+        ("gpt2", {}, "gpt2 has no linear layer whose activations could be rounded token by token"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(
