@@ -71,7 +71,6 @@ def compress(
     def finish(result: CompiledModel | Measured) -> None:
         """Sum up and write the report before another run may change what they speak of."""
         if found is not None:
-            found.check(result.model if isinstance(result, Measured) else result)
             summary["search"] = found.summary
         summary.update(_summary(result, before))
         if without_slower:
@@ -81,7 +80,22 @@ def compress(
             summary["over_budget"] = over_budget(result.figures, budgets, name)
             summary["report"] = str(_write_report(directory, result.model.path))
 
-    run(source, recipe, out=out, runs=runs, fresh=fresh, listener=listener, finish=finish, beside=beside)
+    def accept(bundle: CompiledModel) -> None:
+        """Let nothing be written that isn't the bundle whose drop was measured."""
+        if found is not None:
+            found.check(bundle)
+
+    run(
+        source,
+        recipe,
+        out=out,
+        runs=runs,
+        fresh=fresh,
+        listener=listener,
+        accept=accept,
+        finish=finish,
+        beside=beside,
+    )
     dismiss_the_others()
     return summary
 

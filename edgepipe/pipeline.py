@@ -78,13 +78,15 @@ def run(
     runs: Path,
     fresh: bool,
     listener: Listener,
+    accept: Callable[[CompiledModel], None] = lambda _bundle: None,
     finish: Callable[[CompiledModel | Measured], None] = lambda _result: None,
     beside: Json | None = None,
 ) -> CompiledModel | Measured:
     """Send a model down the river of `recipe` and put the bundle at `out` (default: runs/NAME/bundle).
 
-    `beside` is kept in run.json with the run's own record: how the recipe was found. `finish` gets the result while
-    the run's directory and `out` are still kept from other runs. Raises ConfigError before any work begins when a
+    `accept` gets the bundle before it is put there, and raises what keeps it from that. `beside` is kept in run.json
+    with the run's own record: how the recipe was found. `finish` gets the result while the run's directory and `out`
+    are still kept from other runs. Raises ConfigError before any work begins when a
     stage can't take the model or another run is at work in the run's directory or at `out`, and StageError when a
     stage fails; whatever stood at `out` before is untouched then.
     """
@@ -100,7 +102,9 @@ def run(
         for folder in (directory, directory / "baseline"):
             tidy(folder, _OWN_NAMES)
         tidy(place.parent, re.escape(place.name))
-        result = _run(model, recipe, directory, target, fresh, listener)
+        result = _run(model, recipe, directory, fresh, listener)
+        accept(result.model if isinstance(result, Measured) else result)
+        result = _published(result, target)
         if isinstance(result, Measured):
             try:
                 write_json(directory / "run.json", _record(result, recipe) | (beside or {}))
@@ -174,9 +178,9 @@ def _check(model: TorchModel, recipe: Recipe) -> None:
 
 
 def _run(
-    model: TorchModel, recipe: Recipe, directory: Path, target: Path, fresh: bool, listener: Listener
+    model: TorchModel, recipe: Recipe, directory: Path, fresh: bool, listener: Listener
 ) -> CompiledModel | Measured:
-    """Run baseline and stages in `directory`, which is ours alone, and put the bundle at `target`."""
+    """Run baseline and stages in `directory`, which is ours alone."""
     weights = model.weights
     without = _no_baseline(weights, recipe)
     wants_baseline = not without and any(name == "measure" for name, _ in recipe.stages)
@@ -195,13 +199,16 @@ def _run(
     if wants_baseline:
         baseline = _baseline(model, river)
     finished = _flow(model, river, baseline, without)
+    assert isinstance(finished, CompiledModel | Measured)
+    return finished
+
+
+def _published(finished: CompiledModel | Measured, target: Path) -> CompiledModel | Measured:
+    """Put the bundle at `target`, and return the result as it lies there."""
     compiled = finished.model if isinstance(finished, Measured) else finished
-    assert isinstance(compiled, CompiledModel)
     _publish_bundle(compiled, target)
     compiled = dataclasses.replace(compiled, path=target)
-    if isinstance(finished, Measured):
-        return dataclasses.replace(finished, model=compiled)
-    return compiled
+    return dataclasses.replace(finished, model=compiled) if isinstance(finished, Measured) else compiled
 
 
 def _baseline(model: TorchModel, river: _River) -> CompiledModel:

@@ -68,8 +68,8 @@ class Found:
         """Raise ContractError when a bundle isn't the one that was scored: the promise wouldn't be its own."""
         if (shipped := _files(bundle)) != self.files:
             raise ContractError(
-                f"the bundle at {bundle.path} isn't the one that kept the budget ({_differing(shipped, self.files)}): "
-                "repeat the command with --fresh"
+                f"this bundle isn't the one that kept the budget ({_differing(shipped, self.files)}), so it wasn't "
+                "shipped: repeat the command with --fresh"
             )
 
 
@@ -324,7 +324,8 @@ def _score(search: _Search, bundle: Path, files: Mapping[str, str], recipe: Json
 def _score_key(search: _Search, recipe: Json) -> str:
     info, wanted = search.model.info, search.wanted
     target = asdict(search.recipe.target)
-    return cache_key(info.fingerprint, info.task, recipe, target, search.data.sha256, asdict(wanted.options))
+    read = search.stage.reads()  # contents of calibration texts, which the recipe only names
+    return cache_key(info.fingerprint, info.task, recipe, read, target, search.data.sha256, asdict(wanted.options))
 
 
 def _files(bundle: CompiledModel) -> dict[str, str]:

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from edgepipe.artifacts import Json
 from edgepipe.cli import main
 from edgepipe.compress import compress
-from edgepipe.errors import BudgetError, ConfigError
+from edgepipe.errors import BudgetError, ConfigError, ContractError
 from edgepipe.evaluate import evaluate
 from edgepipe.measuring.metrics import Evaluation
 from edgepipe.recipe import Recipe, resolve
@@ -181,6 +181,21 @@ def test_no_bundle_within_the_budget_ships_nothing(model: Path, folder: Path, da
     assert (bundle / "manifest.json").read_bytes() == manifest
     record = kept(before)
     assert record["chosen"] is None and record["frontier"][0]["limit"] > 1e-7
+
+
+def test_a_bundle_that_was_not_scored_is_not_shipped(model: Path, folder: Path, data: Callable[[int], Path]) -> None:
+    """Scores that speak of other weights, as a kept one may after a change: nothing is written."""
+    found, _ = search(model, folder, data(0), "2%", "runs")
+    run = Path(found["bundle"]).parent
+    place = folder / "other" / run.name
+    shutil.copytree(run / "search", place / "search")
+    for path in (place / "search" / "scores").glob("*/record.json"):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["files"]["weights.bin"] = "0" * 64
+        path.write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(ContractError, match=r"isn't the one that kept the budget \(weights.bin differ\), so it wasn't"):
+        search(model, folder, data(0), "2%", "other")
+    assert not (place / "bundle").exists()
 
 
 @pytest.mark.parametrize(
