@@ -29,8 +29,11 @@ GRIDS = [(4, "signed"), (4, "zero points"), (8, "signed"), (8, "zero points"), (
 WIDTHS = [(7, 5), (64, 32), (100, 9), (96, 33), (512, 16), (384, 16)]
 
 
-def layer(n_in: int, out: int, bits: int, grid: TokenGrid) -> OnnxModel:
-    """Return two matrices [out, n_in] that read one input x [B, S, n_in], and a third that stays in groups."""
+def layer(n_in: int, out: int, bits: int, grid: TokenGrid, *, group: int = 32, inside: bool = False) -> OnnxModel:
+    """Return two matrices [out, n_in] that read one input x [B, S, n_in], and a third that stays in groups.
+
+    `inside`: their products aren't the graph's own outputs.
+    """
     rng = np.random.default_rng(n_in)
     g = GraphBuilder("model")
     x = g.input("x", ir.DataType.FLOAT, ["batch", "sequence", n_in])
@@ -38,11 +41,12 @@ def layer(n_in: int, out: int, bits: int, grid: TokenGrid) -> OnnxModel:
     for name in ("w0", "w1", "head"):
         matrix = rng.standard_normal((out, n_in), np.float32)
         matrix[0], matrix[-1, 0] = 0, 30
-        value = round_to_nearest(matrix, bits=4, group=0 if name != "head" else 32, symmetric=True)
+        value = round_to_nearest(matrix, bits=4, group=0 if name != "head" else group, symmetric=True)
         weights[name] = stored(name, round_to_ternary(matrix, "mean") if bits == 2 and name != "head" else value)
         weights[f"{name}_bias"] = stored(f"{name}_bias", rng.standard_normal(out).astype(np.float32))
         y = g.op("MatMul", [x, g.weight(name, [n_in, out], transposed=True)])
         y = g.op("Add", [y, g.weight(f"{name}_bias", [out])])
+        y = g.op("Neg", [g.op("Neg", [y])]) if inside else y
         g.output(f"y_{name}", y, ir.DataType.FLOAT, ["batch", "sequence", out])
     plan = ActivationPlan(kind="token", tokens=grid, layers=("w0", "w1"))
     return OnnxModel(
@@ -146,3 +150,15 @@ def test_int8_products_of_ternary_rows_stay_close(tmp_path: Path) -> None:
     got = open_graph(lowered(model, tmp_path, 4, name="scorer"), 1).run({"x": x})["y_w0"]
     twin = rounded_naively(x, grid) @ model.weights.float32("w0").T + model.weights.float32("w0_bias")
     assert np.abs(got - twin).max() < 0.02 * np.abs(twin).max()
+
+
+def test_a_product_that_reads_floats_is_not_joined_with_rounded_ones(tmp_path: Path) -> None:
+    """A group as wide as the row looks alike in the file; the plan tells them apart."""
+    model = layer(64, 32, 4, grid := TokenGrid(bits=4, form="signed"), group=64, inside=True)
+    x = inputs(64)
+    path = lowered(model, tmp_path, name="decoder")
+    assert sum(n.op_type == "MatMulNBits" for n in onnx.load(path, load_external_data=False).graph.node) == 2
+    got = open_graph(path, 1).run({"x": x})
+    for name, read in (("w0", rounded_naively(x, grid)), ("w1", rounded_naively(x, grid)), ("head", x)):
+        twin = read @ model.weights.float32(name).T + model.weights.float32(f"{name}_bias")
+        np.testing.assert_allclose(got[f"y_{name}"], twin, rtol=1e-3, atol=5e-4 * np.abs(twin).max())

@@ -56,13 +56,14 @@ def lower(
     if preallocated:
         _check_head_size(model)
     file = WeightsFile() if file is None else file
+    rounded = {model.weights[name].name for name in model.activations.layers} if model.activations else set()
     graphs = {}
     for name, portable in model.graphs.items():
         source = ir.from_proto(onnx.load_model_from_string(portable))
         graph = source.graph
         # Over many rows a call's own cost is nothing, and the Split copies: apart, an encoder takes 2–4 % less
         if name not in _WHOLE_TEXT:
-            join_projections(graph, model.weights)
+            join_projections(graph, model.weights, rounded)
         if built:
             fuse_reading(graph)
         cached = preallocated and name == "decoder"

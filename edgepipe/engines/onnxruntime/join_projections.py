@@ -3,14 +3,16 @@
     q = x·Wq (+ bq) ; k = x·Wk (+ bk) ; v = x·Wv (+ bv)   →   q, k, v = Split(x·[Wq|Wk|Wv] (+ [bq|bk|bv]))
 
 One kernel call instead of three: at one token a call costs as much as its arithmetic. Weights are joined only when
-they lie on grids of one kind (bits, group, offset) and either all or none have a bias; others stay as they are, and so
-do weights that are multiplied as stored (GPT-2) and products that are the graph's own outputs.
+they lie on grids of one kind (bits, group, offset), all or none have a bias, and all or none read rounded tokens;
+others stay as they are, and so do weights that are multiplied as stored (GPT-2) and products that are the graph's own
+outputs.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
+from collections.abc import Collection
 
 import numpy as np
 import onnx_ir as ir
@@ -20,11 +22,11 @@ from edgepipe.engines.onnxruntime.names import is_transposed, joined_name, weigh
 from edgepipe.engines.onnxruntime.planned import middle_code
 from edgepipe.weights import WeightStore
 
-Kind = tuple[str, int, int, int, bool]
+Kind = tuple[str, int, int, int, bool, bool]
 
 
-def join_projections(graph: ir.Graph, weights: WeightStore) -> None:
-    """Join every group of sibling projections of `graph` in place."""
+def join_projections(graph: ir.Graph, weights: WeightStore, rounded: Collection[str] = ()) -> None:
+    """Join every group of sibling projections of `graph` in place; `rounded` names weights that read rounded tokens."""
     siblings: dict[tuple[ir.Value, Kind], list[ir.Node]] = defaultdict(list)
     for node in graph:
         if (
@@ -34,7 +36,7 @@ def join_projections(graph: ir.Graph, weights: WeightStore) -> None:
         ):
             x = node.inputs[0]
             assert x is not None
-            siblings[x, _kind(node, weights)].append(node)
+            siblings[x, _kind(node, weights, rounded)].append(node)
     for group in siblings.values():
         if len(group) > 1:
             _join(graph, group)
@@ -53,9 +55,10 @@ def grid_kind(weights: WeightStore, name: str) -> tuple[str, int, int, int]:
     return value.scale.dtype.name + offset, value.bits, value.group, middle_code(value)
 
 
-def _kind(node: ir.Node, weights: WeightStore) -> Kind:
+def _kind(node: ir.Node, weights: WeightStore, rounded: Collection[str]) -> Kind:
     assert node.inputs[1] is not None
-    return *grid_kind(weights, weight_parts(node.inputs[1])[0]), _bias(node) is not None
+    name = weight_parts(node.inputs[1])[0]
+    return *grid_kind(weights, name), _bias(node) is not None, weights[name].name in rounded
 
 
 def _bias(node: ir.Node) -> ir.Node | None:
