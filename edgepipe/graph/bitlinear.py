@@ -15,31 +15,43 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from edgepipe.errors import ContractError
 from edgepipe.graph.dialect import weight_name
 
 EPSILON = 1e-5
 
 
 def normalize_inputs(portable: bytes, layers: Collection[str]) -> bytes:
-    """Return a graph in which the products by the matrices called `layers` read normalized values."""
+    """Return a graph in which the products by the matrices called `layers` read normalized values.
+
+    Raises ContractError where one of them isn't multiplied so.
+    """
     source = ir.from_proto(onnx.load_model_from_string(portable))
     graph = source.graph
     normed: dict[ir.Value, ir.Value] = {}
     for node in list(graph):
-        x, w = (node.inputs[0], node.inputs[1]) if node.op_type == "MatMul" else (None, None)
-        named = weight_name(w.name or "") if w is not None else None
-        if x is None or w is None or named is None or named[0] not in layers:
+        w = next((value for value in node.inputs if value is not None and _name(value) in layers), None)
+        if w is None:
             continue
+        x = node.inputs[0]
+        if node.op_type != "MatMul" or x is None or x is w:
+            raise ContractError(f"{_name(w)} should read normalized values: {node.op_type} is no product that could")
         if x not in normed:
             width = w.shape[0]  # type: ignore[index]
             ones = _ones(graph, int(width))  # type: ignore[arg-type]
             norm = ir.node("LayerNormalization", [x, ones], {"axis": -1, "epsilon": EPSILON})
             graph.insert_before(node, norm)
-            norm.outputs[0].name = f"normalized:{named[0]}"
+            norm.outputs[0].name = f"normalized:{_name(w)}"
             norm.outputs[0].shape, norm.outputs[0].dtype = x.shape, ir.DataType.FLOAT
             normed[x] = norm.outputs[0]
         node.replace_input_with(0, normed[x])
     return bytes(ir.to_proto(source).SerializeToString(deterministic=True))
+
+
+def _name(value: ir.Value) -> str:
+    """Return the name of the weight that a value is; empty when it is none."""
+    named = weight_name(value.name or "")
+    return named[0] if named else ""
 
 
 def _ones(graph: ir.Graph, width: int) -> ir.Value:

@@ -88,6 +88,7 @@ class Export:
             from edgepipe.graph.bitlinear import normalize_inputs
 
             layers = {model.weights[name].name for name in plan.layers}
+            layers |= {alias for alias, name in model.weights.aliases.items() if name in layers}
             graphs = {name: normalize_inputs(graph, layers) for name, graph in exported.graphs.items()}
             exported = replace(exported, graphs=graphs)
         return replace(exported, activations=plan)

@@ -15,6 +15,8 @@ from edgepipe.artifacts import ActivationPlan, OnnxModel, QuantizedTensor, Token
 from edgepipe.engines import onnxruntime as engine
 from edgepipe.engines.onnxruntime.names import ROUNDED
 from edgepipe.engines.onnxruntime.planned import kernel_block
+from edgepipe.errors import ContractError
+from edgepipe.graph.bitlinear import normalize_inputs
 from edgepipe.graph.dialect import GraphBuilder
 from edgepipe.graph.evaluate import evaluate
 from edgepipe.numerics.grids import round_to_nearest
@@ -162,3 +164,19 @@ def test_a_product_that_reads_floats_is_not_joined_with_rounded_ones(tmp_path: P
     for name, read in (("w0", rounded_naively(x, grid)), ("w1", rounded_naively(x, grid)), ("head", x)):
         twin = read @ model.weights.float32(name).T + model.weights.float32(f"{name}_bias")
         np.testing.assert_allclose(got[f"y_{name}"], twin, rtol=1e-3, atol=5e-4 * np.abs(twin).max())
+
+
+def test_a_layer_that_is_no_product_is_an_error() -> None:
+    """What ships would not be what was trained, and nothing would show it."""
+    g = GraphBuilder("model")
+    x = g.input("x", ir.DataType.FLOAT, ["batch", "sequence", 8])
+    y = g.op("Mul", [x, g.weight("w0", [8, 8], transposed=True)])
+    g.output("y", y, ir.DataType.FLOAT, ["batch", "sequence", 8])
+    value = round_to_nearest(np.eye(8, dtype=np.float32), bits=4, group=0, symmetric=True)
+    plan = ActivationPlan(kind="token", tokens=TokenGrid(bits=4, form="signed"), layers=("w0",))
+    weights = WeightStore({"w0": stored("w0", value)})
+    model = OnnxModel(info=INFO, graphs={"model": g.finish()}, weights=weights, spec={"ends": {}}, activations=plan)
+    with pytest.raises(ContractError, match="w0 should read rounded tokens: Mul is no product"):
+        engine.lower(model, accuracy_level=0)
+    with pytest.raises(ContractError, match="w0 should read normalized values: Mul is no product"):
+        normalize_inputs(model.graphs["model"], plan.layers)

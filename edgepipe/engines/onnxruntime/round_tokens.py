@@ -18,28 +18,33 @@ from edgepipe.artifacts import ActivationPlan, TokenGrid
 from edgepipe.engines.onnxruntime.names import ROUNDED, is_transposed, weight_parts
 from edgepipe.engines.onnxruntime.place_weights import Lowering, emit
 from edgepipe.engines.onnxruntime.planned import WeightsFile
+from edgepipe.errors import ContractError
 from edgepipe.numerics.tokens import TINY
 from edgepipe.weights import WeightStore
 
 
 def round_tokens(graph: ir.Graph, weights: WeightStore, file: WeightsFile, plan: ActivationPlan) -> None:
-    """Round what the products of a plan's layers read, in place."""
+    """Round what the products of a plan's layers read, in place; ContractError for one that isn't such a product."""
     assert plan.tokens is not None
     low = Lowering(graph=graph, weights=weights, file=file)
     layers = {weights[name].name for name in plan.layers}
     rounded: dict[ir.Value, ir.Value] = {}
     for node in list(graph):
-        if node.op_type != "MatMul" or not is_transposed(node.inputs[1]):
+        parts = [
+            p for value in node.inputs if value is not None and value.is_graph_input() for p in weight_parts(value)
+        ]
+        name = next((part for part in parts if weights[part].name in layers), None)
+        if name is None:
             continue
-        name = weight_parts(node.inputs[1])[0]  # type: ignore[arg-type]
-        if weights[name].name in layers:
-            x = node.inputs[0]
-            assert x is not None
-            if x not in rounded:
-                rounded[x] = _rounded(low, node, x, plan.tokens)
-                rounded[x].name = f"{ROUNDED}{name}"
-                rounded[x].shape, rounded[x].dtype = x.shape, ir.DataType.FLOAT
-            node.replace_input_with(0, rounded[x])
+        if node.op_type != "MatMul" or not is_transposed(node.inputs[1]):
+            raise ContractError(f"{name} should read rounded tokens: {node.op_type} is no product that could")
+        x = node.inputs[0]
+        assert x is not None
+        if x not in rounded:
+            rounded[x] = _rounded(low, node, x, plan.tokens)
+            rounded[x].name = f"{ROUNDED}{name}"
+            rounded[x].shape, rounded[x].dtype = x.shape, ir.DataType.FLOAT
+        node.replace_input_with(0, rounded[x])
 
 
 def _rounded(low: Lowering, before: ir.Node, x: ir.Value, grid: TokenGrid) -> ir.Value:
