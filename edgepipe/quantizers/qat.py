@@ -67,6 +67,7 @@ def check_data(model: TorchModel, options: Quantize) -> None:
             f"quantize.steps: expected a model of texts with a tokenizer, for {', '.join(_TASKS)}, but {info.name} is "
             f"for {info.task}: leave steps out"
         )
+    hold_out(data, options.held_out, SPLIT_SEED)
     if info.task == "text2text-generation" and data.form != "source-target":
         raise ConfigError(
             f"{data.name}: expected sources and targets, which {info.name} learns from, but it holds {data.form}"

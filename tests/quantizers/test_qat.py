@@ -238,6 +238,14 @@ def test_from_scratch_only_labels_count(folder: Path, tmp_path: Path) -> None:
         Quantize(**{**TRAINED, "data": str(table), **options}).check(model)
 
 
+def test_data_of_which_nothing_can_be_held_out_are_refused(folder: Path) -> None:
+    """Before any work: one text is not trained with and judged by."""
+    path = folder / "one.jsonl"
+    path.write_text(json.dumps({"text": "the river was cold"}), encoding="utf-8")
+    with pytest.raises(ConfigError, match="none could be held out: give more data"):
+        Quantize(**{**TRAINED, "data": str(path), **W4A4}).check(model_of(folder, "encoder"))
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "words"),
     [
