@@ -36,7 +36,7 @@ from edgepipe.rows import Data, open_data
 from edgepipe.search.asked import Wanted
 from edgepipe.search.costs import bytes_of, times_of
 from edgepipe.search.kept import open_losses, read_score, write_score
-from edgepipe.search.promise import Drop, drop_of
+from edgepipe.search.promise import Drop, check_enough, drop_of
 from edgepipe.search.units import overrides_of, that_count, units_of
 from edgepipe.store import cache_key, write_json
 
@@ -165,6 +165,7 @@ def _search(search: _Search) -> Found:
     reference = _score(
         search, baseline.path, _files(baseline), _unchecked(search.recipe).to_json() | {"baseline": True}
     )
+    check_enough(wanted.options, wanted.budget, reference.rows)  # before what takes long
     value = f"{wanted.options.metric} {reference.record['value']:.4g}"
     listener.end("float model", time.perf_counter() - started, reused=False, notes=(value,))
 

@@ -6,7 +6,9 @@
 The interval is the paired bootstrap's: both bundles ran the same examples, and examples are resampled. Its upper end
 says where the drop over all such examples may lie, at 97.5 %. A new set of as many examples has a chance of its own,
 as large and independent, so the distance grows by √2: a prediction interval (Hahn & Meeker, Statistical Intervals,
-1991). A bundle is within the budget when the limit is.
+1991). Where examples are right or wrong, the distance is 3 of them at least: when none of n has changed, resampling
+finds no change either, but up to 3 of n others may (the rule of three: Hanley & Lippman-Hand, JAMA 249, 1983). A bundle
+is within the budget when the limit is.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ import numpy as np
 from edgepipe.errors import ConfigError
 from edgepipe.measuring import scores
 from edgepipe.measuring.metrics import Evaluation
+
+_COUNTED = ("accuracy", "exact")  # metrics of examples that are right or wrong
+_RULE_OF_THREE = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +83,24 @@ def drop_of(options: Evaluation, budget: Budget, rows: np.ndarray, reference: np
         )
     value = sign * apart(both)
     worst = sign * (interval.high if sign > 0 else interval.low)
-    limit = value + math.sqrt(2) * max(0.0, worst - value)
+    far = math.sqrt(2) * max(0.0, worst - value)
+    if metric.name in _COUNTED:
+        far = max(far, _RULE_OF_THREE / len(rows))
+    limit = value + far
     if not math.isfinite(limit):
         return Drop(value=math.inf, limit=math.inf)
     return Drop(value=value / whole, limit=limit / whole)
+
+
+def check_enough(options: Evaluation, budget: Budget, reference: np.ndarray) -> None:
+    """Raise ConfigError when the examples are too few for the budget: a bundle that equals the float model would fail.
+
+    `reference` are the float model's rows. Raises what `drop_of` raises, too.
+    """
+    limit = drop_of(options, budget, reference, reference).limit
+    if limit > budget.amount:
+        raise ConfigError(
+            f"--max-drop: of {len(reference)} {options.described.over} none may differ, and others may still lose "
+            f"{budget.said(limit)}: for {budget.said(budget.amount)} give "
+            f"{math.ceil(len(reference) * limit / budget.amount)} at least"
+        )

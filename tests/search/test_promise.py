@@ -9,7 +9,7 @@ from edgepipe.errors import ConfigError
 from edgepipe.measuring.metrics import Evaluation
 from edgepipe.search.asked import Asked, asked_of, number_of, wanted_of
 from edgepipe.search.budget import furthest
-from edgepipe.search.promise import Budget, drop_of, parse_budget
+from edgepipe.search.promise import Budget, check_enough, drop_of, parse_budget
 
 ACCURACY, PERPLEXITY = Evaluation(metric="accuracy"), Evaluation(metric="perplexity")
 
@@ -51,9 +51,16 @@ def test_a_rise_of_perplexity_is_a_drop() -> None:
 
 
 def test_equal_rows_have_no_margin() -> None:
-    rows = np.array([1.0, 0.0, 1.0, 1.0])[:, None]
-    drop = drop_of(ACCURACY, Budget(amount=0.01, relative=True), rows, rows)
+    """But three examples where they are right or wrong: nothing can be resampled that wasn't seen."""
+    windows = np.array([[20.0, 10.0], [30.0, 10.0], [25.0, 10.0]])
+    drop = drop_of(PERPLEXITY, Budget(amount=0.01, relative=True), windows, windows)
     assert (drop.value, drop.limit) == (0.0, 0.0)
+    rows = np.repeat([1.0, 0.0], [300, 100])[:, None]
+    drop = drop_of(ACCURACY, budget := Budget(amount=0.01, relative=True), rows, rows)
+    assert (drop.value, drop.limit) == (0.0, pytest.approx(3 / 400 / 0.75))
+    check_enough(ACCURACY, budget, rows)
+    with pytest.raises(ConfigError, match=r"of 200 examples none may differ, .* may still lose 2 %: for 1 % give 400"):
+        check_enough(ACCURACY, budget, rows[::2])
 
 
 def test_too_few_examples_are_refused() -> None:
