@@ -5,18 +5,21 @@
                                    --students DIR   … with the students of benchmarks run elsewhere (default: runs)
     python benchmarks/quantized.py --page-only      rewrite docs/quantize.md's table from what is stored
 
-DIR (default: what EDGEPIPE_DATA names) holds stsb-dev.tsv, sst2-dev.tsv, e2e-dev.csv and wikitext2-valid.txt. The
-models are MiniLM; the classifier that benchmarks/embedding.py and the encoder-decoder that benchmarks/e2e.py train,
-whose rows are left out, and a sentence says so, where these haven't been run; and SmolLM2. Quality is `edgepipe eval`
-of the bundle. Speed is `edgepipe measure`'s, the float32 bundle in turn with it. A row is kept in
-results/quantized.json as soon as it is scored and again when it's timed, and is run again only when its settings or
-its student changed. hqq and autoround need the extra `quantize`. Rows of two bits say where methods differ.
+DIR (default: what EDGEPIPE_DATA names) holds stsb-dev.tsv, sst2-dev.tsv, e2e-dev.csv and wikitext2-valid.txt, and
+what W4A4, ternary and mixed rows learn from or search on: stsb-train.tsv, sst2-train.tsv; of the other two files the
+part that is not scored. The models are MiniLM; the classifier that benchmarks/embedding.py and the encoder-decoder
+that benchmarks/e2e.py train, whose rows are left out, and a sentence says so, where these haven't been run; and
+SmolLM2. Quality is `edgepipe eval` of the bundle. Speed is `edgepipe measure`'s, the float32 bundle in turn with it.
+A row is kept in results/quantized.json as soon as it is scored and again when it's timed, and is run again only when
+its settings or its student changed. hqq and autoround need the extra `quantize`, trained rows the extra `train`. Rows
+of two bits say where methods differ.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import sys
@@ -25,28 +28,34 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.e2e import split
+from benchmarks.embedding import training_files
 from benchmarks.quantized_models import (
+    DECODER_STEPS,
     FLOAT,
     FORMS,
     GROUP,
     MODELS,
     NOTES,
     ROWS,
+    STEPS,
     THREADS,
     Form,
     Model,
+    learns,
     row_name,
     settings_of,
 )
 from benchmarks.stored import RESULTS, ROOT, markdown_table, provenance, read_result, replace_section, write_result
 from edgepipe.artifacts import CompiledModel, Json, TorchModel
-from edgepipe.errors import TargetError
+from edgepipe.errors import BudgetError, TargetError
 from edgepipe.evaluate import evaluate
 from edgepipe.measure import measure
 from edgepipe.pipeline import run
 from edgepipe.quantizers.choose import require
 from edgepipe.recipe import resolve
 from edgepipe.report.progress import Progress
+from edgepipe.search.asked import Asked, wanted_of
+from edgepipe.search.budget import search_plan
 from edgepipe.sources import open_model
 from edgepipe.stages.measure import Measure
 from edgepipe.store import file_sha256, versions
@@ -57,6 +66,7 @@ FOLDER = ROOT / "runs" / NAME
 BATCH = "8x128"  # of an encoder's calls: 8 texts of 128 tokens
 TIMING = Measure(blocks=2, turns=3, tokens=64, output_tokens=40, threads=THREADS)
 PACKAGES = ("auto-round", "neural-compressor-pt", "onnxruntime", "torch", "transformers")
+SHORTEST = 48  # characters of a passage to learn from
 EMBEDDING = "embedding and head"  # the part of a bundle's weights that has a dial of its own
 
 
@@ -93,10 +103,13 @@ def take(data: Path, students: Path, names: Sequence[str], *, speed: bool) -> No
             _say(f"{model.name}: {why}; its rows are left out")
             continue
         for form in forms:
-            if why := lacking(form):
+            if why := lacking(form) or lacking_data(model, form, data):
                 _say(f"{row_name(model, form)}: {why}; this row is left out")
                 continue
-            take_row(model, form, data, students, speed=speed)
+            try:
+                take_row(model, form, data, students, speed=speed)
+            except BudgetError as error:
+                _say(f"{row_name(model, form)}: {error}")
 
 
 def missing(model: Model, data: Path, students: Path) -> str:
@@ -117,7 +130,41 @@ def lacking(form: Form) -> str:
         require(str((form.options or {}).get("method", "rtn")))
     except TargetError as error:
         return str(error)
+    if learns(form) and importlib.util.find_spec("accelerate") is None:
+        return "training needs the package accelerate: pip install 'edgepipe[train]'"
     return ""
+
+
+def lacking_data(model: Model, form: Form, data: Path) -> str:
+    """Say which file that a form learns from, or is searched on, isn't there; "" when all is."""
+    made_of = {
+        "minilm": ("stsb-train.tsv", "wikitext2-valid.txt", "sst2-train.tsv"),  # of benchmarks/embedding.py's texts
+        "encoder": ("sst2-train.tsv",),
+    }
+    absent = [name for name in made_of.get(model.name, ()) if not (data / name).is_file()]
+    return (
+        f"{absent[0]} is not in {data}: give its folder with --data"
+        if absent and (learns(form) or form.max_drop)
+        else ""
+    )
+
+
+def seen(model: Model, data: Path, *, trains: bool) -> Path:
+    """Return what a model's forms learn from, or are searched on: nothing of what they are scored on."""
+    folder = FOLDER / model.name
+    folder.mkdir(parents=True, exist_ok=True)
+    if model.name == "minilm":
+        return training_files(data, folder)[0]["sentences"] if trains else data / "stsb-train.tsv"
+    if model.name == "encoder":
+        return data / "sst2-train.tsv"
+    if model.name == "pair":
+        return split(data / model.data, folder)[0]
+    lines = (data / model.data).read_text(encoding="utf-8").splitlines()
+    behind = [line.strip() for line in lines[len(lines) // 2 :]]  # the half of which nothing is scored
+    passages = [line for line in behind if len(line) > SHORTEST and not line.startswith("=")]
+    file = folder / "passages.jsonl"
+    file.write_text("".join(json.dumps({"text": one}, ensure_ascii=False) + "\n" for one in passages), encoding="utf-8")
+    return file
 
 
 def take_row(model: Model, form: Form, data: Path, students: Path, *, speed: bool) -> None:
@@ -132,7 +179,7 @@ def take_row(model: Model, form: Form, data: Path, students: Path, *, speed: boo
         return
     _say(row_name(model, form))
     came_from, started = provenance(), time.perf_counter()
-    bundle = build(model, form, source)
+    bundle = build(model, form, source, data)
     if row is None:
         row = {
             "model": model.name,
@@ -148,7 +195,7 @@ def take_row(model: Model, form: Form, data: Path, students: Path, *, speed: boo
         }
         put(row)
     if speed:
-        put({**row, "speed": timed(bundle.path, None if form is FLOAT else build(model, FLOAT, source).path)})
+        put({**row, "speed": timed(bundle.path, None if form is FLOAT else build(model, FLOAT, source, data).path)})
 
 
 def put(row: Json) -> None:
@@ -165,7 +212,7 @@ def open_source(model: Model, students: Path) -> TorchModel:
     return open_model(str(students / model.source) if model.made_by else model.source)
 
 
-def build(model: Model, form: Form, source: TorchModel) -> CompiledModel:
+def build(model: Model, form: Form, source: TorchModel, data: Path) -> CompiledModel:
     """Send a model down the river of one form; finished stages stay in runs/quantized."""
     folder = FOLDER / model.name / form.name.replace(" ", "-")
     folder.mkdir(parents=True, exist_ok=True)
@@ -174,9 +221,16 @@ def build(model: Model, form: Form, source: TorchModel) -> CompiledModel:
     recipe_file.write_text(f"stages = {json.dumps(stages)}\n", encoding="utf-8")
     settings: list[tuple[str, str, object]] = list(model.settings)
     settings += [("quantize", name, value) for name, value in settings_of(model, form).items()]
+    if learns(form):
+        settings.append(("quantize", "data", str(seen(model, data, trains=True))))
     if form.options is None:
         source = dataclasses.replace(source, weights=source.weights.as_float32())
     recipe = resolve(target="cpu", file=recipe_file, settings=settings)
+    if form.max_drop:
+        searched_on = None if model.search is None else str(seen(model, data, trains=False))
+        how = (f"threads={THREADS}", *(model.search or ()))
+        wanted = wanted_of(Asked(max_drop=form.max_drop, data=searched_on, options=how), source.info.task)
+        recipe = search_plan(source, recipe, wanted, runs=folder, fresh=False, listener=Progress()).recipe
     made = run(source, recipe, out=None, runs=folder, fresh=False, listener=Progress())
     assert isinstance(made, CompiledModel)
     return made
@@ -187,7 +241,7 @@ def facts(bundle: CompiledModel) -> Json:
     layers = [
         part
         for part in bundle.manifest["weights"]["parts"]
-        if part["part"] != EMBEDDING and (part["storage"].startswith("q") or not _quantized(bundle))
+        if part["part"] != EMBEDDING and (part["storage"] != "float32" or not _quantized(bundle))
     ]
     return {
         "bundle_bytes": sum(file.stat().st_size for file in bundle.path.iterdir()),
@@ -305,10 +359,14 @@ def said(result: Json) -> str:
     sources = [one for row in rows for one in (row, row["speed"]) if one]
     made = sorted({(one["provenance"]["date"], one["provenance"]["commit"][:12]) for one in sources})
     load = [one["provenance"]["load_average_1min"] for one in sources]
+    trained = ""
+    if any("steps" in row["settings"] for row in rows):
+        trained = f"Trained rows: {STEPS} steps (SmolLM2: {DECODER_STEPS}), the float model as teacher. "
     packages = sorted({f"{name} {version}" for row in rows for name, version in row["packages"].items()})
     return (
         f"Groups of {GROUP}, embedding at 8 bits, methods and ranges calibrated on `everyday`; 95 % intervals by "
-        "bootstrap over examples. Bits are codes, scales and offsets of the layers' matrices in the file. Speed: "
+        "bootstrap over examples. Bits are codes, scales and offsets of the layers' matrices in the file. "
+        f"{trained}Speed: "
         f"{THREADS} thread, encoders 8 texts of 128 tokens a call, others the tokens behind a prompt, float32 in turn; "
         "where it is missing, it isn't taken yet. Minutes from source to bundle on a busy machine: a "
         f"bound. {rows[0]['machine']['cpu']}, load average {min(load):.1f} to {max(load):.1f}, {', '.join(packages)}; "

@@ -12,6 +12,8 @@ from edgepipe.measuring.metrics import Evaluation
 GROUP = 32
 THREADS = 1
 TOKENS = 8192  # of the text that gives perplexity, from its beginning
+STEPS, DECODER_STEPS = 400, 100  # of training on the grid; SmolLM2 is as large as twenty of the others
+MAX_DROP = "1%"  # what `--bits mixed` means
 ALPHA = 0.9  # SmoothQuant's, the best of those that benchmarks/int8.py tried on MiniLM
 Settings = tuple[tuple[str, str, object], ...]
 
@@ -31,6 +33,9 @@ class Model:
     made_by: str = ""  # the benchmark that trains it
     settings: Settings = ()  # of export and compile
     options: dict[str, object] = field(default_factory=dict)  # of quantize, unless the form keeps what came
+    learns: dict[str, object] = field(default_factory=dict)  # of quantize, in forms that are trained
+    targets: bool = True  # the training data have labels, answers or next tokens
+    search: tuple[str, ...] | None = ()  # of `edgepipe eval` in forms that are searched; None: on a text of edgepipe's
 
     @property
     def lower(self) -> bool:
@@ -47,6 +52,7 @@ class Form:
     options: dict[str, object] | None = None
     models: tuple[str, ...] = ()  # empty: all
     keeps: bool = False  # the grid a model came on
+    max_drop: str = ""  # a budget that bits and groups are searched for
 
 
 MODELS = (
@@ -57,6 +63,8 @@ MODELS = (
         how=Evaluation(metric="spearman", threads=THREADS),
         data="stsb-dev.tsv",
         quality="Spearman × 100",
+        targets=False,
+        search=("limit=1000",),
     ),
     Model(
         name="encoder",
@@ -67,6 +75,7 @@ MODELS = (
         quality="accuracy, %",
         made_by="embedding",
         settings=(("export", "context", 512),),
+        search=("limit=1000",),
     ),
     Model(
         name="pair",
@@ -79,6 +88,8 @@ MODELS = (
         unit=1.0,
         made_by="e2e",
         settings=(("export", "context", MAX_SOURCE + MAX_TARGET), ("compile", "cache_dtype", "float32")),
+        learns={"tokens": MAX_SOURCE, "held_out": 0.03},
+        search=("limit=100", f"max_new_tokens={MAX_TARGET - 1}"),
     ),
     Model(
         name="decoder",
@@ -91,6 +102,8 @@ MODELS = (
         unit=1.0,
         settings=(("export", "context", 1024),),
         options={"import": False},
+        learns={"tokens": 96, "held_out": 0.02, "batch": 16, "steps": DECODER_STEPS},
+        search=None,
     ),
 )
 
@@ -105,6 +118,9 @@ def _activations(name: str, shown: str, more: dict[str, object]) -> Form:
     return Form(name=name, label=f"8-bit, activations {shown}", options={"bits": 8, **more})
 
 
+# Training on the grid, as benchmarks/qat.py has it; a model's `learns` come over these.
+_TRAINS: dict[str, object] = {"steps": STEPS, "held_out": 0.005, "tokens": 48, "learning_rate": 2e-4}
+_W4A4: dict[str, object] = {"bits": 4, "activations": "dynamic", "activation_bits": 4}
 METHODS = ("rtn", "gptq", "awq", "hqq", "autoround")
 FLOAT = Form(name="float32", label="float32")
 FORMS = (
@@ -115,6 +131,15 @@ FORMS = (
     _activations("smooth", f"static, SmoothQuant {ALPHA}", {"activations": "static", "smooth": ALPHA}),
     *(_codes(4, method) for method in METHODS),
     *(_codes(2, method, ("minilm",)) for method in METHODS),
+    Form(name="w4a4", label="4-bit, activations 4-bit, rounded", options=_W4A4),
+    Form(name="w4a4 trained", label="4-bit, activations 4-bit, trained", options={**_W4A4, **_TRAINS}),
+    Form(name="ternary", label="ternary, activations 8-bit, trained", options={"bits": 1.58, **_TRAINS}),
+    Form(
+        name=f"mixed {MAX_DROP}",
+        label=f"mixed, searched for a drop of {MAX_DROP} at most",
+        options={},
+        max_drop=MAX_DROP,
+    ),
 )
 # Why neither GPTQ nor AWQ reaches rounding to nearest, by model and bits, where that is so; the page shows it.
 NOTES: dict[tuple[str, int], str] = {}
@@ -132,5 +157,16 @@ def settings_of(model: Model, form: Form) -> Json:
     """Return the options of quantize that make a row, as JSON keeps them."""
     if form.options is None:
         return {}
-    found: Json = json.loads(json.dumps({**({} if form.keeps else model.options), **form.options}))
+    options = {**({} if form.keeps else model.options), **form.options}
+    if learns(form):
+        options |= model.learns
+    if form.name == "ternary":  # rounding grows, and labels count where there are any
+        options["strength_steps"] = model.learns.get("steps", STEPS) // 4
+        options["targets"] = float(model.targets)
+    found: Json = json.loads(json.dumps(options))
     return found
+
+
+def learns(form: Form) -> bool:
+    """Say whether a form is trained."""
+    return "steps" in (form.options or {})

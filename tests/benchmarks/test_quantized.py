@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from benchmarks import quantized
-from benchmarks.quantized import NAME, PAGE, bits_of, build, facts, lacking, main, missing, page_section, timed
-from benchmarks.quantized_models import FLOAT, FORMS, GROUP, MODELS, NOTES, ROWS, row_name, settings_of
+from benchmarks.quantized import NAME, PAGE, bits_of, build, facts, lacking, main, missing, page_section, seen, timed
+from benchmarks.quantized_models import FLOAT, FORMS, GROUP, MODELS, NOTES, ROWS, learns, row_name, settings_of
 from benchmarks.stored import read_result, section
 from edgepipe.artifacts import Json
 from edgepipe.recipe import resolve
@@ -55,7 +55,8 @@ def test_every_row_is_a_recipe() -> None:
     """Options are known and fit together; SmolLM2 is rounded anew in all forms but the one that keeps what came."""
     assert len(BY_NAME) == len(ROWS)
     for model, form in ROWS:
-        settings = [*model.settings, *(("quantize", key, held) for key, held in settings_of(model, form).items())]
+        options = settings_of(model, form) | ({"data": "texts.txt"} if learns(form) else {})
+        settings = [*model.settings, *(("quantize", key, held) for key, held in options.items())]
         assert resolve(target="cpu", settings=settings), row_name(model, form)
         anew = settings_of(model, form).get("import") is False
         assert anew == (model.name == "decoder" and form.name not in ("float32", "kept"))
@@ -70,15 +71,19 @@ def test_bits_are_counted_from_files() -> None:
             least = bits + (16 + offset) / GROUP
             assert least <= bits_of(row) <= least + (0.01 if row["model"] != "decoder" else 0.1), row["form"]
         if row["settings"].get("activations"):  # a scale a row
-            assert 8 < bits_of(row) < 8.2
+            assert bits < bits_of(row) < bits + 0.2
+        if row["form"] == "ternary":
+            assert 2 < bits_of(row) <= 2.2
 
 
 def test_the_bars_of_minilm() -> None:
-    """Static 8 bits lose half a point at most, the best of 4 bits a point at most at 4.6 bits a weight."""
+    """Static 8 bits lose half a point at most, the best of 4 bits one at 4.6 bits a weight, trained W4A4 1.5."""
     rows = stored("minilm")
     whole = value(rows["float32"])
     if "static" in rows:
         assert value(rows["static"]) >= whole - 0.005
+    if "w4a4 trained" in rows:
+        assert value(rows["w4a4 trained"]) >= whole - 0.015
     four = [row for row in rows.values() if row["settings"].get("bits") == 4 and bits_of(row) <= 4.6]
     assert max(value(row) for row in four) >= whole - 0.01
 
@@ -146,8 +151,18 @@ def test_one_row_from_source_to_speed(tmp_path: Path, tiny_model_dir: Path, monk
     monkeypatch.setattr(quantized, "FOLDER", tmp_path)
     model = dataclasses.replace(next(model for model in MODELS if model.name == "decoder"), settings=())
     source, form = open_model(str(tiny_model_dir)), next(form for form in FORMS if form.name == "rtn 4")
-    bundle, floats = build(model, form, source), build(model, FLOAT, source)
+    bundle, floats = build(model, form, source, tmp_path), build(model, FLOAT, source, tmp_path)
     assert 4.5 <= bits_of(facts(bundle)) < 6 < bits_of(facts(floats)) == 32
     speed = timed(bundle.path, floats.path)
     assert speed["tokens_per_second"].keys() == speed["samples_ms"].keys() == {"bundle", "float32"}
     assert speed["time_beside_float32"]["low"] <= speed["time_beside_float32"]["high"]
+
+
+def test_what_is_learnt_from_is_not_scored_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SmolLM2 learns from the second half of the text whose beginning is scored."""
+    monkeypatch.setattr(quantized, "FOLDER", tmp_path / "runs")
+    decoder = next(model for model in MODELS if model.name == "decoder")
+    lines = [f"Line {i} of a text that is long enough to be a passage, or so it seems." for i in range(100)]
+    (tmp_path / decoder.data).write_text("\n".join(lines), encoding="utf-8")
+    held = seen(decoder, tmp_path, trains=True).read_text(encoding="utf-8")
+    assert lines[50] in held and lines[99] in held and lines[49] not in held
