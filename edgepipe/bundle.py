@@ -29,7 +29,7 @@ MANIFEST = "manifest.json"
 _TOKENIZER = "tokenizer.json"
 _TEMPLATE = "chat_template.jinja"
 _PREPROCESSOR = "preprocessor_config.json"
-_CACHE_BYTES = {"float32": 4, "float16": 2}  # of one element of a key or value
+_CACHE_BYTES = {"float32": 4, "float16": 2, "int8": 1}  # of one element of a key or value
 _EMBEDDINGS = "embedding and head"
 # What parameters of a part are called in the models of transformers; the first part that has a mark takes the weight.
 _PARTS = (

@@ -18,7 +18,7 @@ from edgepipe.artifacts import Json
 from edgepipe.errors import ContractError, EdgepipeError
 from edgepipe.runtime.bundle import GENERATION, MANIFEST, read_bundle, read_manifest, verify_hashes
 
-_ELEMENT_BYTES = {"float32": 4, "float16": 2}  # of a key or value
+_ELEMENT_BYTES = {"float32": 4, "float16": 2, "int8": 1}  # of a key or value
 _MOST_PARAMETERS = 1 << 50
 _BILL = "sbom.cdx.json"
 _MOST_BILL_BYTES = 16 << 20

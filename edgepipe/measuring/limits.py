@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 _NEAR = 0.5  # a figure at less than this share of its limit is limited by something else: overhead
-_CACHE_BYTES = {"float32": 4, "float16": 2}  # of one element of a key or value
+_CACHE_BYTES = {"float32": 4, "float16": 2, "int8": 1}  # of one element of a key or value
 _LEVEL = re.compile(rb"accuracy_level\x18(.)", re.DOTALL)
 _INT8 = 4  # MatMulNBits' accuracy level of int8 activations
 _HEAD_PART = "embedding and head"  # as the manifest's parts name it
 _ENCODER = "encoder: "  # before the name of a part that is read once for a source, not for every token
-_CROSS_BYTES = 4  # of one element of a key or value of the source
+_CROSS_BYTES = {"int8": 1}  # of one element of a key or value of the source, by the cache's dtype; else 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,13 +88,14 @@ def has_source(manifest: Mapping[str, Any]) -> bool:
 def source_work(manifest: Mapping[str, Any]) -> SourceWork:
     """Return what a source costs from the manifest of a decoder behind an encoder."""
     model = manifest["model"]
+    element = _CROSS_BYTES.get(manifest["cache"]["dtype"], 4)
     parts = [part for part in manifest["weights"]["parts"] if part["part"].startswith(_ENCODER)]
     matrices = [part for part in parts if part["part"].removeprefix(_ENCODER) in ("attention", "mlp")]
     return SourceWork(
         weight_bytes=sum(part["bytes"] for part in parts),
         token_multiply_adds=sum(part["parameters"] for part in matrices),
         pair_multiply_adds=2 * model["encoder_layers"] * model["encoder_heads"] * model["encoder_head_dim"],
-        token_bytes=2 * model["layers"] * model["kv_heads"] * model["head_dim"] * _CROSS_BYTES,
+        token_bytes=2 * model["layers"] * model["kv_heads"] * model["head_dim"] * element,
         step_multiply_adds=2 * model["layers"] * model["heads"] * model["head_dim"],
     )
 

@@ -113,25 +113,36 @@ def batches(
     unknown set, evaluation data, a model that can't write.
     """
     check_calibration(model.info, calibration)
-    length = min(calibration.tokens, _longest(model.info) or calibration.tokens)
     if calibration.source == SELF:
+        length = _length(model.info, calibration)
         rows = _full(_written(model, _module(model, module), calibration, length, seed, progress), calibration, length)
     else:
-        texts = texts_of(calibration)
-        order = np.random.default_rng(seed).permutation(len(texts))
-        decodes = model.info.task == "text-generation"
-        ids = _encoded(model.info, [texts[i] for i in order], None if decodes else length)
-        ends = model.info.eos_token_ids[:1]
-        rows = _full([[*one, *ends] for one in ids], calibration, length) if decodes else ids[: calibration.samples]
-    rows = sorted((row for row in rows if row), key=len)  # a stable sort: the order stays the seed's
-    if not rows:
-        raise ConfigError(f"{calibration.source or DEFAULT_SET} gives {model.info.name} no tokens: name other texts")
+        rows = rows_of(model.info, calibration, seed=seed)
     step = calibration.rows
     padding = padding_of(model.info)
     found = [_padded(rows[first : first + step], padding) for first in range(0, len(rows), step)]
     if model.info.task == "text2text-generation":
         return _answered(model, _module(model, module), found, progress)
     return found
+
+
+def rows_of(info: ModelInfo, calibration: Calibration, *, seed: int = 0) -> list[list[int]]:
+    """Return the rows of ids that a set or a file gives a model, short ones first; ConfigError when there are none."""
+    length = _length(info, calibration)
+    texts = texts_of(calibration)
+    order = np.random.default_rng(seed).permutation(len(texts))
+    decodes = info.task == "text-generation"
+    ids = _encoded(info, [texts[i] for i in order], None if decodes else length)
+    ends = info.eos_token_ids[:1]
+    rows = _full([[*one, *ends] for one in ids], calibration, length) if decodes else ids[: calibration.samples]
+    rows = sorted((row for row in rows if row), key=len)  # a stable sort: the order stays the seed's
+    if not rows:
+        raise ConfigError(f"{calibration.source or DEFAULT_SET} gives {info.name} no tokens: name other texts")
+    return rows
+
+
+def _length(info: ModelInfo, calibration: Calibration) -> int:
+    return min(calibration.tokens, _longest(info) or calibration.tokens)
 
 
 def _read(calibration: Calibration) -> Data:

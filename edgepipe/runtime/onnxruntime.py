@@ -20,12 +20,13 @@ import onnxruntime as ort
 
 from edgepipe.errors import ContractError, TargetError
 
-Source = dict[str, np.ndarray]  # cross_key.i, cross_value.i [1, kv_heads, tokens, head_dim]; the mask [1, tokens] int64
+# cross_key.i, cross_value.i [1, kv_heads, tokens, head_dim]: codes where the cache is int8; the mask [1, tokens] int64
+Source = dict[str, np.ndarray]
 # Add + LayerNormalization → SkipLayerNormalization: 1.93 ms instead of 0.28 on 1,024 rows of 384 (one thread of an AMD
 # EPYC, onnxruntime 1.31), a sixth of an 8-bit encoder's time, and no gain on a single row.
 _NOT_FASTER = ["SkipLayerNormFusion"]
 _SOURCE_MASK = "encoder_attention_mask"
-_TENSORS = {"float32": "tensor(float)", "float16": "tensor(float16)"}  # onnxruntime's words
+_TENSORS = {"float32": "tensor(float)", "float16": "tensor(float16)", "int8": "tensor(int8)"}  # onnxruntime's words
 
 
 class Cache:
@@ -61,6 +62,15 @@ class Cache:
     def set_source(self, row: int, source: Source) -> None:
         """Keep what the encoder gave for a row."""
         self._sources[row], self._bound = source, None
+
+    def held(self, tokens: int) -> dict[str, np.ndarray]:
+        """Return what the cache holds for the first tokens of its rows, and of the sources where there are such.
+
+        → key.i, value.i [batch, kv_heads, tokens, head_dim], not copied; cross_key.i, cross_value.i of the first row
+        """
+        names = [f"{kind}.{layer}" for layer, kind, _ in self.layers]
+        own = {name: buffer[:, :, :tokens] for name, buffer in zip(names, self._buffers, strict=True)}
+        return own | {n: x for n, x in (self._sources[0] or {}).items() if n != _SOURCE_MASK}
 
     def bind_sources(self) -> None:
         """Bind the sources of all rows to the bindings of this cache, unless they are; ContractError without one."""
@@ -249,7 +259,7 @@ def open_decoder(path: Path, manifest: dict[str, Any], threads: int | None) -> D
         _compare_ends(other, *ends)
         return Graph(other)
 
-    cross, ids = _cross_ends(model), ("tensor(int64)", (None, None))
+    cross, ids = _cross_ends(model, dtype), ("tensor(int64)", (None, None))
     encoder = opened("encoder", ({"input_ids": ids, "attention_mask": ids}, cross))
     scored = {"input_ids": ids, "token_ids": ("tensor(int64)", (None,)), **cross, _SOURCE_MASK: ids}
     logits = ("tensor(float)", (None, None))
@@ -257,9 +267,10 @@ def open_decoder(path: Path, manifest: dict[str, Any], threads: int | None) -> D
     return Decoder(session, model, dtype, encoder, open_scorer)
 
 
-def _cross_ends(model: dict[str, Any]) -> _Ends:
-    """Return what a decoder reads of its source: keys and values of every layer."""
-    end = ("tensor(float)", (None, model["kv_heads"], None, model["head_dim"]))
+def _cross_ends(model: dict[str, Any], cache_dtype: str) -> _Ends:
+    """Return what a decoder reads of its source: keys and values of every layer, as codes where its cache is int8."""
+    dtype = "int8" if cache_dtype == "int8" else "float32"
+    end = (_TENSORS[dtype], (None, model["kv_heads"], None, model["head_dim"]))
     return {f"cross_{kind}.{layer}": end for layer in range(model["layers"]) for kind in ("key", "value")}
 
 
@@ -376,7 +387,7 @@ def check_ends(
         **{f"past_{layer}": cache for layer in layers},
     }
     if has_source:
-        inputs |= {**_cross_ends(model), _SOURCE_MASK: ("tensor(int64)", (None, None))}
+        inputs |= {**_cross_ends(model, cache_dtype), _SOURCE_MASK: ("tensor(int64)", (None, None))}
     outputs = {
         "logits": ("tensor(float)", (None, None, model["vocab_size"])),
         **{f"present_{layer}": cache for layer in layers},

@@ -15,16 +15,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgepipe.artifacts import ActivationPlan, CompiledModel, Context, Json, OnnxModel
+from edgepipe.artifacts import ActivationPlan, CompiledModel, Context, Json, ModelInfo, OnnxModel, TorchModel
 from edgepipe.errors import ConfigError, ContractError
 
 if TYPE_CHECKING:
+    from edgepipe.engines.onnxruntime.cache_scales import CacheScales
     from edgepipe.engines.onnxruntime.integer_products import Range
     from edgepipe.engines.onnxruntime.planned import WeightsFile
+    from edgepipe.quantizers.texts import Calibration
 
-# Largest error allowed with exact arithmetic: float32 rounding through all layers, or that of 11-bit keys and values.
+# Largest error allowed with exact arithmetic: float32 rounding through all layers, that of 11-bit keys and values, or
+# that of 8-bit ones, which is eight times as large.
 _TOLERANCE = 1e-3
-_CACHE_TOLERANCES = {"float32": _TOLERANCE, "float16": 2e-2}
+_CACHE_TOLERANCES = {"float32": _TOLERANCE, "float16": 2e-2, "int8": 0.2}
 # As shipped: MatMulNBits rounds activations per group, integer products per tensor, and entropy's ranges cut outliers.
 # What lies above is broken: outputs that have nothing to do with each other differ by 1.4. Rounded to 16 levels, a
 # model that was trained with that is far from itself in floats, and still right: its quality is what must be looked at.
@@ -38,10 +41,11 @@ class Compile:
     """Options of the stage `compile`."""
 
     accuracy_level: int = -1  # of MatMulNBits: 0 float32, 4 int8 activations (faster, noisier); −1 takes the target's
-    cache_dtype: str = "float16"  # of the KV cache: float16, or float32: twice its bytes, faster beyond 1,000 tokens
+    cache_dtype: str = "float16"  # of the KV cache: float16; float32: twice its bytes; int8: half, ranges from texts
+    calibration: str = ""  # texts that an int8 cache takes its ranges from: a set's name or a file; empty: everyday
     check_tokens: int = 16  # tokens of the numeric check against the portable graph; 0 leaves it out
-    exact_tolerance: float = 0.0  # largest error of exact arithmetic, in largest logits; 0: 1e-3, float16 cache 2e-2
-    shipped_tolerance: float = 0.0  # RMS difference as shipped, in RMS; 0: 0.1, 8-bit activations 0.5, 4-bit ones 1.2
+    exact_tolerance: float = 0.0  # error of exact arithmetic, in largest logits; 0: 1e-3, float16 cache 2e-2, int8 0.2
+    shipped_tolerance: float = 0.0  # RMS difference as shipped, in RMS; 0: 0.1, int8 tensors 0.5, 4-bit activations 1.2
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
@@ -50,14 +54,48 @@ class Compile:
                 f"compile.accuracy_level: expected 0 to 4, or -1 for the target's, got {self.accuracy_level}"
             )
         if self.cache_dtype not in _CACHE_TOLERANCES:
-            raise ConfigError(f"compile.cache_dtype: expected float32 or float16, got {self.cache_dtype!r}")
+            raise ConfigError(f"compile.cache_dtype: expected float32, float16 or int8, got {self.cache_dtype!r}")
+        if self.calibration and self.cache_dtype != "int8":
+            raise ConfigError(f"compile.calibration: a {self.cache_dtype} cache needs no texts: leave it out")
         if self.check_tokens < 0 or self.exact_tolerance < 0 or self.shipped_tolerance < 0:
             raise ConfigError("compile.check_tokens and the tolerances must not be negative")
+
+    def reads(self) -> Json:
+        """Return what identifies the texts of an int8 cache: the stage's key changes with them."""
+        if self.cache_dtype != "int8":
+            return {}
+        from edgepipe.quantizers.texts import fingerprint
+
+        return fingerprint(self._texts())
+
+    def check(self, model: TorchModel) -> None:
+        """Refuse, before any work, an int8 cache of a model that keeps none, or that has no texts to find ranges on."""
+        if self.cache_dtype == "int8":
+            self._check_cache(model.info)
+
+    def _check_cache(self, info: ModelInfo) -> None:
+        from edgepipe.graph.tasks import GENERATION
+        from edgepipe.quantizers.texts import SELF, check_calibration
+
+        if info.task not in GENERATION:
+            raise ConfigError(
+                f"compile.cache_dtype=int8: expected a model that generates, but {info.name} is for {info.task} and "
+                "keeps no cache: leave it out"
+            )
+        if self.calibration == SELF:
+            raise ConfigError('compile.calibration: expected a set or a file, but "self" is neither')
+        check_calibration(info, self._texts())
+
+    def _texts(self) -> Calibration:
+        from edgepipe.quantizers.texts import Calibration
+
+        return Calibration(source=self.calibration)
 
     def __call__(self, model: OnnxModel, ctx: Context) -> CompiledModel:
         """Return the bundle, written to a directory of its own."""
         from edgepipe.bundle import write_bundle
         from edgepipe.engines import onnxruntime as engine
+        from edgepipe.engines.onnxruntime.planned import WeightsFile
         from edgepipe.graph.parts import used_weights
 
         level = self.accuracy_level if self.accuracy_level >= 0 else ctx.target.onnxruntime.accuracy_level
@@ -65,17 +103,45 @@ class Compile:
         path.mkdir()
         model = replace(model, weights=model.weights.only(used_weights(model.graphs)))
         # All lowerings of a model share one layout, so that each runs on the file that ships
-        exact, file = engine.lower(model, accuracy_level=_EXACT, cache_dtype=self.cache_dtype, exact=True)
+        file = WeightsFile()
+        seen = self._cache_scales(model, file, path, ctx)
+        lower = partial(engine.lower, model, cache_dtype=self.cache_dtype, scales=seen and seen.scales, file=file)
+        exact, _ = lower(accuracy_level=_EXACT, exact=True)
         ranges = self._observe(model, exact, file, path, ctx)
-        graphs, _ = engine.lower(model, accuracy_level=level, cache_dtype=self.cache_dtype, ranges=ranges, file=file)
+        graphs, _ = lower(accuracy_level=level, ranges=ranges)
         engine.write(graphs, file, path, lambda done, total: ctx.progress("writing weights", done, total))
         shipped = level != _EXACT or model.activations is not None
         if self.check_tokens and "ends" in model.spec:
             self._check_traced(model, exact, path, ctx, shipped=shipped)
         elif self.check_tokens:
-            self._check_decoder(model, exact, path, ctx, shipped=shipped)
+            self._check_decoder(model, exact, path, ctx, shipped=shipped, seen=seen)
         manifest = write_bundle(model, path, file, ctx.recipe, self.cache_dtype)
         return CompiledModel(info=model.info, path=path, manifest=manifest, history=model.history)
+
+    def _cache_scales(self, model: OnnxModel, file: WeightsFile, path: Path, ctx: Context) -> CacheScales | None:
+        """Return the scales of an int8 cache, found over the calibration texts; None for any other cache."""
+        if self.cache_dtype != "int8":
+            return None
+        from edgepipe.engines import onnxruntime as engine
+        from edgepipe.engines.onnxruntime.cache_scales import observe_cache
+        from edgepipe.quantizers.texts import DEFAULT_SET, rows_of
+
+        self._check_cache(model.info)
+        if "ends" in model.spec:
+            raise ConfigError(
+                f"compile.cache_dtype=int8: expected a preallocated cache, but that of {model.info.name} grows and "
+                "stays float32: leave it out"
+            )
+        rows = rows_of(model.info, self._texts(), seed=ctx.seed)
+        exact, _ = engine.lower(model, accuracy_level=_EXACT, exact=True, file=file)  # with a float32 cache
+        engine.write({}, file, path, lambda done, total: ctx.progress("writing weights", done, total))
+        files = _write_exact(exact, path)
+        tell = partial(ctx.progress, "ranges of the cache")
+        seen = observe_cache(model, path, files, rows, tell)
+        for name in files.values():
+            (path / name).unlink()
+        ctx.note(f"ranges of the int8 cache from {len(rows)} rows of {self.calibration or DEFAULT_SET}")
+        return seen
 
     def _observe(
         self, model: OnnxModel, exact: Mapping[str, bytes], file: WeightsFile, path: Path, ctx: Context
@@ -103,7 +169,7 @@ class Compile:
     def _allowed(self, model: OnnxModel) -> float:
         """Return how far outputs as shipped may be from the portable ones."""
         plan = model.activations
-        usual = _SHIPPED_TOLERANCE if plan is None else _PLANNED_TOLERANCE
+        usual = _SHIPPED_TOLERANCE if plan is None and self.cache_dtype != "int8" else _PLANNED_TOLERANCE
         if plan is not None and plan.tokens is not None and plan.tokens.bits == 4:
             usual = _FOUR_BIT_TOLERANCE
         return self.shipped_tolerance or usual
@@ -137,18 +203,28 @@ class Compile:
         ctx.note(found + (f", {_within('as shipped', loss, self._allowed(model))}" if shipped else ""))
 
     def _check_decoder(
-        self, model: OnnxModel, exact: Mapping[str, bytes], path: Path, ctx: Context, *, shipped: bool
+        self,
+        model: OnnxModel,
+        exact: Mapping[str, bytes],
+        path: Path,
+        ctx: Context,
+        *,
+        shipped: bool,
+        seen: CacheScales | None,
     ) -> None:
         """Compare the lowered decoder, and what stands before it, with the portable graphs."""
         count = min(self.check_tokens, model.spec["context"])
         asked = _Asked.seeded(model.spec, count, ctx.seed + 1)
         ids = _with_texts({"input_ids": asked.ids}, model.activations, answers=True)["input_ids"]
         asked = replace(asked, ids=ids, sources=_with_texts(asked.sources, model.activations, answers=False))
+        if seen is not None:  # ranges are those of such texts
+            asked = replace(asked, ids=np.resize(np.concatenate(seen.read).astype(np.int64), asked.ids.shape))
         ctx.progress("the portable graph's logits", 0, 3)
         expected = _portable(model, asked)
         exact_graphs = _write_exact(exact, path)
         ctx.progress("the lowered graph's logits, exact", 1, 3)
-        got = _run_in_steps(path, exact_graphs, model, asked, self.cache_dtype)
+        scales = {} if seen is None else seen.scales
+        got = _run_in_steps(path, exact_graphs, model, asked, self.cache_dtype, scales)
         for file in exact_graphs.values():
             (path / file).unlink()
         worst = float(np.max([np.abs(g - e).max() / np.abs(e).max() for g, e in zip(got, expected, strict=True)]))
@@ -156,7 +232,8 @@ class Compile:
         found = f"agrees with the portable graph on {count} tokens: {_within('exact', worst, allowed)}"
         if shipped:
             ctx.progress("the lowered graph's logits, as shipped", 2, 3)
-            got = _run_in_steps(path, {name: f"{name}.onnx" for name in exact}, model, asked, self.cache_dtype)
+            files = {name: f"{name}.onnx" for name in exact}
+            got = _run_in_steps(path, files, model, asked, self.cache_dtype, scales)
             loss = float(np.max([_rms(g - e) / _rms(e) for g, e in zip(got, expected, strict=True)]))
             found += f", {_within('as shipped', loss, self._allowed(model))}"
         ctx.note(found)
@@ -257,7 +334,12 @@ def _run_graph(graph: Path, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarra
 
 
 def _run_in_steps(
-    path: Path, graphs: dict[str, str], model: OnnxModel, asked: _Asked, cache_dtype: str
+    path: Path,
+    graphs: dict[str, str],
+    model: OnnxModel,
+    asked: _Asked,
+    cache_dtype: str,
+    scales: Mapping[str, np.ndarray],
 ) -> list[np.ndarray]:
     """Run the answer as a prompt of n − n//4 tokens and then one by one, through the runtime that ships.
 
@@ -272,7 +354,8 @@ def _run_in_steps(
     if "encoder" in graphs:
         decoder.read_source(cache, 0, asked.source["input_ids"])
         found.append(decoder.score(asked.source["input_ids"], asked.ids[:, :1], asked.tokens))
-        found += _run_graph(path / graphs["encoder"], asked.sources).values()
+        crossed = _run_graph(path / graphs["encoder"], asked.sources)
+        found += [array * scales[name] if name in scales else array for name, array in crossed.items()]
     count = asked.ids.shape[1]
     prompt = count - count // 4
     pieces = []

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -26,11 +27,12 @@ from edgepipe.engines.onnxruntime.join_projections import join_projections
 from edgepipe.engines.onnxruntime.place_weights import place_weights
 from edgepipe.engines.onnxruntime.planned import FILE_NAME, WeightsFile
 from edgepipe.engines.onnxruntime.round_tokens import round_tokens
+from edgepipe.engines.onnxruntime.source_codes import source_codes
 from edgepipe.errors import TargetError
 from edgepipe.students.config import is_student
 
 _HEAD_DIM_STEP = 16  # GroupQueryAttention refuses others (onnxruntime 1.31)
-CACHE_DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
+CACHE_DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "int8": ir.DataType.INT8}
 _WHOLE_TEXT = ("encoder", "model")  # graphs that run all tokens of a text at once, never one by one
 _OPSETS = {"": 23, "com.microsoft": 1}
 
@@ -40,6 +42,7 @@ def lower(
     *,
     accuracy_level: int,
     cache_dtype: str = "float32",
+    scales: Mapping[str, np.ndarray] | None = None,
     exact: bool = False,
     ranges: Mapping[str, Mapping[str, Range]] | None = None,
     file: WeightsFile | None = None,
@@ -47,8 +50,9 @@ def lower(
     """Return the lowered graphs by name and the layout of the weights they share; nothing is written.
 
     `accuracy_level` is MatMulNBits': 0 computes in float32, 4 multiplies int8 activations. `cache_dtype` is what
-    keys and values are kept in where the cache is preallocated: "float32" or "float16". `exact` multiplies in float
-    what the model's plan rounds; `ranges` are those of static activations: graph → input → range.
+    keys and values are kept in where the cache is preallocated: "float32", "float16", or "int8" with the `scales` that
+    cache_scales.py finds. `exact` multiplies in float what the model's plan rounds; `ranges` are those
+    of static activations: graph → input → range.
     `file` is the layout of an earlier lowering of the same model, whose weights these graphs share.
     """
     preallocated = "ends" not in model.spec
@@ -68,7 +72,9 @@ def lower(
             fuse_reading(graph)
         cached = preallocated and name == "decoder"
         if cached:
-            fuse_attention(graph, model.spec, CACHE_DTYPES[cache_dtype])
+            fuse_attention(graph, model.spec, CACHE_DTYPES[cache_dtype], scales or {})
+        if cache_dtype == "int8" and preallocated:
+            source_codes(graph, scales or {})
         if built:
             fuse_norms(graph)
         if model.activations is not None:
