@@ -1,10 +1,11 @@
 """Compare grids by perplexity, scored through real bundles: the figures of docs/quantize.md.
 
-    python benchmarks/quality.py --data FILE [--windows 8]   run, store results/quality.json, rewrite the page's table
-    python benchmarks/quality.py --page-only                 rewrite the table from the stored run
+    python benchmarks/quality.py --data FILE [--windows 8]   run what isn't stored, store results/quality.json, show it
+    python benchmarks/quality.py --page-only                 rewrite the table from what is stored
 
 FILE is any UTF-8 text that no compression step has seen; the stored run names it by its sha256. The first windows ×
-512 tokens are scored, each window from nothing. Finished bundles stay in runs/quality, so a stopped run goes on.
+512 tokens are scored, each window from nothing. Each row is stored as soon as it is scored, and one that is stored for
+the same text isn't run again; finished bundles stay in runs/quality.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from edgepipe.store import file_sha256
 NAME = "quality"
 PAGE = ROOT / "docs" / "quantize.md"
 MODEL = "smollm2-135m"
-HEADER = ("layers", "embedding", "bits/weight", "MB of weights", "perplexity", "against float32")
+HEADER = ("layers", "embedding", "KV cache", "bits/weight", "MB of weights", "perplexity", "against float32")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,11 +42,12 @@ class Variant:
     layers: str
     embedding: str
     options: dict[str, object] | None
+    cache: str = "float16"  # `compile.cache_dtype`
 
     @property
     def key(self) -> str:
         """Return a name that is fit for a folder."""
-        text = f"{self.layers}-{self.embedding}"
+        text = f"{self.layers}-{self.embedding}" + ("" if self.cache == "float16" else f"-{self.cache}-cache")
         return "".join(c if c.isalnum() else "-" for c in text)
 
 
@@ -62,6 +64,7 @@ def _rtn(group: int, embedding: int, *, bits: int = 4, symmetric: bool = True) -
 VARIANTS = (
     Variant(layers="float32", embedding="float32", options=None),
     Variant(layers="Q4_1 kept (default)", embedding="Q8_0 kept", options={}),
+    Variant(layers="Q4_1 kept", embedding="Q8_0 kept", options={}, cache="int8"),
     Variant(layers="Q4_1 kept", embedding="4-bit symmetric", options={"embedding_bits": 4}),
     _rtn(32, 8, bits=8),
     *(_rtn(group, embedding) for group in (32, 64, 128) for embedding in (8, 4)),
@@ -79,26 +82,37 @@ def main(arguments: list[str]) -> None:
     if not options.page_only:
         if options.data is None or options.windows < 1:
             parser.error("--data FILE is needed, and --windows must be at least 1")
-        write_result(NAME, measure(options.data, options.windows))
+        measure(options.data, options.windows)
     result = read_result(NAME)
     replace_section(PAGE, NAME, page_section(result))
-    print(json.dumps({row["layers"] + ", " + row["embedding"]: row["perplexity"] for row in result["rows"]}))
+    print(json.dumps({", ".join(named(row)): row["perplexity"] for row in result["rows"]}))
 
 
-def measure(data: Path, windows: int) -> dict[str, Any]:
-    """Score every variant on the first windows × 512 tokens of a text."""
-    came_from = provenance()
-    text = data.read_text(encoding="utf-8")
-    source = open_model(MODEL)
-    rows = [score(source, variant, text, windows) for variant in VARIANTS]
-    return {
-        **came_from,
+def measure(data: Path, windows: int) -> None:
+    """Score every variant that isn't stored on the first windows × 512 tokens of a text, and store each one."""
+    asked = {
         "model": MODEL,
         "data": {"name": data.name, "sha256": file_sha256(data)},
         "windows": windows,
         "window_tokens": WINDOW_TOKENS,
-        "rows": rows,
     }
+    stored = read_result(NAME)
+    if any(stored[name] != value for name, value in asked.items()):
+        stored = {**provenance(), **asked, "rows": []}
+    rows = {named(row): row for row in stored["rows"]}
+    text = data.read_text(encoding="utf-8")
+    source = open_model(MODEL)
+    for variant in VARIANTS:
+        name = (variant.layers, variant.embedding, variant.cache)
+        if name not in rows:
+            rows[name] = {**score(source, variant, text, windows), "provenance": provenance()}
+            order = [(one.layers, one.embedding, one.cache) for one in VARIANTS]
+            write_result(NAME, {**stored, "rows": [rows[one] for one in order if one in rows]})
+
+
+def named(row: dict[str, Any]) -> tuple[str, str, str]:
+    """Return what a row is of; those stored before int8 caches have float16 ones."""
+    return row["layers"], row["embedding"], row.get("cache", "float16")
 
 
 def score(source: TorchModel, variant: Variant, text: str, windows: int) -> dict[str, Any]:
@@ -113,6 +127,7 @@ def score(source: TorchModel, variant: Variant, text: str, windows: int) -> dict
     row = {
         "layers": variant.layers,
         "embedding": variant.embedding,
+        "cache": variant.cache,
         "options": variant.options,
         "perplexity": perplexity(scored),
         "tokens": int(scored[:, 1].sum()),
@@ -132,6 +147,7 @@ def build(source: TorchModel, variant: Variant) -> CompiledModel:
     recipe_file = folder / "recipe.toml"
     recipe_file.write_text(f"stages = {json.dumps(stages)}\n", encoding="utf-8")
     settings: list[tuple[str, str, object]] = [("export", "check_tokens", 0), ("compile", "check_tokens", 0)]
+    settings.append(("compile", "cache_dtype", variant.cache))
     settings += [("quantize", option, value) for option, value in (variant.options or {}).items()]
     recipe = resolve(target="cpu", file=recipe_file, settings=settings)
     model = source
@@ -146,10 +162,11 @@ def page_section(result: dict[str, Any]) -> str:
     """Return the page's table and the sentence below it, from a stored run alone."""
     rows = result["rows"]
     before = rows[0]["perplexity"]
+    made = [row["provenance"] for row in rows if "provenance" in row] or [result]
+    commits = sorted({one["commit"][:12] for one in [result, *made]})
     cells = [
         [
-            row["layers"],
-            row["embedding"],
+            *named(row),
             f"{row['bits_per_weight']:.2f}",
             f"{row['weight_bytes'] / 1e6:.1f}",
             f"{row['perplexity']:.2f}",
@@ -163,7 +180,8 @@ def page_section(result: dict[str, Any]) -> str:
             f"{result['model']}; the first {result['windows']} × {result['window_tokens']} tokens of "
             f"`{result['data']['name']}` (sha256 `{result['data']['sha256'][:12]}…`), {rows[0]['tokens']} of them "
             f"scored, through the bundles' own runtime with float32 arithmetic, as shipped. onnxruntime "
-            f"{result['versions']['onnxruntime']}, commit `{result['commit'][:12]}`, {result['date']}.",
+            f"{result['versions']['onnxruntime']}, commit {', '.join(f'`{one}`' for one in commits)}, "
+            f"{max(one['date'] for one in made)}.",
         ]
     )
 
