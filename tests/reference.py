@@ -283,6 +283,14 @@ def attention_naively(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndar
     return y
 
 
+def coded_naively(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Round keys or values [kv_heads, tokens, head_dim] to codes of scale [kv_heads, 1, head_dim], one by one."""
+    codes = np.zeros(x.shape, np.int64)
+    for h, t, d in np.ndindex(*x.shape):
+        codes[h, t, d] = min(max(round(float(x[h, t, d] / scale[h, 0, d])), -128), 127)
+    return codes
+
+
 def choice_scores_naively(logits: Sequence[float], choices: Sequence[int]) -> list[float]:
     """Return log p of each choice among the choices, from the logits of a whole vocabulary."""
     total = sum(math.exp(logits[choice]) for choice in choices)

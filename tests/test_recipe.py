@@ -189,7 +189,7 @@ def test_names_and_types_that_do_not_fit(settings: list[tuple[str, str, object]]
         ("export", "tolerance", 0, "export.tolerance must be positive"),
         ("compile", "accuracy_level", 5, "compile.accuracy_level: expected 0 to 4, or -1"),
         ("compile", "accuracy_level", -2, "got -2"),
-        ("compile", "cache_dtype", "int8", "compile.cache_dtype: expected float32 or float16, got 'int8'"),
+        ("compile", "cache_dtype", "int4", "compile.cache_dtype: expected float32, float16 or int8, got 'int4'"),
         ("compile", "exact_tolerance", -1e-3, "the tolerances must not be negative"),
         ("compile", "shipped_tolerance", -0.1, "the tolerances must not be negative"),
         ("compile", "check_tokens", -1, "compile.check_tokens"),
@@ -215,7 +215,7 @@ def test_values_out_of_range(stage: str, option: str, value: object, message: st
         ("export", "context", (0, 8, 4096)),
         ("export", "tolerance", (1, 0.5)),
         ("compile", "accuracy_level", (-1, 0, 4)),
-        ("compile", "cache_dtype", ("float32", "float16")),
+        ("compile", "cache_dtype", ("float32", "float16", "int8")),
         ("measure", "tokens", (0, 2)),
     ],
 )

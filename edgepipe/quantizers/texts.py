@@ -13,7 +13,7 @@ Which texts are taken, and in which order, is a function of the seed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -266,7 +266,16 @@ def _answered(
     answered = []
     for number, batch in enumerate(found):
         progress("the model answers its calibration texts", number, len(found))
-        answered.append(
-            answers(module, batch, start=start, ends=frozenset(model.info.eos_token_ids), tokens=ANSWER_TOKENS)
-        )
+        ends = frozenset(model.info.eos_token_ids)
+        answered.append(_told_apart(answers(module, batch, start=start, ends=ends, tokens=ANSWER_TOKENS)))
     return answered
+
+
+def _told_apart(batch: Batch) -> Batch:
+    """Return a batch whose answers have another length than its sources: a mask is found by the shape of a state."""
+    ids, mask = batch.decoder_input_ids, batch.decoder_mask
+    assert ids is not None
+    assert mask is not None
+    if ids.shape != batch.input_ids.shape:
+        return batch
+    return replace(batch, decoder_input_ids=np.pad(ids, ((0, 0), (0, 1))), decoder_mask=np.pad(mask, ((0, 0), (0, 1))))

@@ -211,6 +211,10 @@ class Quantize:
 
             grid = Grid(bits=int(self.bits), group=self.group, symmetric=self.symmetric)
             changed |= hold_floor(model, changed, self.agreement, self._texts(), self.stored, grid, ctx)
+        if self._looks and model.info.task == "text2text-generation":
+            from edgepipe.quantizers.listening import note_listening
+
+            note_listening(model, model.weights.replace(changed), self._texts(), ctx)
         if imported:
             ctx.note(f"{imported} tensors kept the grid they came on, exactly")
         if narrower:

@@ -175,7 +175,7 @@ def test_the_check_has_the_tokens_asked_for(model: OnnxModel, tmp_path: Path, as
     [
         ({"accuracy_level": -2}, "compile.accuracy_level: expected 0 to 4, or -1 for the target's, got -2"),
         ({"accuracy_level": 5}, "compile.accuracy_level"),
-        ({"cache_dtype": "int8"}, "compile.cache_dtype: expected float32 or float16, got 'int8'"),
+        ({"cache_dtype": "int4"}, "compile.cache_dtype: expected float32, float16 or int8, got 'int4'"),
         ({"check_tokens": -1}, "compile.check_tokens and the tolerances must not be negative"),
         ({"exact_tolerance": -0.1}, "the tolerances must not be negative"),
         ({"shipped_tolerance": -0.1}, "the tolerances must not be negative"),
