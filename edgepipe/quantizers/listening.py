@@ -96,6 +96,6 @@ def note_listening(model: TorchModel, after: WeightStore, calibration: Calibrati
     ctx.note(f"the decoder's gain by its source went from {before:.2f} to {left:.2f} nats a token ({share:.0%})")
     if not share >= LEAST:  # NaN warns too
         ctx.note(
-            f"the decoder listens too little to its encoder: {share:.0%} of the float model's gain is left, and {LEAST:.0%} "
-            "is the least that is sound; give cross-attention more bits, with quantize.overrides"
+            f"the decoder listens too little to its encoder: {share:.0%} of the float model's gain is left, and "
+            f"{LEAST:.0%} is the least that is sound; give cross-attention more bits, with quantize.overrides"
         )

@@ -56,7 +56,7 @@ def attention(heads: int, kv_heads: int, scales: dict[str, np.ndarray]) -> bytes
     past = [g.input(f"past_{name}.0", kind, ["batch", kv_heads, "past", WIDTH]) for name in ("key", "value")]
     attributes = {"q_num_heads": heads, "kv_num_heads": kv_heads, "scale": 0.3, "is_causal": 1}
     y, *present = g.op_multi("Attention", [*new, None, *past], attributes, 3)
-    g.output("y", y, kind, ["batch", "n", heads * WIDTH])
+    g.output("y", g.op("Identity", [y]), kind, ["batch", "n", heads * WIDTH])
     for name, value in zip(("key", "value"), present, strict=True):
         g.output(f"present_{name}.0", value, kind, ["batch", kv_heads, "total", WIDTH])
     model = ir.from_proto(onnx.load_model_from_string(g.finish()))
