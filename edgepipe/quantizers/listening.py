@@ -70,7 +70,7 @@ def listening(module: Any, texts: Sequence[Heard]) -> float:
 
 def _likelihoods(module: Any, batch: Batch, text: Heard) -> Tensor:
     """Return log p of each token [n]."""
-    logits = logits_of(run_batch(module, batch))[text.steps].double()
+    logits: Tensor = logits_of(run_batch(module, batch))[text.steps].double()
     return logits.log_softmax(-1).gather(-1, text.tokens[:, None])[:, 0]
 
 

@@ -105,7 +105,8 @@ class Compile:
         # All lowerings of a model share one layout, so that each runs on the file that ships
         file = WeightsFile()
         seen = self._cache_scales(model, file, path, ctx)
-        lower = partial(engine.lower, model, cache_dtype=self.cache_dtype, scales=seen and seen.scales, file=file)
+        scales = None if seen is None else seen.scales
+        lower = partial(engine.lower, model, cache_dtype=self.cache_dtype, scales=scales, file=file)
         exact, _ = lower(accuracy_level=_EXACT, exact=True)
         ranges = self._observe(model, exact, file, path, ctx)
         graphs, _ = lower(accuracy_level=level, ranges=ranges)

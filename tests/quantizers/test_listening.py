@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from edgepipe.artifacts import TorchModel
+from edgepipe.engines import onnxruntime as engine
+from edgepipe.engines.onnxruntime.ranges import observe_ranges
 from edgepipe.numerics.grids import round_to_nearest
 from edgepipe.quantizers.layers import blocks_of, inputs_of
 from edgepipe.quantizers.listening import Heard, heard, listening, note_listening
@@ -18,6 +20,7 @@ from edgepipe.quantizers.modules import answers, module_of
 from edgepipe.quantizers.smoothquant import smoothing_scales
 from edgepipe.quantizers.texts import Batch, Calibration, batches
 from edgepipe.sources import open_model
+from edgepipe.stages.export import Export
 from edgepipe.stages.quantize import Quantize
 from edgepipe.weights import held_weight
 from tests.decoders import context
@@ -181,6 +184,22 @@ def test_methods_see_cross_attention_over_real_steps(pair: TorchModel, found: li
     for name, path in names.items():
         reached = 1 / scales[path].astype(np.float64)  # at α = 1 a channel is divided by its largest value
         np.testing.assert_allclose(reached, np.abs(expected[name]).max(0), rtol=2e-3)
+
+
+def test_static_ranges_are_those_of_real_steps(pair: TorchModel, tmp_path: Path) -> None:
+    """What the lowering's integer products will round: queries of all steps, and every token of a source."""
+    quantized = Quantize(bits=8, activations="static", samples=8, tokens=24)(pair, context(tmp_path))
+    plan = quantized.activations
+    assert plan is not None
+    portable = Export(context=64, check_tokens=0)(quantized, context(tmp_path))
+    graphs, file = engine.lower(portable, accuracy_level=0, exact=True)
+    engine.write(graphs, file, tmp_path, lambda _done, _total: None)
+    files = {name: f"{name}.onnx" for name in graphs}
+    ranges = observe_ranges(portable, plan, tmp_path, files, "float32", lambda _done, _total: None)
+    expected = seen_naively(module_of(quantized), [Batch(**batch) for batch in plan.batches])
+    for graph, name in (("decoder", "q"), ("encoder", "k")):
+        x = expected[name]
+        assert ranges[graph][f"rounded:{CROSS}{name}_proj.weight"] == pytest.approx((x.min(), x.max()), rel=1e-3)
 
 
 def test_answers_as_long_as_their_sources_are_told_apart(pair: TorchModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from edgepipe.artifacts import Json
 from edgepipe.errors import ContractError
 
 _MICROSOFT = "com.microsoft"
-_INT8 = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+_INT8: dict[str, str | int] = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
 
 
 def fuse_attention(graph: ir.Graph, spec: Json, cache_dtype: ir.DataType, scales: Mapping[str, np.ndarray]) -> None:
@@ -66,20 +66,17 @@ def _fuse(
     coded: list[ir.Value | None] = []
     if cache_dtype == ir.DataType.INT8:  # behind positions, bias and sink, which there are none of
         coded = [None, None, None, *(_scale(graph, past, scales) for past in (past_key, past_value))]
-    fused = ir.node(
-        "GroupQueryAttention",
-        [*operands, past_key, past_value, *lengths, *tables, *coded],
-        {
-            "num_heads": node.attributes["q_num_heads"].as_int(),
-            "kv_num_heads": node.attributes["kv_num_heads"].as_int(),
-            "scale": node.attributes["scale"].as_float(),
-            "do_rotary": int(tables[0] is not None),
-            "local_window_size": int(node.metadata_props.get("sliding_window", -1)),
-            **(_INT8 if coded else {}),
-        },
-        domain=_MICROSOFT,
-        num_outputs=3,
-    )
+    attributes: dict[str, int | float | str] = {
+        "num_heads": node.attributes["q_num_heads"].as_int(),
+        "kv_num_heads": node.attributes["kv_num_heads"].as_int(),
+        "scale": node.attributes["scale"].as_float(),
+        "do_rotary": int(tables[0] is not None),
+        "local_window_size": int(node.metadata_props.get("sliding_window", -1)),
+    }
+    if coded:
+        attributes |= _INT8
+    operands += [past_key, past_value, *lengths, *tables, *coded]
+    fused = ir.node("GroupQueryAttention", operands, attributes, domain=_MICROSOFT, num_outputs=3)
     graph.insert_before(node, [fused])
     results: list[ir.Value] = list(fused.outputs)
     for old, new in zip(node.outputs[1:], results[1:], strict=True):
