@@ -235,7 +235,7 @@ def _record(finished: Measured, recipe: Recipe) -> Json:
 
 def _uncompressed(name: str, stage: Stage) -> Stage:
     """Return a stage without the options that compress: keys and values stay float32 in the baseline."""
-    return dataclasses.replace(stage, cache_dtype="float32") if name == "compile" else stage
+    return dataclasses.replace(stage, cache_dtype="float32", calibration="") if name == "compile" else stage
 
 
 def run_name(model: TorchModel, recipe: Recipe) -> str:

@@ -219,7 +219,9 @@ class Compile:
         ids = _with_texts({"input_ids": asked.ids}, model.activations, answers=True)["input_ids"]
         asked = replace(asked, ids=ids, sources=_with_texts(asked.sources, model.activations, answers=False))
         if seen is not None:  # ranges are those of such texts
-            asked = replace(asked, ids=np.resize(np.concatenate(seen.read).astype(np.int64), asked.ids.shape))
+            ids, source = (np.concatenate(rows).astype(np.int64) for rows in (seen.read, seen.rows))
+            sources = {**asked.sources, "input_ids": np.resize(source, asked.sources["input_ids"].shape)}
+            asked = replace(asked, ids=np.resize(ids, asked.ids.shape), sources=sources)
         ctx.progress("the portable graph's logits", 0, 3)
         expected = _portable(model, asked)
         exact_graphs = _write_exact(exact, path)

@@ -17,7 +17,7 @@ from edgepipe.engines.onnxruntime.fuse_attention import fuse_attention
 from edgepipe.errors import ConfigError, ContractError
 from edgepipe.graph.dialect import GraphBuilder
 from edgepipe.graph.evaluate import evaluate
-from edgepipe.quantizers.texts import Calibration
+from edgepipe.pipeline import _uncompressed
 from edgepipe.runtime.onnxruntime import open_decoder, open_graph, run_graph
 from edgepipe.sources import open_model
 from edgepipe.stages.compile import Compile
@@ -190,7 +190,7 @@ def test_it_takes_half_the_bytes(folder: Path, tmp_path: Path) -> None:
 def test_the_check_is_of_the_codes(decoder: OnnxModel, tmp_path: Path) -> None:
     """Rounding is seen, and one that is larger than allowed refused."""
     notes: list[str] = []
-    Compile(cache_dtype="int8")(decoder, context(tmp_path, notes))
+    Compile(cache_dtype="int8", calibration="everyday")(decoder, context(tmp_path, notes))
     assert notes[0].startswith("ranges of the int8 cache from ") and notes[0].endswith(" rows of everyday")
     (tmp_path / "tight").mkdir()
     with pytest.raises(ContractError, match=r"differs from the portable one by .* allowed 1e-03"):
@@ -213,4 +213,10 @@ def test_what_is_refused(decoder: OnnxModel, folder: Path, tmp_path: Path) -> No
     with pytest.raises(ConfigError, match="grows and stays float32: leave it out"):
         stage(dataclasses.replace(decoder, spec={**decoder.spec, "ends": {}}), context(tmp_path))
     assert stage.reads() == {"sha256": Compile(cache_dtype="int8", calibration="everyday").reads()["sha256"]}
-    assert Compile().reads() == {} and Calibration().source == ""
+    assert Compile().reads() == {}
+
+
+def test_the_float_twin_needs_no_texts() -> None:
+    """The uncompressed baseline has a float32 cache, whatever the recipe calibrates the other on."""
+    plain = _uncompressed("compile", Compile(cache_dtype="int8", calibration="everyday"))
+    assert plain == Compile(cache_dtype="float32")

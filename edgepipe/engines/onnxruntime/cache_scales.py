@@ -32,7 +32,8 @@ class CacheScales:
     """Hold what was found."""
 
     scales: Mapping[str, np.ndarray]  # key.i, value.i, cross_key.i, cross_value.i → [kv_heads, 1, head_dim] float32
-    read: Sequence[Sequence[int]]  # the ids that the decoder has read, row after row
+    rows: Sequence[Sequence[int]]  # the ids that were looked at
+    read: Sequence[Sequence[int]]  # those that the decoder has read: the rows, or behind an encoder its answers
 
 
 def observe_cache(
@@ -66,7 +67,9 @@ def observe_cache(
             if not np.isfinite(found).all():
                 raise StageError(f"over the calibration texts, {name} has values that are not finite: it has no scale")
             largest[name] = np.maximum(largest.get(name, _TINY), found)
-    return CacheScales(scales={n: np.asarray(x / _LARGEST, np.float32) for n, x in largest.items()}, read=read)
+    return CacheScales(
+        scales={n: np.asarray(x / _LARGEST, np.float32) for n, x in largest.items()}, rows=rows, read=read
+    )
 
 
 def _sizes(name: str, array: np.ndarray) -> np.ndarray:
