@@ -72,7 +72,7 @@ def lower(
             fuse_reading(graph)
         cached = preallocated and name == "decoder"
         if cached:
-            fuse_attention(graph, model.spec, CACHE_DTYPES[cache_dtype], scales or {})
+            fuse_attention(graph, model.spec, CACHE_DTYPES[cache_dtype], scales)
         if cache_dtype == "int8" and preallocated:
             source_codes(graph, scales or {})
         if built:

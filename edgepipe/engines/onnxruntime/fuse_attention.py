@@ -23,7 +23,9 @@ _MICROSOFT = "com.microsoft"
 _INT8: dict[str, str | int] = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
 
 
-def fuse_attention(graph: ir.Graph, spec: Json, cache_dtype: ir.DataType, scales: Mapping[str, np.ndarray]) -> None:
+def fuse_attention(
+    graph: ir.Graph, spec: Json, cache_dtype: ir.DataType, scales: Mapping[str, np.ndarray] | None = None
+) -> None:
     """Replace every Attention of `graph` in place and give the graph the inputs the operator needs.
 
     `scales` are those of an int8 cache: key.i, value.i → [kv_heads, 1, head_dim] float32.
@@ -34,7 +36,7 @@ def fuse_attention(graph: ir.Graph, spec: Json, cache_dtype: ir.DataType, scales
     graph.inputs.extend([lengths, total])
     for node in list(graph):
         if node.op_type == "Attention":
-            _fuse(graph, node, (lengths, total), cache_dtype, scales)
+            _fuse(graph, node, (lengths, total), cache_dtype, scales or {})
     cache = ir.Shape(["batch", spec["kv_heads"], spec["context"], spec["head_dim"]])
     for value in [*graph.inputs, *graph.outputs]:
         if value.name is not None and value.name.startswith(("past_", "present_")):
