@@ -104,15 +104,13 @@ def spoil_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every packed weight be written with its nibbles swapped."""
     # the package has a function of the module's name, so the module is asked for by its path
     place_weights = importlib.import_module("edgepipe.engines.onnxruntime.place_weights")
-    plan = place_weights.plan_part
+    plan = place_weights.plan_codes
 
     def swapped(*arguments: Any) -> planned.PlannedTensor:
         tensor: planned.PlannedTensor = plan(*arguments)
-        if not tensor.name.endswith(":codes"):
-            return tensor
         return dataclasses.replace(tensor, load=lambda: (tensor.load() << 4) | (tensor.load() >> 4))
 
-    monkeypatch.setattr(place_weights, "plan_part", swapped)
+    monkeypatch.setattr(place_weights, "plan_codes", swapped)
 
 
 def spoil_scale(monkeypatch: pytest.MonkeyPatch) -> None:
