@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from edgepipe.search.units import grid_of
 from edgepipe.sources import open_model
 from edgepipe.stages.quantize import Quantize
 from edgepipe.target import Budgets
-from edgepipe.weights import held_weight
+from edgepipe.weights import Weight, held_weight
 from tests.encoders import save_encoder
 from tests.listener import Silent
 
@@ -67,6 +68,24 @@ def test_a_planted_slow_layer_is_caught(path: Path, folder: Path) -> None:
     before, after = (dict(one.stages)["quantize"].overrides for one in (recipe, changed))
     assert after == (*before, f"{PLANTED}=16")
     assert any(note.startswith("1 of 256 × 512 in q2: undone, since it takes ") for note in notes)
+
+
+def test_a_race_that_met_other_work_undoes_nothing(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is slower the first time alone is kept: the first race of every kind is made to look lost."""
+    times: dict[str, int] = {}
+
+    def disturbed(quantized: Weight, floats: Weight, **how: Any) -> list[Raced]:
+        times[quantized.name] = times.get(quantized.name, 0) + 1
+        found = race(quantized, floats, **how)
+        if times[quantized.name] > 1:
+            return [dataclasses.replace(one, ratio=Ratio(value=1.0, low=0.9, high=1.1)) for one in found]
+        return [dataclasses.replace(one, ratio=Ratio(value=2.0, low=1.9, high=2.1)) for one in found]
+
+    monkeypatch.setattr("edgepipe.search.never_slower.race", disturbed)
+    recipe = recipe_of(folder)
+    changed, products, _ = found(path, recipe)
+    assert changed == recipe and not any(one["undone"] for one in products.values())
+    assert set(times.values()) == {2}
 
 
 def test_the_size_goal_keeps_it(path: Path, folder: Path) -> None:
