@@ -6,10 +6,9 @@ step of decoding and a prompt apart:
     decoder     the step decides, since a token at a time is most of the work; what a prompt loses is said
     encoder     texts decide: it never runs one row
 
-A matrix goes back to 16 bits when it is clearly slower: the interval of the ratio lies above 1.05, and in a second race
-too, since one that meets other work on the machine may find equal products unequal. The kind that wastes most time for
-its bytes is first, as long as the target's `shipped_ratio` allows it. What is undone becomes `quantize.overrides`, so
-the stages stay free of clocks and a recipe repeats the result.
+A matrix goes back to 16 bits when it is clearly slower: the interval of the ratio lies above 1.05. The kind that wastes
+most time for its bytes is first, as long as the target's `shipped_ratio` allows it. What is undone becomes
+`quantize.overrides`, so the stages stay free of clocks and a recipe repeats the result.
 """
 
 from __future__ import annotations
@@ -28,8 +27,6 @@ from edgepipe.quantizers.row_options import by_token
 from edgepipe.recipe import Recipe
 from edgepipe.search.units import at_once, escaped, grid_of
 from edgepipe.weights import Weight
-
-_RACES = 2  # that must find a product slower
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,19 +103,16 @@ def _judge(model: TorchModel, recipe: Recipe, listener: Listener) -> list[Judged
     found = []
     for number, ((kind, whole), pairs) in enumerate(kinds.items()):
         listener.progress("products", number, len(kinds))
-        for _ in range(_RACES):
-            with tempfile.TemporaryDirectory() as folder:
-                raced = race(
-                    *pairs[0],
-                    rows=(TEXT,) if whole else (STEP, TEXT),
-                    rest=rest,
-                    accuracy_level=level if level >= 0 else engine.accuracy_level,
-                    many_rows=whole,
-                    threads=engine.threads,
-                    folder=Path(folder),
-                )
-            if not raced[0].slower:
-                break
+        with tempfile.TemporaryDirectory() as folder:
+            raced = race(
+                *pairs[0],
+                rows=(TEXT,) if whole else (STEP, TEXT),
+                rest=rest,
+                accuracy_level=level if level >= 0 else engine.accuracy_level,
+                many_rows=whole,
+                threads=engine.threads,
+                folder=Path(folder),
+            )
         extra = sum(floats.nbytes - stored.nbytes for stored, floats in pairs)
         tensors = tuple(stored.name for stored, _ in pairs)
         found.append(_judged(kind, tensors, tuple(raced), extra))
