@@ -18,7 +18,7 @@ from edgepipe.artifacts import QuantizedTensor
 # Below 2^-14 float16 loses digits of a scale, which costs little since codes are chosen for the rounded one. At 2^-20
 # four bits are left, and weights below it are as good as zero.
 _SMALLEST_FP16 = np.float32(2.0**-20)
-_LARGEST_FP16 = np.float32(65504.0)
+LARGEST_FP16 = np.float32(65504.0)
 _ELEMENTS_AT_ONCE = 1 << 22  # 16 MB of float32: bounds the memory of rounding without slowing it
 
 
@@ -84,7 +84,7 @@ def round_to_nearest(weight: np.ndarray, *, bits: int, group: int, symmetric: bo
     """Quantize weight [out, in], of any float type, to the nearest point of a 2-, 4- or 8-bit grid per group of a row.
 
     Symmetric grids have no offset; asymmetric ones integer zero points. Group 0 takes whole rows.
-    Raises ValueError when a weight isn't finite.
+    Raises ValueError as `check_values` does.
     Works on a few million elements at a time, so that a large embedding is never held in float32.
     """
     rows, columns = weight.shape
@@ -98,8 +98,7 @@ def round_to_nearest(weight: np.ndarray, *, bits: int, group: int, symmetric: bo
         part = slice(start, min(start + step, rows))
         blocks = np.zeros((part.stop - start, groups * group), np.float32)
         blocks[:, :columns] = weight[part]
-        if not np.isfinite(blocks).all():
-            raise ValueError("the weight has values that are not finite")
+        check_values(blocks, bits)
         chosen, scale[part], offset = _round_blocks(blocks.reshape(-1, groups, group), bits, symmetric)
         codes[part] = pack(chosen.reshape(len(blocks), -1), bits)
         if zeros is not None and offset is not None:
@@ -107,6 +106,19 @@ def round_to_nearest(weight: np.ndarray, *, bits: int, group: int, symmetric: bo
     return QuantizedTensor(
         shape=(rows, columns), bits=bits, group=group, codes=codes, scale=scale, zero_points=zeros, source_grid="rtn"
     )
+
+
+def check_values(weight: np.ndarray, bits: int) -> None:
+    """Raise ValueError unless codes of some bits with float16 scales hold all values of a weight."""
+    largest = max(weight.max(initial=0), -weight.min(initial=0))  # NaN if there is one
+    if not np.isfinite(largest):
+        raise ValueError("the weight has values that are not finite")
+    limit = LARGEST_FP16 * ((1 << bits) - 1) / 2
+    if largest > limit:
+        raise ValueError(
+            f"the weight's values reach {largest:.3g}, and {bits}-bit codes with float16 scales hold up to {limit:.3g}"
+            "; quantize.overrides NAME=16 keeps a bfloat16 weight as it is"
+        )
 
 
 def group_grid(blocks: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
@@ -184,7 +196,7 @@ def _round_blocks(blocks: np.ndarray, bits: int, symmetric: bool) -> tuple[np.nd
 
 def _to_float16(scale: np.ndarray) -> np.ndarray:
     """Round scales to float16, keeping their sign and away from zero and infinity."""
-    magnitude = np.clip(np.abs(scale), _SMALLEST_FP16, _LARGEST_FP16)
+    magnitude = np.clip(np.abs(scale), _SMALLEST_FP16, LARGEST_FP16)
     return np.where(scale == 0, np.float32(1), np.copysign(magnitude, scale)).astype(np.float16)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from edgepipe.artifacts import QuantizedTensor, TorchModel
 from edgepipe.errors import ConfigError, StageError, TargetError
-from edgepipe.numerics.grids import Grid, dequantize
+from edgepipe.numerics.grids import Grid, check_values, dequantize
 from edgepipe.quantizers import WITHOUT_DATA
 from edgepipe.quantizers.texts import Calibration, batches, check_calibration
 from edgepipe.store import versions
@@ -74,12 +74,14 @@ def choose_codes(
 ) -> Found:
     """Return the tensors named in `grids` on those grids, as far as the method works on them.
 
-    Raises ConfigError and TargetError as `check_method` does, StageError for weights that are not finite.
+    Raises ConfigError and TargetError as `check_method` does, StageError for weights whose values no grid holds.
     """
     check_method(method, model, calibration)
-    for name in grids:
-        if not np.isfinite(model.weights.float32(name)).all():
-            raise StageError(f"{name} cannot be quantized: the weight has values that are not finite")
+    for name, grid in grids.items():
+        try:
+            check_values(model.weights.float32(name), grid.bits)
+        except ValueError as error:
+            raise StageError(f"{name} cannot be quantized: {error}") from error
     if method == "hqq":
         return _without_data(model, grids, progress)
     return _with_data(model, grids, method, calibration, seed, progress)

@@ -32,7 +32,7 @@ def weights() -> dict[str, np.ndarray]:
         "all negative": lopsided,
         "all positive": -lopsided,
         "ties": ties,
-        "huge": normal * np.float32(3e6),
+        "huge": normal * np.float32(98e3 / np.abs(normal).max()),  # as far as two bits reach
         "tiny": normal * np.float32(1e-7),
         "subnormal scales": normal * np.float32(2e-4),
         "outlier": np.where(np.arange(100) == 40, np.float32(-900), normal),
@@ -114,6 +114,18 @@ def test_one_value_that_is_not_finite_is_refused_anywhere(
     weight.flat[place % weight.size] = value
     with pytest.raises(ValueError, match="not finite"):
         round_to_nearest(weight, bits=bits, group=group, symmetric=symmetric)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_what_float16_scales_do_not_reach_is_refused(bits: int, symmetric: bool) -> None:
+    """Up to the limit both ends come back to half a step; beyond, they would be cut in silence."""
+    limit = 65504 * (2**bits - 1) / 2
+    weight = np.array([[limit, -limit, 0, 0] * 8], np.float32) * np.float32(0.9999)
+    moved = np.abs(dequantize(round_to_nearest(weight, bits=bits, group=32, symmetric=symmetric)) - weight)
+    assert moved.max() <= limit / (2**bits - 1) * 2 * (1 if symmetric else 0.51)
+    with pytest.raises(ValueError, match=f"values reach .*, and {bits}-bit codes with float16 scales hold up to"):
+        round_to_nearest(weight * np.float32(1.001), bits=bits, group=32, symmetric=symmetric)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -196,13 +196,16 @@ def test_what_no_linear_layer_is_is_left_out(folder: Path) -> None:
         chosen(model, "gptq")
 
 
-def test_weights_that_are_not_finite_are_named(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("value", "said"), [(np.nan, "has values that are not finite$"), (-1e6, "'s values reach 1e\\+06, and 4-bit codes")]
+)
+def test_weights_that_no_grid_holds_are_named(folder: Path, value: float, said: str) -> None:
     model = model_of(folder, "bert")
     name = matrices(model)[3]
-    value = model.weights.float32(name).copy()
-    value[1, 2] = np.nan
-    broken = dataclasses.replace(model, weights=model.weights.replace({name: held_weight(name, value)}))
-    with pytest.raises(StageError, match=rf"^{name} cannot be quantized: the weight has values that are not finite$"):
+    changed = model.weights.float32(name).copy()
+    changed[1, 2] = value
+    broken = dataclasses.replace(model, weights=model.weights.replace({name: held_weight(name, changed)}))
+    with pytest.raises(StageError, match=rf"^{name} cannot be quantized: the weight{said}"):
         chosen(broken, "gptq")
 
 
