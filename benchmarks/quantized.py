@@ -144,7 +144,7 @@ def lacking_data(model: Model, form: Form, data: Path) -> str:
     absent = [name for name in made_of.get(model.name, ()) if not (data / name).is_file()]
     return (
         f"{absent[0]} is not in {data}: give its folder with --data"
-        if absent and (learns(form) or form.max_drop)
+        if absent and (learns(form) or form.max_drop or form.own_texts)
         else ""
     )
 
@@ -223,6 +223,8 @@ def build(model: Model, form: Form, source: TorchModel, data: Path) -> CompiledM
     settings += [("quantize", name, value) for name, value in settings_of(model, form).items()]
     if learns(form):
         settings.append(("quantize", "data", str(seen(model, data, trains=True))))
+    if form.own_texts:
+        settings.append(("quantize", "calibration", str(seen(model, data, trains=True))))
     if form.options is None:
         source = dataclasses.replace(source, weights=source.weights.as_float32())
     recipe = resolve(target="cpu", file=recipe_file, settings=settings)

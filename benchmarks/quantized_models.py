@@ -53,6 +53,7 @@ class Form:
     models: tuple[str, ...] = ()  # empty: all
     keeps: bool = False  # the grid a model came on
     max_drop: str = ""  # a budget that bits and groups are searched for
+    own_texts: bool = False  # calibrated on texts like those that it's scored on
 
 
 MODELS = (
@@ -114,6 +115,13 @@ def _codes(bits: int, method: str, models: tuple[str, ...] = ()) -> Form:
     return Form(name=f"{method} {bits}", label=label, options=options, models=models)
 
 
+def _sampled(shown: str, more: dict[str, object], *, own_texts: bool = False) -> Form:
+    """Return GPTQ at two bits, where texts count most, with other texts than by default."""
+    options = {**(_codes(2, "gptq").options or {}), **more}
+    name, label = f"gptq 2, {shown}", f"2-bit, gptq, {shown}"
+    return Form(name=name, label=label, options=options, models=("minilm",), own_texts=own_texts)
+
+
 def _activations(name: str, shown: str, more: dict[str, object]) -> Form:
     return Form(name=name, label=f"8-bit, activations {shown}", options={"bits": 8, **more})
 
@@ -131,6 +139,9 @@ FORMS = (
     _activations("smooth", f"static, SmoothQuant {ALPHA}", {"activations": "static", "smooth": ALPHA}),
     *(_codes(4, method) for method in METHODS),
     *(_codes(2, method, ("minilm",)) for method in METHODS),
+    *(_sampled(f"{count} texts", {"samples": count}) for count in (4, 16, 32)),
+    *(_sampled(f"{count} tokens a text", {"tokens": count}) for count in (8, 16)),
+    *(_sampled(f"{n} of its own texts", {"samples": n}, own_texts=True) for n in (64, 512)),
     Form(name="w4a4", label="4-bit, activations 4-bit, rounded", options=_W4A4),
     Form(name="w4a4 trained", label="4-bit, activations 4-bit, trained", options={**_W4A4, **_TRAINS}),
     Form(name="ternary", label="ternary, activations 8-bit, trained", options={"bits": 1.58, **_TRAINS}),
