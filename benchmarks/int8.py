@@ -1,4 +1,4 @@
-"""Compare 8-bit activations of a sentence encoder with its float form and with onnxruntime's own recipe.
+"""Compare 8-bit activations of a sentence encoder with its float form, onnxruntime's own recipe and OpenVINO's.
 
     python benchmarks/int8.py --data FILE [--turns 40]   run what isn't stored yet, rewrite docs/quantize.md's table
     python benchmarks/int8.py --page-only                rewrite the table from what is stored
@@ -7,7 +7,7 @@ FILE holds pairs of sentences with a score that people gave: the dev set of STS-
 scored, so a run that was stopped goes on. The peer is `onnxruntime.quantization.quantize_dynamic` at its defaults on
 torch's export of the same module (opset 17: on opset 23 it writes an Attention that onnxruntime refuses to load). Speed
 is that of texts of 128 tokens, 8 at a time; the sessions take turns, so that a busy machine slows all of them, the
-peer's with onnxruntime's default options.
+peer's with onnxruntime's default options. OpenVINO's row (int8_openvino.py) is run where its packages are installed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,17 +33,25 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
+from benchmarks import int8_openvino
 from benchmarks.stored import RESULTS, ROOT, markdown_table, provenance, read_result, replace_section, write_result
 from edgepipe.artifacts import CompiledModel, Json
 from edgepipe.evaluate import evaluate
 from edgepipe.graph.framework import build_module, fill_module
 from edgepipe.graph.modules import one_graph
+from edgepipe.measuring.examples import read_pairs
 from edgepipe.measuring.intervals import ratio_over_rounds
 from edgepipe.measuring.metrics import Evaluation
 from edgepipe.measuring.run import describe_machine
+from edgepipe.measuring.scores import bootstrap, spearman
+from edgepipe.measuring.tasks import similarity_rows
 from edgepipe.pipeline import run
+from edgepipe.quantizers.texts import Calibration, batches
 from edgepipe.recipe import resolve
 from edgepipe.report.progress import Progress
+from edgepipe.rows import open_data
+from edgepipe.runtime.bundle import read_bundle
+from edgepipe.runtime.encoder import Encoder
 from edgepipe.runtime.onnxruntime import open_session
 from edgepipe.sources import open_model
 from edgepipe.store import file_sha256, read_json, write_json
@@ -51,8 +60,9 @@ NAME = "int8"
 PAGE = ROOT / "docs" / "quantize.md"
 MODEL = "minilm-l6-v2"
 ROWS, TOKENS, THREADS = 8, 128, 1
+SCORED = Evaluation(metric="spearman", threads=THREADS)
 OPSET = 17  # of the graph that the peer quantizes
-PEER = "peer"
+PEER, OPENVINO = "peer", "openvino"
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 HEADER = ("layers", "activations", "bundle, MB", "Spearman", "points beside float", "tokens/s", "beside the peer")
 # What multiplies a weight, as the optimized graph has it; products of two activations (attention) are not counted.
@@ -85,8 +95,9 @@ ARMS = (
     _arm("smooth-0.7", "8-bit static, SmoothQuant 0.7", "static", {"smooth": 0.7}),
     _arm("smooth-0.9", "8-bit static, SmoothQuant 0.9", "static", {"smooth": 0.9}),
     Arm(name=PEER, layers="8-bit, one scale", activations="8-bit dynamic, by onnxruntime's quantize_dynamic"),
+    Arm(name=OPENVINO, layers="8-bit, a scale a row", activations="8-bit static, by NNCF, in OpenVINO's runtime"),
 )
-TIMED = ("float32", "weights", "dynamic", "static", "smooth-0.9", PEER)
+TIMED = ("float32", "weights", "dynamic", "static", "smooth-0.9", PEER, OPENVINO)
 
 
 def main(arguments: list[str]) -> None:
@@ -112,25 +123,69 @@ def take(data: Path, turns: int) -> None:
         stored = next((row for row in result["rows"] if row["arm"] == arm.name), None)
         if stored is not None and stored["options"] == arm.options:
             continue
+        if arm.name == OPENVINO and (absent := int8_openvino.missing()):
+            print(f"{arm.name}: left out, the package {absent} is missing", file=sys.stderr, flush=True)
+            continue
         print(arm.name, file=sys.stderr, flush=True)
         came_from = provenance()
-        bundle = bundle_of(arm)
-        found = evaluate(bundle, str(data), Evaluation(metric="spearman", threads=THREADS), listener=Progress())
-        row = {
-            "arm": arm.name,
-            "options": arm.options,
-            "provenance": came_from,
-            "spearman": {key: found[key] for key in ("value", "interval", "count")},
-            "bundle_bytes": sum(file.stat().st_size for file in bundle.iterdir()),
-            **facts(bundle),
-        }
+        found = openvino_row(data) if arm.name == OPENVINO else scored(arm, data)
+        row = {"arm": arm.name, "options": arm.options, "provenance": came_from, **found}
         result["rows"] = [*(other for other in result["rows"] if other["arm"] != arm.name), row]
-        result["data"] = {**found["data"], "name": data.name}
+        result["data"] = {"name": data.name, "sha256": file_sha256(data)}
         result.pop("timing", None)
         write_result(NAME, result)
     if "timing" not in result:
-        result["timing"] = {**timing({arm.name: bundle_of(arm) for arm in ARMS if arm.name in TIMED}, turns)}
+        result["timing"] = timing([arm for arm in ARMS if arm.name in TIMED and row_of(result, arm.name)], turns)
         write_result(NAME, result)
+
+
+def row_of(result: Json, name: str) -> Json | None:
+    """Return what is stored of an arm."""
+    return next((row for row in result["rows"] if row["arm"] == name), None)
+
+
+def scored(arm: Arm, data: Path) -> Json:
+    """Score a bundle, and count what it is made of."""
+    bundle = bundle_of(arm)
+    found = evaluate(bundle, str(data), SCORED, listener=Progress())
+    return {
+        "spearman": {key: found[key] for key in ("value", "interval", "count")},
+        "bundle_bytes": sum(file.stat().st_size for file in bundle.iterdir()),
+        **facts(bundle),
+    }
+
+
+def openvino_graph() -> Path:
+    """Return OpenVINO's quantized graph; a finished one stays in runs/int8."""
+    folder = ROOT / "runs" / NAME / OPENVINO
+    if not (folder / "openvino.xml").is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        texts = batches(open_model(MODEL), Calibration())
+        feeds = [
+            dict(zip(INPUTS, (one.input_ids, one.attention_mask, np.zeros_like(one.input_ids)), strict=True))
+            for one in texts
+        ]
+        int8_openvino.quantize(exported(folder), feeds, folder)
+    return folder / "openvino.xml"
+
+
+def openvino_row(data: Path) -> Json:
+    """Score OpenVINO's graph with our tokenizer, pairs and metric."""
+    xml = openvino_graph()
+    graph = int8_openvino.Opened(xml, THREADS)
+    model = Encoder(read_bundle(bundle_of(ARMS[0])), graph)
+    opened = open_data(str(data))
+    pairs = read_pairs(opened, SCORED.places(opened.suffix))
+    rows = similarity_rows(model, pairs, SCORED.batch, lambda _done, _total: None)
+    interval = bootstrap(spearman, rows, seed=0)
+    assert interval is not None
+    return {
+        "spearman": {"value": spearman(rows), "interval": [interval.low, interval.high], "count": len(rows)},
+        "bundle_bytes": sum(xml.with_suffix(end).stat().st_size for end in (".xml", ".bin")),
+        "integer_products": graph.integer_products(),
+        "packages": int8_openvino.versions(),
+    }
 
 
 def bundle_of(arm: Arm) -> Path:
@@ -172,9 +227,20 @@ def peer_bundle(folder: Path) -> Path:
 
 
 def peer_graph(folder: Path) -> Path:
-    """Export the module by torch as usual and quantize it by onnxruntime's recipe, at the defaults of both."""
-    import torch
+    """Quantize torch's export by onnxruntime's recipe, at the defaults of both."""
     from onnxruntime.quantization import quantize_dynamic
+
+    graph = exported(folder)
+    logging.disable(logging.WARNING)  # it advises a step for images
+    quantize_dynamic(graph, folder / "quantized.onnx")
+    logging.disable(logging.NOTSET)
+    graph.unlink()
+    return folder / "quantized.onnx"
+
+
+def exported(folder: Path) -> Path:
+    """Export the module by torch as usual, which both peers begin with."""
+    import torch
 
     model = open_model(MODEL)
     module = build_module(model.info)
@@ -194,11 +260,7 @@ def peer_graph(folder: Path) -> Path:
         opset_version=OPSET,
         dynamo=False,
     )
-    logging.disable(logging.WARNING)  # it advises a step for images
-    quantize_dynamic(folder / "float.onnx", folder / "quantized.onnx")
-    logging.disable(logging.NOTSET)
-    (folder / "float.onnx").unlink()
-    return folder / "quantized.onnx"
+    return folder / "float.onnx"
 
 
 def facts(bundle: Path) -> Json:
@@ -214,9 +276,9 @@ def facts(bundle: Path) -> Json:
     return {"operators": dict(operators), "integer_products": sum(operators[name] for name in INTEGER)}
 
 
-def timing(bundles: dict[str, Path], turns: int) -> Json:
+def timing(arms: Sequence[Arm], turns: int) -> Json:
     """Return the seconds of every session's runs of one batch, turn after turn, each starting with another one."""
-    sessions = {name: _session(name, bundle / "model.onnx") for name, bundle in bundles.items()}
+    sessions = {arm.name: _opened(arm) for arm in arms}
     ids = np.random.default_rng(0).integers(1000, 30000, (ROWS, TOKENS), dtype=np.int64)
     feeds = dict(zip(INPUTS, (ids, np.ones_like(ids), np.zeros_like(ids)), strict=True))
     names = list(sessions)
@@ -225,7 +287,7 @@ def timing(bundles: dict[str, Path], turns: int) -> Json:
     for turn in range(turns + 2):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             started = time.perf_counter()
-            sessions[name].run(["embedding"], feeds)
+            sessions[name](feeds)
             if turn > 1:  # two turns warm up
                 seconds[name].append(time.perf_counter() - started)
     seed = int(hashlib.sha256(NAME.encode()).hexdigest()[:8], 16)
@@ -238,14 +300,19 @@ def timing(bundles: dict[str, Path], turns: int) -> Json:
     }
 
 
-def _session(name: str, graph: Path) -> ort.InferenceSession:
-    """Open a graph as the runtime does, and the peer's as everybody does."""
-    if name != PEER:
-        return open_session(graph, THREADS)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = THREADS
-    options.log_severity_level = 3
-    return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+def _opened(arm: Arm) -> Callable[[Mapping[str, np.ndarray]], object]:
+    """Open a graph as the runtime does, and the peers' as everybody does."""
+    if arm.name == OPENVINO:
+        return int8_openvino.Opened(openvino_graph(), THREADS).run
+    graph = bundle_of(arm) / "model.onnx"
+    if arm.name == PEER:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = THREADS
+        options.log_severity_level = 3
+        session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    else:
+        session = open_session(graph, THREADS)
+    return lambda feeds: session.run(["embedding"], feeds)
 
 
 def page_section(result: Json) -> str:
@@ -270,16 +337,18 @@ def page_section(result: Json) -> str:
                 "" if beside is None else f"{beside['value']:.2f} ({beside['low']:.2f} to {beside['high']:.2f})",
             ]
         )
-    ours, peers = rows["dynamic"]["integer_products"], rows[PEER]["integer_products"]
+    products = [rows[name]["integer_products"] for name in ("dynamic", PEER, OPENVINO) if name in rows]
+    packages = "".join(f", {name} {one}" for name, one in rows.get(OPENVINO, {}).get("packages", {}).items())
     commits = sorted({(row["provenance"]["date"], row["provenance"]["commit"][:12]) for row in result["rows"]})
     load = timed["provenance"]["load_average_1min"]
     said = (
         f"{result['model']} on {rows['float32']['spearman']['count']} pairs of `{result['data']['name']}`, 95 % "
         f"intervals by bootstrap; points are hundredths of Spearman. Speed: {ROWS} texts of {TOKENS} tokens at once, "
         f"{THREADS} thread, median of {len(timed['seconds'][PEER])} turns in which all took part, and the median over "
-        f"turns of the peer's time by ours, with its 95 % interval. Integer products in the optimized graph: {ours} in "
-        f"ours, {peers} in the peer's. {timed['machine']['cpu']}, load average {load:.1f}, "
-        f"onnxruntime {timed['provenance']['versions']['onnxruntime']}; "
+        f"turns of the peer's time by ours, with its 95 % interval. Integer products in the optimized graph: "
+        f"{', '.join(map(str, products))} (ours, onnxruntime's recipe, OpenVINO's if it was run). "
+        f"{timed['machine']['cpu']}, load average {load:.1f}, onnxruntime "
+        f"{timed['provenance']['versions']['onnxruntime']}{packages}; "
         + ", ".join(f"{date} at `{commit}`" for date, commit in commits)
         + "."
     )
