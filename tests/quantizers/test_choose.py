@@ -197,7 +197,8 @@ def test_what_no_linear_layer_is_is_left_out(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "said"), [(np.nan, "has values that are not finite$"), (-1e6, "'s values reach 1e\\+06, and 4-bit codes")]
+    ("value", "said"),
+    [(np.nan, " has values that are not finite$"), (-1e6, "'s values reach 1e\\+06, and 4-bit codes")],
 )
 def test_weights_that_no_grid_holds_are_named(folder: Path, value: float, said: str) -> None:
     model = model_of(folder, "bert")
