@@ -37,6 +37,7 @@ from benchmarks.stored import (
     read_result,
     replace_section,
     spread,
+    without_folders,
     write_result,
 )
 from edgepipe.artifacts import CompiledModel, Json, TorchModel
@@ -271,7 +272,7 @@ def facts(bundle: CompiledModel) -> Json:
     return {
         "bundle_bytes": sum(file.stat().st_size for file in bundle.path.iterdir()),
         "layers": {"parameters": sum(p["parameters"] for p in low), "bytes": sum(p["bytes"] for p in low)},
-        "notes": [note for record in records for note in record.notes],
+        "notes": [without_folders(note) for record in records for note in record.notes],
         "figures": [record.figures for record in records],
     }
 

@@ -45,7 +45,16 @@ from benchmarks.quantized_models import (
     row_name,
     settings_of,
 )
-from benchmarks.stored import RESULTS, ROOT, markdown_table, provenance, read_result, replace_section, write_result
+from benchmarks.stored import (
+    RESULTS,
+    ROOT,
+    markdown_table,
+    provenance,
+    read_result,
+    replace_section,
+    without_folders,
+    write_result,
+)
 from edgepipe.artifacts import CompiledModel, Json, TorchModel
 from edgepipe.errors import BudgetError, TargetError
 from edgepipe.evaluate import evaluate
@@ -248,7 +257,7 @@ def facts(bundle: CompiledModel) -> Json:
     return {
         "bundle_bytes": sum(file.stat().st_size for file in bundle.path.iterdir()),
         "layers": {key: sum(part[key] for part in layers) for key in ("parameters", "bytes")},
-        "notes": [note for record in bundle.history if record.stage == "quantize" for note in record.notes],
+        "notes": [without_folders(n) for one in bundle.history if one.stage == "quantize" for n in one.notes],
     }
 
 

@@ -81,3 +81,8 @@ def _marks(name: str) -> re.Pattern[str]:
 def _git(*arguments: str) -> str:
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def without_folders(sentence: str) -> str:
+    """Return a sentence that names files by name alone, not by where one machine has them."""
+    return re.sub(r"(?<!\S)/\S*/", "", sentence)
