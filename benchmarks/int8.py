@@ -158,16 +158,16 @@ def scored(arm: Arm, data: Path) -> Json:
 def openvino_graph() -> Path:
     """Return OpenVINO's quantized graph; a finished one stays in runs/int8."""
     folder = ROOT / "runs" / NAME / OPENVINO
-    if not (folder / "openvino.xml").is_file():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        texts = batches(open_model(MODEL), Calibration())
-        feeds = [
-            dict(zip(INPUTS, (one.input_ids, one.attention_mask, np.zeros_like(one.input_ids)), strict=True))
-            for one in texts
-        ]
-        int8_openvino.quantize(exported(folder), feeds, folder)
-    return folder / "openvino.xml"
+    made = folder / f"{int8_openvino.NAME}.xml"
+    if made.is_file():
+        return made
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    feeds = [
+        dict(zip(INPUTS, (one.input_ids, one.attention_mask, np.zeros_like(one.input_ids)), strict=True))
+        for one in batches(open_model(MODEL), Calibration())
+    ]
+    return int8_openvino.quantize(exported(folder), feeds, folder)
 
 
 def openvino_row(data: Path) -> Json:

@@ -9,7 +9,6 @@ openvino and nncf (benchmarks/peer_environments/convert.txt has the versions).
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+NAME = "openvino"  # of the files
 PACKAGES = ("openvino", "nncf")
 
 
@@ -35,12 +35,6 @@ def quantize(graph: Path, feeds: Sequence[Mapping[str, np.ndarray]], folder: Pat
     import nncf
     import openvino
 
-    made = folder / "openvino.xml"
-    if made.is_file():
-        return made
-    working = folder / "working"
-    shutil.rmtree(working, ignore_errors=True)
-    working.mkdir(parents=True)
     model = openvino.Core().read_model(graph)
     quantized = nncf.quantize(
         model,
@@ -48,10 +42,10 @@ def quantize(graph: Path, feeds: Sequence[Mapping[str, np.ndarray]], folder: Pat
         model_type=nncf.ModelType.TRANSFORMER,
         subset_size=len(feeds),
     )
-    openvino.save_model(quantized, working / made.name)
-    for file in (working / made.with_suffix(".bin").name, working / made.name):
-        file.rename(folder / file.name)
-    return made
+    openvino.save_model(quantized, folder / "unfinished.xml")
+    for end in (".bin", ".xml"):  # the .xml is what says that both are there
+        (folder / f"unfinished{end}").rename(folder / f"{NAME}{end}")
+    return folder / f"{NAME}.xml"
 
 
 class Opened:

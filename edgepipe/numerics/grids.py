@@ -18,7 +18,7 @@ from edgepipe.artifacts import QuantizedTensor
 # Below 2^-14 float16 loses digits of a scale, which costs little since codes are chosen for the rounded one. At 2^-20
 # four bits are left, and weights below it are as good as zero.
 _SMALLEST_FP16 = np.float32(2.0**-20)
-LARGEST_FP16 = np.float32(65504.0)
+_LARGEST_FP16 = np.float32(65504.0)
 _ELEMENTS_AT_ONCE = 1 << 22  # 16 MB of float32: bounds the memory of rounding without slowing it
 
 
@@ -113,7 +113,7 @@ def check_values(weight: np.ndarray, bits: int) -> None:
     largest = max(weight.max(initial=0), -weight.min(initial=0))  # NaN if there is one
     if not np.isfinite(largest):
         raise ValueError("the weight has values that are not finite")
-    limit = LARGEST_FP16 * ((1 << bits) - 1) / 2
+    limit = _LARGEST_FP16 * ((1 << bits) - 1) / 2
     if largest > limit:
         raise ValueError(
             f"the weight's values reach {largest:.3g}, and {bits}-bit codes with float16 scales hold up to {limit:.3g}"
@@ -196,7 +196,7 @@ def _round_blocks(blocks: np.ndarray, bits: int, symmetric: bool) -> tuple[np.nd
 
 def _to_float16(scale: np.ndarray) -> np.ndarray:
     """Round scales to float16, keeping their sign and away from zero and infinity."""
-    magnitude = np.clip(np.abs(scale), _SMALLEST_FP16, LARGEST_FP16)
+    magnitude = np.clip(np.abs(scale), _SMALLEST_FP16, _LARGEST_FP16)
     return np.where(scale == 0, np.float32(1), np.copysign(magnitude, scale)).astype(np.float16)
 
 
