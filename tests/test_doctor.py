@@ -202,7 +202,8 @@ def test_what_makes_figures_doubtful_is_a_warning(found: dict[str, Any]) -> None
 def test_little_memory_and_disk_are_warnings(found: dict[str, Any]) -> None:
     told = json.loads(json.dumps(found))
     told["machine"]["memory"]["limit_bytes"] = 500_000_000
-    told["folders"]["runs"]["free_bytes"] = 10_000_000
+    for name, folder in told["folders"].items():
+        folder["free_bytes"] = 10_000_000 if name == "runs" else 10**12
     warnings = doctor._build_warnings(told)
     assert len(warnings) == 2 and "0.5 GB of memory" in warnings[0] and "0.0 GB of disk" in warnings[1]
 
