@@ -30,6 +30,7 @@ from pathlib import Path
 from benchmarks.e2e import split
 from benchmarks.embedding import training_files
 from benchmarks.quantized_models import (
+    BESIDE,
     DECODER_STEPS,
     FLOAT,
     FORMS,
@@ -204,7 +205,12 @@ def take_row(model: Model, form: Form, data: Path, students: Path, *, speed: boo
         }
         put(row)
     if speed:
-        put({**row, "speed": timed(bundle.path, None if form is FLOAT else build(model, FLOAT, source, data).path)})
+        floats = None if form is FLOAT else build(model, FLOAT, source, data).path
+        found = timed(bundle.path, floats)
+        if (name := BESIDE.get((model.name, form.name))) is not None:
+            other = build(model, next(one for one in FORMS if one.name == name), source, data)
+            found["beside"] = {"form": name, "token_ms": in_turn(bundle.path, other.path)}
+        put({**row, "speed": found})
 
 
 def put(row: Json) -> None:
@@ -291,6 +297,15 @@ def timed(bundle: Path, beside: Path | None) -> Json:
     }
 
 
+def in_turn(bundle: Path, beside: Path) -> Json:
+    """Time a bundle's tokens in turn with another's → {threads: ratio of milliseconds with its interval}."""
+    times = {}
+    for threads in (1, 2):
+        timing = dataclasses.replace(TIMING, threads=threads)
+        times[str(threads)] = measure(bundle, timing, listener=Progress(), against=beside)["ratios"]["token_ms"]
+    return times
+
+
 def _rate(side: Json) -> float:
     """Return tokens a second: of calls of 8 texts of 128 tokens, or of decoding."""
     if "calls" not in side:
@@ -327,8 +342,23 @@ def page_section(result: Json) -> str:
         over = f"{first['quality']['count']:,} {model.how.described.over} of `{first['data']['name']}`"
         lines.append(f"**{model.label}**, {over}{f', {model.part}' if model.part else ''}:")
         lines.append(markdown_table(header, cells))
+        lines += [f"{sentence}." for form in FORMS if (sentence := decodes(form, rows))]
         lines += [note for (name, _), note in NOTES.items() if name == model.name]
     return "\n\n".join([*lines, said(result)])
+
+
+def decodes(form: Form, rows: dict[str, Json]) -> str:
+    """Say how fast a form decodes beside another one, which it was timed in turn with; "" where it wasn't."""
+    speed = rows[form.name]["speed"] if form.name in rows else None
+    if not speed or "beside" not in speed:
+        return ""
+    other = next(one for one in FORMS if one.name == speed["beside"]["form"])
+    times = [
+        f"{1 / ratio['value']:.2f} ({1 / ratio['high']:.2f} to {1 / ratio['low']:.2f}) on {threads} thread"
+        + ("s" if threads != "1" else "")
+        for threads, ratio in speed["beside"]["token_ms"].items()
+    ]
+    return f"Tokens a second, {form.label} ÷ {other.label}, in turn: {' and '.join(times)}"
 
 
 def cells_of(model: Model, form: Form, rows: dict[str, Json]) -> list[str]:

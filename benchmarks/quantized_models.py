@@ -131,6 +131,12 @@ _TRAINS: dict[str, object] = {"steps": STEPS, "held_out": 0.005, "tokens": 48, "
 _W4A4: dict[str, object] = {"bits": 4, "activations": "dynamic", "activation_bits": 4}
 METHODS = ("rtn", "gptq", "awq", "hqq", "autoround")
 FLOAT = Form(name="float32", label="float32")
+_SMALLEST = Form(
+    name="rtn 4, embedding 4",
+    label="4-bit, rtn, embedding 4-bit",
+    options={"bits": 4, "group": GROUP, "symmetric": True, "embedding_bits": 4},
+    models=("decoder",),
+)
 FORMS = (
     FLOAT,
     Form(name="kept", label="as it came: Q4_1, embedding Q8_0", options={}, models=("decoder",), keeps=True),
@@ -138,6 +144,7 @@ FORMS = (
     _activations("static", "static, min-max", {"activations": "static"}),
     _activations("smooth", f"static, SmoothQuant {ALPHA}", {"activations": "static", "smooth": ALPHA}),
     *(_codes(4, method) for method in METHODS),
+    _SMALLEST,
     *(_codes(2, method, ("minilm",)) for method in METHODS),
     *(_sampled(f"{count} texts", {"samples": count}) for count in (4, 16, 32)),
     *(_sampled(f"{count} tokens a text", {"tokens": count}) for count in (8, 16)),
@@ -152,6 +159,12 @@ FORMS = (
         max_drop=MAX_DROP,
     ),
 )
+# What a form is timed in turn with besides float32, by model and form: on one thread and on two.
+BESIDE = {
+    ("decoder", "kept"): _SMALLEST.name,
+    ("decoder", "ternary"): "rtn 4",
+    ("pair", "ternary"): "rtn 4",
+}
 # Why neither GPTQ nor AWQ reaches rounding to nearest, by model and bits, where that is so; the page shows it.
 NOTES: dict[tuple[str, int], str] = {}
 

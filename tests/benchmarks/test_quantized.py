@@ -11,7 +11,21 @@ import numpy as np
 import pytest
 
 from benchmarks import quantized
-from benchmarks.quantized import NAME, PAGE, bits_of, build, facts, lacking, main, missing, page_section, seen, timed
+from benchmarks.quantized import (
+    NAME,
+    PAGE,
+    bits_of,
+    build,
+    decodes,
+    facts,
+    in_turn,
+    lacking,
+    main,
+    missing,
+    page_section,
+    seen,
+    timed,
+)
 from benchmarks.quantized_models import FLOAT, FORMS, GROUP, MODELS, NOTES, ROWS, learns, row_name, settings_of
 from benchmarks.stored import read_result, section
 from edgepipe.artifacts import Json
@@ -108,9 +122,10 @@ def test_what_smollm2_came_on_is_kept() -> None:
     if "kept" not in rows:
         pytest.skip("no row of SmolLM2 is stored yet")
     assert abs(value(rows["kept"]) / value(rows["float32"]) - 1) <= 0.005
-    kept, rounded = rows["kept"]["speed"], rows.get("rtn 4", {}).get("speed")
-    if kept and rounded:  # each beside the float32 bundle in turn with it
-        assert rounded["time_beside_float32"]["value"] / kept["time_beside_float32"]["value"] >= 0.75
+    speed = rows["kept"]["speed"]
+    if speed:
+        assert speed["beside"]["form"] == "rtn 4, embedding 4" and speed["beside"]["token_ms"].keys() == {"1", "2"}
+        assert all(ratio["value"] <= 1 / 0.75 for ratio in speed["beside"]["token_ms"].values())
 
 
 def test_speeds_are_those_of_their_samples() -> None:
@@ -160,6 +175,11 @@ def test_one_row_from_source_to_speed(tmp_path: Path, tiny_model_dir: Path, monk
     speed = timed(bundle.path, floats.path)
     assert speed["tokens_per_second"].keys() == speed["samples_ms"].keys() == {"bundle", "float32"}
     assert speed["time_beside_float32"]["low"] <= speed["time_beside_float32"]["high"]
+    beside = in_turn(bundle.path, floats.path)
+    assert all(beside[threads]["low"] <= beside[threads]["high"] for threads in ("1", "2"))
+    said = decodes(form, {form.name: {"speed": {"beside": {"form": "float32", "token_ms": beside}}}})
+    assert said.startswith(f"Tokens a second, {form.label} ÷ float32, in turn: ") and said.endswith("on 2 threads")
+    assert f"{1 / beside['2']['value']:.2f} (" in said
 
 
 def test_what_is_learnt_from_is_not_scored_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
