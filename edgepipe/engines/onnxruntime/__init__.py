@@ -1,8 +1,7 @@
 """Lower the portable dialect for onnxruntime: fused operators, packed weights, one memory-mapped file for all graphs.
 
 The order is the list below. Each pass is one file, says what it rewrites and what it leaves alone. Graphs that the
-framework's exporter traced keep their inputs and outputs, and so do a student's encoder and scorer; the attention of
-traced ones stays the standard operator.
+framework's exporter traced keep their inputs and outputs, and so do a student's encoder and scorer.
 
 Lowered graph `decoder` of the builders (docs/bundle.md): input_ids, seqlens_k, total_sequence_length,
 logits_positions and the caches past_key.i / past_value.i [batch, kv_heads, context, head_dim] → logits, and the same
@@ -28,6 +27,7 @@ from edgepipe.engines.onnxruntime.place_weights import place_weights
 from edgepipe.engines.onnxruntime.planned import FILE_NAME, WeightsFile
 from edgepipe.engines.onnxruntime.round_tokens import round_tokens
 from edgepipe.engines.onnxruntime.source_codes import source_codes
+from edgepipe.engines.onnxruntime.whole_heads import whole_heads
 from edgepipe.errors import TargetError
 from edgepipe.students.config import is_student
 
@@ -70,6 +70,8 @@ def lower(
             join_projections(graph, model.weights, rounded)
         if built:
             fuse_reading(graph)
+        else:
+            whole_heads(graph)
         cached = preallocated and name == "decoder"
         if cached:
             fuse_attention(graph, model.spec, CACHE_DTYPES[cache_dtype], scales)
