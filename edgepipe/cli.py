@@ -77,6 +77,7 @@ def main() -> None:
 @click.option("--never-slower", is_flag=True, help="Keep only grids that are no slower here than floats.")
 @click.option("--steps", type=int, help="Steps the student is trained for.")
 @click.option("--minutes", type=float, help="Minutes it is trained for, in place of steps.  [default: 20]")
+@click.option("--prune", type=float, metavar="RATIO", help="Cut this share of FFN channels and heads (docs/prune.md).")
 @click.option("--out", type=click.Path(path_type=Path), help="Where the bundle goes.  [default: runs/NAME/bundle]")
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="A recipe in TOML.")
 @click.option("--set", "settings", multiple=True, metavar="STAGE.OPTION=VALUE", help="Set one option of a stage.")
@@ -102,6 +103,7 @@ def compress_command(
     never_slower: bool,
     steps: int | None,
     minutes: float | None,
+    prune: float | None,
     out: Path | None,
     recipe_file: Path | None,
     settings: tuple[str, ...],
@@ -130,10 +132,11 @@ def compress_command(
     flags: list[tuple[str, str, object]] = [("trim", "data", trim_vocab), ("quantize", "bits", number_of(bits))]
     flags += [("quantize", "embedding_bits", embedding_bits), ("export", "context", context)]
     flags += [("distill", "student", student), ("distill", "data", data)]
-    flags += [("distill", "steps", steps), ("distill", "minutes", minutes)]
+    flags += [("distill", "steps", steps), ("distill", "minutes", minutes), ("prune", "ratio", prune)]
     chosen = [parse_setting(text) for text in settings]
     chosen += [(stage, option, value) for stage, option, value in flags if value is not None]
     before = [stage for stage, asked in (("trim", trim_vocab), ("distill", student)) if asked is not None]
+    before += ["prune"] if any(stage == "prune" for stage, _, _ in chosen) else []
     recipe = resolve(target=target, file=recipe_file, settings=chosen, seed=seed, before=before)
     _say(f"recipe: {json.dumps(recipe.to_json())}")
     if dry_run:

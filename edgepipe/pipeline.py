@@ -1,6 +1,6 @@
 """The whole program on one page: check the chain, run each stage, record it, save it, publish the bundle.
 
-    source ─▶ (trim) ─▶ (distill) ─▶ quantize ─▶ export ─▶ compile ─▶ measure
+    source ─▶ (trim) ─▶ (distill) ─▶ (prune) ─▶ quantize ─▶ export ─▶ compile ─▶ measure
 
 Every finished stage is saved under runs/NAME/NN-stage with a key over the contents it depends on. A second run with
 the same prefix reuses it, and a run that was stopped goes on after the last finished stage. The uncompressed baseline

@@ -24,6 +24,7 @@ from edgepipe.package_data import did_you_mean, fill_record
 from edgepipe.target import Target, load_target
 
 DEFAULT_STAGES = ("quantize", "export", "compile", "measure")
+_ORDER = ("trim", "distill", "prune", *DEFAULT_STAGES)  # where a stage goes that a flag asks for
 _TOP_LEVEL = ("target", "stages", "seed")
 
 Stage = Any  # an instance of the dataclass in stages/NAME.py: options, and a __call__ from artifact to artifact
@@ -108,15 +109,20 @@ def resolve(
 ) -> Recipe:
     """Build the recipe from a file and settings (later ones win); ConfigError says what is wrong with it.
 
-    `before` names stages that flags put in front of the recipe's, unless it has them in a place of its own. `stages`
-    are those of a verb that has no bundle: they end in a model, and no file names others.
+    `before` names stages that flags ask for: each goes in front of the first of the recipe's that usually comes later,
+    unless the recipe has it in a place of its own. `stages` are those of a verb that has no bundle: they end in a
+    model, and no file names others.
     """
     table = read_recipe_file(file) if file is not None else {}
     where = str(file) if file is not None else "the recipe"
     names = list(stages) if stages is not None else table.get("stages", list(DEFAULT_STAGES))
     if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
         raise ConfigError(f"{where}: stages must be a list of stage names, not {names!r}")
-    names = [*(name for name in before if name not in names), *names]
+    for name in before:
+        if name not in names:
+            later = _ORDER[_ORDER.index(name) :]
+            names = [*names]
+            names.insert(next((i for i, other in enumerate(names) if other in later), len(names)), name)
     if len(set(names)) < len(names):
         raise ConfigError(f"{where}: a stage is named twice in {', '.join(names)}")
     chosen_seed = seed if seed is not None else table.get("seed", 0)

@@ -103,7 +103,7 @@ def test_unknown_names_and_values(
         ('stages = ["export", "quantize", "compile"]', ("Quantize takes TorchModel", "given OnnxModel")),
         ('stages = ["compile"]', ("Compile takes OnnxModel", "given TorchModel")),
         ('stages = ["quantize", "export"]', ("end in OnnxModel",)),
-        ('stages = ["prune", "export", "compile"]', ("no stage 'prune'",)),
+        ('stages = ["shrink", "export", "compile"]', ("no stage 'shrink'",)),
         ('stages = ["quantize", "quantize", "export", "compile"]', ("named twice",)),
         ("stages = []", ("list of stage names",)),
         ('stagez = ["quantize"]', ("stagez", "unknown key")),

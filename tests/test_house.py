@@ -22,7 +22,7 @@ FLOORS = (
     {"", "errors", "artifacts", "package_data", "lock"},
     {"numerics"},
     {"weights", "target", "calibration", "rows", "sbom"},
-    {"store", "sources", "graph", "students", "training", "quantizers", "engines", "runtime"},
+    {"store", "sources", "graph", "students", "training", "quantizers", "pruning", "engines", "runtime"},
     {"machine"},
     {"bundle", "measuring", "report"},
     {"stages"},

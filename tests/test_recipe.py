@@ -146,8 +146,8 @@ def test_settings_of_another_form(text: str) -> None:
             r"^there is no stage 'quantise' \(did you mean 'quantize'\?\): known are compile, ",
         ),
         (
-            [("prune", "steps", 4)],
-            r"^there is no stage 'prune': known are compile, distill, export, measure, quantize, trim$",
+            [("shrink", "steps", 4)],
+            r"^there is no stage 'shrink': known are compile, distill, export, measure, prune, quantize, trim$",
         ),
         ([("", "bits", 4)], r"^there is no stage ''"),
         (
@@ -232,8 +232,8 @@ def test_values_at_the_edge_of_their_range(stage: str, option: str, values: tupl
         ('stages = ["quantize"]', "the stages end in TorchModel: the last one must be compile or measure"),
         ('stages = ["export"]', "the stages end in OnnxModel"),
         ('stages = ["export", "compile", "measure", "measure"]', "a stage is named twice in export, compile"),
-        ('stages = ["prune", "export", "compile"]', "^there is no stage 'prune': known are compile, distill"),
-        ('stages = ["prune", "export", "compile"]', "^there is no stage 'prune': known are"),
+        ('stages = ["shrink", "export", "compile"]', "^there is no stage 'shrink': known are compile, distill"),
+        ('stages = ["shrink", "export", "compile"]', "^there is no stage 'shrink': known are"),
         ('stages = ["Quantize"]', r"no stage 'Quantize' \(did you mean 'quantize'"),
         ('stages = ["../errors"]', "no stage '../errors'"),
         ("stages = []", r"mine\.toml: stages must be a list of stage names, not \[\]"),
@@ -246,8 +246,8 @@ def test_values_at_the_edge_of_their_range(stage: str, option: str, values: tupl
         ('target = ""', "target must be a name or a path, not ''"),
         ('target = "cpux"', r"unknown target 'cpux' \(did you mean 'cpu'"),
         ("bits = 4", r"mine\.toml: unknown key 'bits': known are target, stages, seed and a table per stage"),
-        ("[prune]", "^there is no stage 'prune'"),
-        ("[prune]\nratio = 0.3", "^there is no stage 'prune'"),
+        ("[shrink]", "^there is no stage 'shrink'"),
+        ("[shrink]\nratio = 0.3", "^there is no stage 'shrink'"),
         ("[quantize", r"mine\.toml is not valid TOML"),
         (
             'stages = ["export", "compile"]\n[quantize]\nbits = 4',
@@ -284,7 +284,7 @@ def test_a_negative_seed_from_a_flag() -> None:
 
 
 def test_every_stage_is_found_by_its_file() -> None:
-    assert list_stages() == ("compile", "distill", "export", "measure", "quantize", "trim")
+    assert list_stages() == ("compile", "distill", "export", "measure", "prune", "quantize", "trim")
     for name in list_stages():
         kind = find_stage(name)
         assert kind.__module__ == f"edgepipe.stages.{name}"

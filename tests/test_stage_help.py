@@ -50,9 +50,9 @@ def test_an_unknown_stage() -> None:
     with pytest.raises(ConfigError, match=r"no stage 'exporrt' \(did you mean 'export'"):
         stage_options_help("exporrt")
     with pytest.raises(
-        ConfigError, match="no stage 'prune': known are compile, distill, export, measure, quantize, trim"
+        ConfigError, match="no stage 'shrink': known are compile, distill, export, measure, prune, quantize, trim"
     ):
-        stage_options_help("prune")
+        stage_options_help("shrink")
 
 
 SOURCE = '''\

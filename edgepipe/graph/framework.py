@@ -64,10 +64,34 @@ def build_module(info: ModelInfo) -> Any:
     auto = getattr(transformers, TASKS[info.task].auto_class)
     try:
         with quiet():
-            return auto.from_config(config, dtype=torch.float32).eval()
+            module = auto.from_config(config, dtype=torch.float32).eval()
     except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"transformers has no {info.task} for model_type {config.model_type!r}: {reason}") from error
+    for layer, heads in (info.config.get("pruned_heads") or {}).items():
+        _take_heads(module, int(layer), len(heads))
+    return module
+
+
+def _take_heads(module: Any, layer: int, count: int) -> None:
+    """Take heads out of one attention of a model like BERT: its class makes as many as the width has room for.
+
+    Their number follows from the width of the projections when it runs, so only these change.
+    """
+    import torch
+
+    found = (part for name, part in module.named_modules() if name.endswith(f"encoder.layer.{layer}.attention"))
+    attention = next(found, None)
+    if attention is None:
+        raise ConfigError(f"config.json prunes heads of layer {layer}, which the model hasn't")
+    width = (attention.self.num_attention_heads - count) * attention.self.attention_head_size
+    if width < 1:
+        raise ConfigError(f"config.json prunes all heads of layer {layer}")
+    for name in ("query", "key", "value"):
+        setattr(attention.self, name, torch.nn.Linear(getattr(attention.self, name).in_features, width))
+    attention.output.dense = torch.nn.Linear(width, attention.output.dense.out_features)
+    attention.self.num_attention_heads -= count
+    attention.self.all_head_size = width
 
 
 def fill_module(module: Any, weights: WeightStore) -> None:

@@ -22,7 +22,8 @@ def framework_config(config: Json) -> Any:
 
     if not isinstance(config.get("model_type"), str):
         raise ConfigError(f"config.json says model_type is {config.get('model_type')!r}; expected the name of a family")
-    fields = {k: v for k, v in config.items() if k not in ("model_type", "transformers_version")}
+    # heads that were pruned are ours to take out (framework.py): transformers has dropped that
+    fields = {k: v for k, v in config.items() if k not in ("model_type", "transformers_version", "pruned_heads")}
     try:
         return transformers.AutoConfig.for_model(config["model_type"], **fields)
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:

@@ -200,8 +200,8 @@ def choose_channels(weights: WeightStore, shape: Shape, plan: StudentPlan, layer
         for i in layers:
             channels, neurons, heads = _importance(weights, shape, f"model.layers.{i}.")
             residual += channels
-            kept_ffn[i], kept_groups[i] = _largest(neurons, ffn), _largest(heads, groups)
-    return KeptChannels(hidden=_largest(residual, hidden), groups=kept_groups, ffn=kept_ffn)
+            kept_ffn[i], kept_groups[i] = largest(neurons, ffn), largest(heads, groups)
+    return KeptChannels(hidden=largest(residual, hidden), groups=kept_groups, ffn=kept_ffn)
 
 
 def _importance(weights: WeightStore, shape: Shape, p: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -221,7 +221,7 @@ def _importance(weights: WeightStore, shape: Shape, p: str) -> tuple[np.ndarray,
     return np.asarray(channels), neurons, np.asarray(heads)
 
 
-def _largest(scores: np.ndarray, count: int) -> np.ndarray:
+def largest(scores: np.ndarray, count: int) -> np.ndarray:
     """Return the indices of the largest scores, ascending; the first among equals."""
     return np.sort(np.argsort(-scores, kind="stable")[:count])
 
@@ -262,8 +262,8 @@ class _Copier:
         """Return one tensor of a teacher's layer with the rows and columns that are kept."""
         whole = self._weights.float32(f"model.layers.{layer}.{name}")
         s, kept = self._shape, self._kept
-        queries = _spans(kept.groups[layer], s.heads // s.kv_heads * s.head_dim)
-        keys = _spans(kept.groups[layer], s.head_dim)
+        queries = spans(kept.groups[layer], s.heads // s.kv_heads * s.head_dim)
+        keys = spans(kept.groups[layer], s.head_dim)
         part = name.split(".")[-2].removesuffix("_proj")
         rows = {"q": queries, "k": keys, "v": keys, "gate": kept.ffn[layer], "up": kept.ffn[layer]}
         columns = {"o": queries, "down": kept.ffn[layer]}
@@ -275,7 +275,7 @@ class _Copier:
         return value
 
 
-def _spans(groups: np.ndarray, width: int) -> np.ndarray:
+def spans(groups: np.ndarray, width: int) -> np.ndarray:
     """Return the indices of all elements of groups that are `width` long."""
     indices: np.ndarray = (groups[:, None] * width + np.arange(width)).ravel()
     return indices

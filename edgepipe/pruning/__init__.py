@@ -1,0 +1,1 @@
+"""Pruning: what depends on what in each family, what is least missed, cutting it out, masks, and recovery."""

@@ -1,0 +1,188 @@
+"""Prune: cut out FFN channels, attention heads, width and layers that matter least; the model really shrinks.
+
+What is cut is cut from every tensor it runs through (pruning/families.py), chosen by activations over calibration texts
+or by weights (pruning/importance.py). Sources: Minitron, arXiv:2407.14679; layers: ShortGPT, arXiv:2403.03853
+(docs/prune.md).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from edgepipe.artifacts import Context, Json, TorchModel
+from edgepipe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from edgepipe.pruning.families import Anatomy
+    from edgepipe.pruning.importance import Kept, Seen
+    from edgepipe.pruning.sizes import Sizes, Wanted
+    from edgepipe.quantizers.texts import Calibration
+
+_IMPORTANCE = ("activations", "magnitude")
+_LAYERS_BY = ("contribution", "spread")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prune:
+    """Options of the stage `prune`."""
+
+    ratio: float = (
+        0.25  # share of FFN channels and key/value groups (with their query heads) removed, from 0 to below 1
+    )
+    ffn: int = 0  # FFN channels kept in each layer; 0: as ratio says
+    kv_heads: int = 0  # key/value groups kept in each layer; 0: as ratio says
+    hidden: int = 0  # width of the residual stream; 0: the model's
+    layers: int = 0  # layers kept, of an encoder-decoder the encoder's; 0: all
+    decoder_layers: int = 0  # of an encoder-decoder; 0: all
+    importance: str = "activations"  # of channels and heads: activations (over calibration texts), magnitude
+    layers_by: str = "contribution"  # which layers stay: contribution (they change the stream most), spread (evenly)
+    calibration: str = ""  # texts it looks at: a set's name, a file, self (a decoder writes them); empty: everyday
+    samples: int = 128  # rows of ids it looks at, at most
+    tokens: int = 128  # ids of a row, at most
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        if not 0 <= self.ratio < 1:
+            raise ConfigError(
+                f"prune.ratio: expected a share from 0 to below 1, got {self.ratio:g}; something has to be left: the "
+                "nearest possible is what leaves one key/value group"
+            )
+        for name in ("ffn", "kv_heads", "hidden", "layers", "decoder_layers"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"prune.{name}: expected at least 1, or 0 for the default, got {getattr(self, name)}")
+        for name, known in (("importance", _IMPORTANCE), ("layers_by", _LAYERS_BY)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"prune.{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
+        for name, least in (("samples", 1), ("tokens", 8)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"prune.{name}: expected at least {least}, got {getattr(self, name)}")
+        if self.calibration and not self._looks:
+            raise ConfigError("prune.calibration: importance by magnitude looks at no texts: leave it out")
+
+    @property
+    def _looks(self) -> bool:
+        """Say whether texts are looked at."""
+        drops_layers = self.layers > 0 or self.decoder_layers > 0
+        return self.importance == "activations" or (drops_layers and self.layers_by == "contribution")
+
+    def reads(self) -> Json:
+        """Return the contents this stage depends on besides the model: its key changes with them."""
+        if not self._looks:
+            return {}
+        from edgepipe.quantizers.texts import fingerprint
+
+        return fingerprint(self._texts())
+
+    def check(self, model: TorchModel) -> None:
+        """Refuse a model without a table, sizes that can't be, and texts that can't be had."""
+        self._sizes(model)
+        if model.activations is not None:
+            raise ConfigError(
+                "prune comes before quantize where activations are rounded: their plan is for the widths quantize saw"
+            )
+        if self._looks:
+            from edgepipe.quantizers.texts import check_calibration
+
+            check_calibration(model.info, self._texts())
+
+    def __call__(self, model: TorchModel, ctx: Context) -> TorchModel:
+        """Return the smaller model; weights are cut when they are read."""
+        self.check(model)
+        return self._cut(model, ctx)
+
+    def _cut(self, model: TorchModel, ctx: Context) -> TorchModel:
+        from edgepipe.pruning.cut import cut_weights
+        from edgepipe.pruning.importance import by_activations, by_magnitude, choose, choose_layers
+        from edgepipe.pruning.sizes import pruned_config
+
+        anatomy, sizes = self._sizes(model)
+        seen = self._seen(model, anatomy, ctx) if self._looks else None
+        changes = seen.changes if seen is not None and self.layers_by == "contribution" else None
+        layers = choose_layers(anatomy, sizes, changes)
+        if seen is not None and self.importance == "activations":
+            scores = by_activations(model.weights, anatomy, layers, seen)
+        else:
+            scores = by_magnitude(model.weights, anatomy, layers)
+        kept, hidden = choose(anatomy, sizes, scores, layers)
+        rounds = any(record.stage == "quantize" for record in model.history)
+        cut = cut_weights(model, anatomy, kept, hidden, rounds=rounds)
+        if cut.decoded:
+            how = "rounded again on it" if rounds else "decoded"
+            ctx.note(f"{cut.decoded} tensors whose columns were cut between groups of their grid were {how}")
+        self._say(model, cut.weights.parameters, (anatomy, sizes, kept), ctx)
+        info = dataclasses.replace(
+            model.info,
+            config=pruned_config(model.info.config, anatomy, sizes, layers),
+            fingerprint=self._fingerprint(model, ctx.seed),
+        )
+        return dataclasses.replace(model, info=info, weights=cut.weights)
+
+    def _seen(self, model: TorchModel, anatomy: Anatomy, ctx: Context) -> Seen:
+        from edgepipe.pruning.importance import observe
+        from edgepipe.quantizers.modules import module_of
+        from edgepipe.quantizers.texts import batches
+
+        module: Any = module_of(model)
+        found = batches(model, self._texts(), seed=ctx.seed, module=module, progress=ctx.progress)
+        return observe(model, anatomy, module, found, ctx.progress)
+
+    def _say(
+        self,
+        model: TorchModel,
+        parameters: int,
+        shape: tuple[Anatomy, tuple[Sizes, ...], tuple[Kept, ...]],
+        ctx: Context,
+    ) -> None:
+        """Note what is left of what there was."""
+        before = model.weights.parameters
+        figures: Json = {"parameters": parameters, "parameters_before": before}
+        for stack, size, kept in zip(*(shape[0].stacks, shape[1], shape[2]), strict=True):
+            parts = [
+                f"{now} of {had} {what}"
+                for now, had, what in (
+                    (size.ffn, stack.ffn, "FFN channels"),
+                    (size.kv_heads, stack.kv_heads, "key/value groups"),
+                    (size.hidden, stack.hidden, "residual channels"),
+                    (size.layers, stack.layers, "layers"),
+                )
+                if now != had
+            ]
+            if size.layers != stack.layers:
+                parts[-1] += f" ({', '.join(map(str, kept.layers))})"
+            if parts:
+                ctx.note(f"{f'the {stack.name} ' if stack.name else ''}kept {', '.join(parts)}")
+        ctx.note(
+            f"{parameters / 1e6:.1f} of {before / 1e6:.1f} million parameters are left ({parameters / before:.0%})"
+        )
+        ctx.figures(figures)
+
+    def _sizes(self, model: TorchModel) -> tuple[Anatomy, tuple[Sizes, ...]]:
+        from edgepipe.pruning.families import anatomy_of
+        from edgepipe.pruning.importance import choose_layers
+        from edgepipe.pruning.sizes import check_outside, pruned_config, sizes_of
+
+        anatomy = anatomy_of(model)
+        sizes = sizes_of(anatomy, self._wanted(), model.info.name, model.info.config)
+        check_outside(anatomy, sizes, list(model.weights))
+        pruned_config(model.info.config, anatomy, sizes, choose_layers(anatomy, sizes, None))  # refuses what can't be
+        return anatomy, sizes
+
+    def _wanted(self) -> Wanted:
+        from edgepipe.pruning.sizes import Wanted
+
+        names = [field.name for field in dataclasses.fields(Wanted)]
+        return Wanted(**{name: getattr(self, name) for name in names})
+
+    def _texts(self) -> Calibration:
+        from edgepipe.quantizers.texts import Calibration
+
+        return Calibration(source=self.calibration, samples=self.samples, tokens=self.tokens)
+
+    def _fingerprint(self, model: TorchModel, seed: int) -> str:
+        """Return what tells the smaller model from others: the model's own, and all that decided the cut."""
+        decides = [model.info.fingerprint, dataclasses.asdict(self), self.reads(), seed]
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
