@@ -116,6 +116,17 @@ def round_again(weight: Weight, kind: tuple[int, int, bool]) -> Weight:
     return dataclasses.replace(weight, dtype=f"q{bits}", nbytes=nbytes, load=load, grid="rtn")
 
 
+def on_grids_again(changed: WeightStore, before: WeightStore) -> WeightStore:
+    """Return float weights on the kinds of grid that they were on before."""
+    found: dict[str, Weight] = {}
+    for name, weight in before.items():
+        if weight.grid is not None and changed[name].grid is None:
+            value = weight.load()
+            assert isinstance(value, QuantizedTensor), f"{name} says that it lies on a grid"
+            found[name] = round_again(changed[name], grid_kind(value))
+    return changed.replace(found)
+
+
 def _take(weight: Weight, places: Places) -> np.ndarray:
     """Read the kept values, decoded where they lie on a grid."""
     value = weight.load()

@@ -142,7 +142,7 @@ def rows_of(info: ModelInfo, calibration: Calibration, *, seed: int = 0) -> list
 
 
 def _length(info: ModelInfo, calibration: Calibration) -> int:
-    return min(calibration.tokens, _longest(info) or calibration.tokens)
+    return min(calibration.tokens, longest_of(info) or calibration.tokens)
 
 
 def _read(calibration: Calibration) -> Data:
@@ -203,7 +203,7 @@ def padding_of(info: ModelInfo) -> int:
     return value if type(value) is int and value >= 0 else 0
 
 
-def _longest(info: ModelInfo) -> int | None:
+def longest_of(info: ModelInfo) -> int | None:
     """Return the most tokens a text may have, if the model has a limit."""
     said = (info.sentence or {}).get("max_tokens")
     if is_student(info.config):

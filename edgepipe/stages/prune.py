@@ -1,8 +1,8 @@
 """Prune: cut out FFN channels, attention heads, width and layers that matter least; the model really shrinks.
 
 What is cut is cut from every tensor it runs through (pruning/families.py), chosen by activations over calibration texts
-or by weights (pruning/importance.py). Sources: Minitron, arXiv:2407.14679; layers: ShortGPT, arXiv:2403.03853
-(docs/prune.md).
+or by weights (pruning/importance.py); a short distillation wins back what was lost (pruning/recover.py). Sources:
+Minitron, arXiv:2407.14679; layers: ShortGPT, arXiv:2403.03853 (docs/prune.md).
 """
 
 from __future__ import annotations
@@ -21,7 +21,15 @@ if TYPE_CHECKING:
     from edgepipe.pruning.importance import Kept, Seen
     from edgepipe.pruning.sizes import Sizes, Wanted
     from edgepipe.quantizers.texts import Calibration
+    from edgepipe.stages.distill import Distill
+    from edgepipe.weights import WeightStore
 
+_RECOVERY = (  # options that mean something to recovery alone
+    *("data", "columns", "held_out", "own_texts", "alpha", "match_hidden", "learning_rate", "warmup", "batch", "rows"),
+    *("precision", "max_source", "max_target", "cut"),
+)
+_GENERATORS = ("own_texts", "alpha", "match_hidden", "max_target")  # of these, what encoders have no use for
+_TRAINERS = ("accelerate",)  # whose version decides a trained model's bytes, beside those that decide all results'
 _IMPORTANCE = ("activations", "magnitude")
 _LAYERS_BY = ("contribution", "spread")
 
@@ -43,6 +51,22 @@ class Prune:
     calibration: str = ""  # texts it looks at: a set's name, a file, self (a decoder writes them); empty: everyday
     samples: int = 128  # rows of ids it looks at, at most
     tokens: int = 128  # ids of a row, at most
+    # --- recovery: distillation from the model as it was, through the trainer of distill
+    recover_steps: int = 0  # optimizer steps; 0: none
+    data: str = ""  # what it learns from, as in distill; empty: a decoder writes its own texts
+    columns: str = ""  # where parts stand that the file names otherwise: source=mr,target=ref
+    held_out: float = 0.05  # share of the data that is kept aside to judge by
+    own_texts: int = 2000  # texts that a decoder writes when there are no data
+    alpha: float = 0.9  # weight of the whole model's distribution beside the targets, in [0, 1]
+    match_hidden: float = 0.0  # weight of the distance to the whole model's hidden states
+    learning_rate: float = 1e-4  # highest one, after the warm-up
+    warmup: int = 20  # steps until the learning rate is at its highest
+    batch: int = 32  # examples of a step
+    rows: int = 0  # examples that run at once, what memory holds; 0: the batch
+    precision: str = "auto"  # auto, bf16, no; auto: bf16 where the machine gains by it
+    max_source: int = 128  # tokens of a source or text
+    max_target: int = 128  # tokens of a target
+    cut: bool = False  # cut what is longer; else it is refused, by file and line
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
@@ -62,6 +86,21 @@ class Prune:
                 raise ConfigError(f"prune.{name}: expected at least {least}, got {getattr(self, name)}")
         if self.calibration and not self._looks:
             raise ConfigError("prune.calibration: importance by magnitude looks at no texts: leave it out")
+        self._check_recovery_options()
+
+    def _check_recovery_options(self) -> None:
+        """Refuse options of recovery that are out of range, or belong to none."""
+        if self.recover_steps < 0:
+            raise ConfigError(f"prune.recover_steps: expected at least 0, got {self.recover_steps}")
+        usual = {field.name: field.default for field in dataclasses.fields(self)}
+        given = [name for name in _RECOVERY if getattr(self, name) != usual[name]]
+        if given and not self.recover_steps:
+            raise ConfigError(f"prune.{given[0]} is for recovery: set prune.recover_steps, or leave it out")
+        if self.recover_steps:
+            try:
+                self._teaching("encoder-decoder", ())
+            except ConfigError as error:
+                raise ConfigError(str(error).replace("distill.", "prune.")) from None
 
     @property
     def _looks(self) -> bool:
@@ -71,11 +110,20 @@ class Prune:
 
     def reads(self) -> Json:
         """Return the contents this stage depends on besides the model: its key changes with them."""
-        if not self._looks:
-            return {}
-        from edgepipe.quantizers.texts import fingerprint
+        read: Json = {}
+        if self._looks:
+            from edgepipe.quantizers.texts import fingerprint
 
-        return fingerprint(self._texts())
+            read |= fingerprint(self._texts())
+        if self.recover_steps:
+            from edgepipe.store import versions
+
+            read["versions"] = versions(_TRAINERS)
+        if self.data:
+            from edgepipe.training.data import read_data
+
+            read["data"] = read_data(self.data, columns=self.columns, option="prune.columns").sha256
+        return read
 
     def check(self, model: TorchModel) -> None:
         """Refuse a model without a table, sizes that can't be, and texts that can't be had."""
@@ -88,13 +136,59 @@ class Prune:
             from edgepipe.quantizers.texts import check_calibration
 
             check_calibration(model.info, self._texts())
+        if self.recover_steps:
+            self._check_recovery(model)
+
+    def _check_recovery(self, model: TorchModel) -> None:
+        """Refuse what can't be taught again, or from these data."""
+        from edgepipe.pruning.recover import check_recovery, kind_of
+        from edgepipe.training.course import check_options
+        from edgepipe.training.processes import several
+
+        if several():
+            raise ConfigError("prune.recover_steps trains in one process: start edgepipe without a launcher")
+        kind = kind_of(model)
+        usual = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in _GENERATORS:
+            if kind == "encoder" and getattr(self, name) != usual[name]:
+                raise ConfigError(
+                    f"prune.{name} means nothing to an encoder, and {model.info.name} is one: leave it out"
+                )
+        options = self._teaching(kind, ())
+        try:
+            check_options(options)
+            check_recovery(model, options)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("distill.", "prune.")) from None
 
     def __call__(self, model: TorchModel, ctx: Context) -> TorchModel:
-        """Return the smaller model; weights are cut when they are read."""
+        """Return the smaller model; weights are cut when they are read, or those that recovery left."""
         self.check(model)
-        return self._cut(model, ctx)
+        smaller, kept = self._cut(model, ctx)
+        if not self.recover_steps:
+            return smaller
+        return dataclasses.replace(smaller, weights=self._recovered(model, smaller, kept, ctx))
 
-    def _cut(self, model: TorchModel, ctx: Context) -> TorchModel:
+    def _recovered(self, model: TorchModel, smaller: TorchModel, kept: tuple[Kept, ...], ctx: Context) -> WeightStore:
+        """Return the smaller model's weights after distillation, on the grids they were on behind quantize."""
+        from edgepipe.pruning.cut import on_grids_again
+        from edgepipe.pruning.recover import kind_of, recover
+
+        options = self._teaching(kind_of(model), kept[-1].layers)
+        weights = recover(model, smaller, kept, options, ctx)
+        return on_grids_again(weights, smaller.weights) if _after_quantize(model) else weights
+
+    def _teaching(self, kind: str, layers: tuple[int, ...]) -> Distill:
+        """Return the same as options of distill, whose trainer does the work; `layers` are those a decoder kept."""
+        from edgepipe.stages.distill import Distill
+
+        given = {name: getattr(self, name) for name in _RECOVERY if kind != "encoder" or name not in _GENERATORS}
+        if kind == "decoder":
+            given["decoder_from"] = layers
+        return Distill(student=kind, steps=self.recover_steps, **given)
+
+    def _cut(self, model: TorchModel, ctx: Context) -> tuple[TorchModel, tuple[Kept, ...]]:
+        """Return the smaller model, and what its stacks kept."""
         from edgepipe.pruning.cut import cut_weights
         from edgepipe.pruning.importance import by_activations, by_magnitude, choose, choose_layers
         from edgepipe.pruning.sizes import pruned_config
@@ -108,7 +202,7 @@ class Prune:
         else:
             scores = by_magnitude(model.weights, anatomy, layers)
         kept, hidden = choose(anatomy, sizes, scores, layers)
-        rounds = any(record.stage == "quantize" for record in model.history)
+        rounds = _after_quantize(model)
         cut = cut_weights(model, anatomy, kept, hidden, rounds=rounds)
         if cut.decoded:
             how = "rounded again on it" if rounds else "decoded"
@@ -119,7 +213,7 @@ class Prune:
             config=pruned_config(model.info.config, anatomy, sizes, layers),
             fingerprint=self._fingerprint(model, ctx.seed),
         )
-        return dataclasses.replace(model, info=info, weights=cut.weights)
+        return dataclasses.replace(model, info=info, weights=cut.weights), kept
 
     def _seen(self, model: TorchModel, anatomy: Anatomy, ctx: Context) -> Seen:
         from edgepipe.pruning.importance import observe
@@ -186,3 +280,8 @@ class Prune:
         """Return what tells the smaller model from others: the model's own, and all that decided the cut."""
         decides = [model.info.fingerprint, dataclasses.asdict(self), self.reads(), seed]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+def _after_quantize(model: TorchModel) -> bool:
+    """Say whether quantize came before: then what leaves its grid is rounded on it again."""
+    return any(record.stage == "quantize" for record in model.history)

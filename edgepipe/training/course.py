@@ -95,8 +95,10 @@ class _PairReading:
         return dataclasses.replace(halves, sources=sources)
 
 
-def teach_generator(model: TorchModel, options: Distill, ctx: Context) -> TorchModel:
-    """Return an encoder-decoder or decoder student of `model`, trained as the options say."""
+def teach_generator(
+    model: TorchModel, options: Distill, ctx: Context, made: Decoder | EncoderDecoder | None = None
+) -> TorchModel:
+    """Return an encoder-decoder or decoder student of `model`, trained as the options say; `made`: this one."""
     if options.untaught:
         files = model.info.tokenizer
         if options.student == "encoder-decoder":
@@ -105,8 +107,8 @@ def teach_generator(model: TorchModel, options: Distill, ctx: Context) -> TorchM
     folder = kept_folder(ctx)
     teacher = Lazy(model)
     tokens = min(2 * options.max_source, 2 * options.max_target)
-    data = _given(options) if options.data else own_texts(teacher, options, ctx, folder, tokens)
-    reading = _reading(model, options, data)
+    data = given_data(options) if options.data else own_texts(teacher, options, ctx, folder, tokens)
+    reading = pair_reading(model, options, data)
     train_part, held_part = hold_out(data, options.held_out, SPLIT_SEED)
     reads = reading if options.data else _cutting(reading)
     examples, held_out = (reads.examples(part, ctx.note) for part in (train_part, held_part))
@@ -124,7 +126,7 @@ def teach_generator(model: TorchModel, options: Distill, ctx: Context) -> TorchM
         written = _teacher_targets(train_part, examples, reading, teacher, folder, ctx)
         ctx.note(f"the teacher wrote {len(written.records)} targets")
         examples = _cutting(reading).examples(written, ctx.note)
-    student = new_student(model, options, ctx)
+    student = new_student(model, options, ctx) if made is None else made
     assert isinstance(student, Decoder | EncoderDecoder)
     how = distil_options(options, ctx.seed)
     objective, module = _objective(student, teacher, examples, (options, how), folder, ctx)
@@ -310,7 +312,7 @@ def own_texts(teacher: Lazy, options: Distill, ctx: Context, folder: Path, token
     return data
 
 
-def _given(options: Distill) -> TrainingData:
+def given_data(options: Distill) -> TrainingData:
     """Read the data that were given; ConfigError when a generator can't learn from them."""
     data = read_data(options.data, columns=options.columns, option="distill.columns")
     if data.form not in ("source-target", "text"):
@@ -323,11 +325,11 @@ def _given(options: Distill) -> TrainingData:
 
 def check_data(model: TorchModel, options: Distill) -> None:
     """Refuse data with a text that is too long, or that a generator can't learn from, before anything is made of it."""
-    data = _given(options)
-    _reading(model, options, data).examples(data, lambda _note: None)
+    data = given_data(options)
+    pair_reading(model, options, data).examples(data, lambda _note: None)
 
 
-def _reading(model: TorchModel, options: Distill, data: TrainingData) -> _PairReading:
+def pair_reading(model: TorchModel, options: Distill, data: TrainingData) -> _PairReading:
     """Return how texts become ids: sources end with the end token, but a text that a decoder continues has no end."""
     tokens = teacher_tokens(model.info)
     special = Special(start=tokens["decoder_start_token_id"], eos=tokens["pad_token_id"], pad=tokens["pad_token_id"])

@@ -40,6 +40,7 @@ from edgepipe.training.parts import WEIGHT, Counts, Prepare, factor
 from edgepipe.training.scores import Scores
 from edgepipe.training.teacher import Judged, Teacher, judge
 
+AnyTeacher = Teacher | Decoder | EncoderDecoder  # transformers' decoder, or what a student of its own kind was cut from
 _SAMPLES, _SOURCES = "samples", "sources"  # means over other things than the data's targets (parts.py)
 
 
@@ -144,9 +145,18 @@ def likelihood(module: nn.Module, batch: Batch, _step: int) -> Step:
     return Step(loss, mask.sum(), {"accuracy": masked_mean(right, mask)})
 
 
+def ask(teacher: AnyTeacher, batch: Batch, *, states: bool = False) -> Judged:
+    """Return what a teacher says of a batch; a student's module may be one, of a smaller student of its own kind."""
+    if isinstance(teacher, Teacher):
+        return judge(teacher, batch, states=states)
+    with torch.no_grad():
+        run = run_student(teacher.to(batch["source"].device), batch)
+    return Judged(run.logits, run.encoder_states, run.decoder_states)
+
+
 def distillation(
     options: DistilOptions,
-    teacher: Teacher | None = None,
+    teacher: AnyTeacher | None = None,
     scores: Scores | None = None,
     layers: LayerMap | None = None,
     vocab: int | None = None,
@@ -175,7 +185,7 @@ def distillation(
         on_policy = _is_on_policy(options, step)
         judged = None
         if teacher is not None and (options.match_hidden or (options.alpha and not on_policy and scores is None)):
-            judged = judge(teacher, batch, states=options.match_hidden > 0)
+            judged = ask(teacher, batch, states=options.match_hidden > 0)
         if options.alpha:
             if on_policy:
                 assert teacher is not None
@@ -238,14 +248,18 @@ def _is_on_policy(options: DistilOptions, step: int) -> bool:
 
 
 def _sampled_divergence(
-    student: Decoder | EncoderDecoder, teacher: Teacher, batch: Batch, options: DistilOptions, step: int
+    student: Decoder | EncoderDecoder,
+    teacher: AnyTeacher,
+    batch: Batch,
+    options: DistilOptions,
+    step: int,
 ) -> Tensor:
     """Let the student write, the teacher score what it wrote, and return their divergence there."""
     target = batch[_SAMPLES] if _SAMPLES in batch else sample(student, batch, options, step)
     start = batch["decoder_input"][:, :1]
     written = {**batch, "target": target, "decoder_input": torch.cat([start, target[:, :-1].clamp_min(0)], 1)}
     logits = run_student(student, written).logits
-    mean = masked_mean(_divergence(logits, judge(teacher, written).logits, options), target != IGNORED)
+    mean = masked_mean(_divergence(logits, ask(teacher, written).logits, options), target != IGNORED)
     return mean * factor(batch, _SAMPLES)
 
 

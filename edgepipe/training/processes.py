@@ -63,6 +63,11 @@ def _launched() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def several() -> bool:
+    """Say whether a launcher started more than one process."""
+    return _launched()[1] > 1
+
+
 def follows() -> bool:
     """Say whether this process is there to help the first one."""
     number, count = _launched()
