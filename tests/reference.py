@@ -422,3 +422,36 @@ def ternary_naively(weight: np.ndarray, measure: str) -> tuple[np.ndarray, np.fl
     for place, value in np.ndenumerate(weight):
         levels[place] = min(max(int(np.rint(np.float32(value) / np.float32(scale))), -1), 1)
     return levels, scale
+
+
+def masked_naively(scores: np.ndarray, share: float, kept: int, of: int) -> np.ndarray:
+    """Return which weights stay, row by row: the `kept` largest of every `of`, or all but a share of the row."""
+    mask = np.zeros(scores.shape, bool)
+    for row, values in enumerate(scores):
+        width = of or len(values)
+        stay = kept if of else len(values) - round(share * len(values))
+        for start in range(0, len(values), width):
+            places = sorted(range(start, start + width), key=lambda i: (-values[i], i))
+            mask[row, places[:stay]] = True
+    return mask
+
+
+def sparsegpt_naively(weight: np.ndarray, gram: np.ndarray, kept: int, of: int) -> np.ndarray:
+    """Remove column by column by the optimal brain surgeon's formula, the inverse computed anew each time. → values"""
+    values = weight.astype(np.float64)
+    rows, columns = values.shape
+    damped = gram.astype(np.float64) + 0.01 * np.mean(np.diag(gram)) * np.eye(columns)
+    pivots = [np.linalg.inv(damped[i:, i:])[0, 0] for i in range(columns)]
+    alive = np.ones(values.shape, bool)
+    for i in range(columns):
+        if i % of == 0:
+            scores = np.stack([values[:, j] ** 2 / pivots[j] for j in range(i, i + of)], 1)
+            alive[:, i : i + of] = masked_naively(scores, 0.0, kept, of)
+        inverse = np.linalg.inv(damped[i:, i:])
+        for row in range(rows):
+            if not alive[row, i]:
+                error = values[row, i] / inverse[0, 0]
+                for j in range(i, columns):
+                    values[row, j] -= error * inverse[0, j - i]
+                values[row, i] = 0
+    return values

@@ -4,7 +4,8 @@
 
 With U the upper Cholesky factor of H⁻¹, rounding column i with the error e = (w_i − q_i) / U_ii moves every later
 column j by −e · U_ij. A group's grid is chosen when its first column is reached, from weights that already carry the
-corrections, and on the grid that ships: scales in float16, the whole range of codes.
+corrections, and on the grid that ships: scales in float16, the whole range of codes. A weight that is exactly zero was
+pruned: it stays zero, and the columns behind it make up for that too.
 Source: Frantar et al., arXiv:2210.17323, algorithm 1. `docs/quantize.md` says why this isn't the library's.
 """
 
@@ -35,17 +36,18 @@ def compensate(weight: np.ndarray, gram: np.ndarray, grid: Grid) -> QuantizedTen
     values = weight.astype(np.float32)  # a copy, which the corrections go into
     if not (np.isfinite(values).all() and np.isfinite(gram).all()):
         raise ValueError("the weight or its inputs have values that are not finite")
+    alive = values != 0
     factor = inverse_factor(gram)
     rows, columns = values.shape
     scales, zeros = [], []
     points = np.empty_like(values)
     for start in range(0, columns, grid.group):
         stop = min(start + grid.group, columns)
-        scale, zero = group_grid(values[:, start:stop], grid)
+        scale, zero = group_grid(values[:, start:stop] * alive[:, start:stop], grid)
         errors = np.empty((rows, stop - start), np.float32)
         for i in range(start, stop):
             column = values[:, i : i + 1]
-            points[:, i : i + 1] = nearest(column, scale, zero, grid.bits)
+            points[:, i : i + 1] = nearest(column, scale, zero, grid.bits) * alive[:, i : i + 1]
             errors[:, i - start] = ((column - points[:, i : i + 1]) / factor[i, i])[:, 0]
             values[:, i + 1 : stop] -= errors[:, i - start, None] * factor[i, i + 1 : stop]
         values[:, stop:] -= errors @ factor[start:stop, stop:]

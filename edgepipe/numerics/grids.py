@@ -9,6 +9,7 @@ Source: ggml-quants.c (Q4_0, Q4_1); Jacob et al., arXiv:1712.05877, for the zero
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -173,6 +174,23 @@ def on_grid(weight: np.ndarray, scale: np.ndarray, zero: np.ndarray | None, grid
         zero_points=zeros,
         source_grid=source,
     )
+
+
+def pin_zeros(tensor: QuantizedTensor, zeros: np.ndarray) -> QuantizedTensor:
+    """Return a tensor whose values are exactly 0 where `zeros` [out, in] says so: both kinds of offset have that code.
+
+    A grid with float minima need not have it, and isn't taken.
+    """
+    if tensor.minima is not None:
+        raise ValueError("a grid with minima has no code for zero")
+    rows, columns = tensor.shape
+    codes = unpack(np.asarray(tensor.codes), tensor.bits).reshape(rows, tensor.groups, tensor.group).copy()
+    middle = np.full((rows, tensor.groups), 1 << (tensor.bits - 1), np.uint8)
+    zero = (middle if tensor.zero_points is None else np.asarray(tensor.zero_points))[..., None]
+    padded = np.zeros((rows, tensor.groups * tensor.group), bool)
+    padded[:, :columns] = zeros
+    codes = np.where(padded.reshape(codes.shape), zero, codes)
+    return dataclasses.replace(tensor, codes=pack(codes.reshape(rows, -1), tensor.bits))
 
 
 def _round_blocks(blocks: np.ndarray, bits: int, symmetric: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from edgepipe.artifacts import QuantizedTensor, TorchModel
 from edgepipe.errors import ConfigError, StageError, TargetError
-from edgepipe.numerics.grids import Grid, check_values, dequantize
+from edgepipe.numerics.grids import Grid, check_values, dequantize, pin_zeros
 from edgepipe.quantizers import WITHOUT_DATA
 from edgepipe.quantizers.texts import Calibration, batches, check_calibration
 from edgepipe.store import versions
@@ -83,8 +83,16 @@ def choose_codes(
         except ValueError as error:
             raise StageError(f"{name} cannot be quantized: {error}") from error
     if method == "hqq":
-        return _without_data(model, grids, progress)
-    return _with_data(model, grids, method, calibration, seed, progress)
+        found = _without_data(model, grids, progress)
+    else:
+        found = _with_data(model, grids, method, calibration, seed, progress)
+    return replace(found, tensors={name: _masked(value, model, name) for name, value in found.tensors.items()})
+
+
+def _masked(value: QuantizedTensor, model: TorchModel, name: str) -> QuantizedTensor:
+    """Return a tensor that is zero where the weight was: pruned weights stay pruned, whatever a method learned."""
+    zeros = model.weights.float32(name) == 0
+    return pin_zeros(value, zeros) if zeros.any() else value
 
 
 def _without_data(model: TorchModel, grids: Mapping[str, Grid], progress: Progress) -> Found:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from edgepipe.pruning.families import Anatomy
     from edgepipe.pruning.importance import Kept, Seen
     from edgepipe.pruning.sizes import Sizes, Wanted
-    from edgepipe.quantizers.texts import Calibration
+    from edgepipe.quantizers.texts import Batch, Calibration
     from edgepipe.stages.distill import Distill
     from edgepipe.weights import WeightStore
 
@@ -48,6 +48,9 @@ class Prune:
     decoder_layers: int = 0  # of an encoder-decoder; 0: all
     importance: str = "activations"  # of channels and heads: activations (over calibration texts), magnitude
     layers_by: str = "contribution"  # which layers stay: contribution (they change the stream most), spread (evenly)
+    sparsity: float = 0.0  # share of the weights of what is left that become zero, from 0 to below 1; shapes stay
+    pattern: str = ""  # zeros in a pattern instead, N of M neighbours kept: 2:4, 4:8
+    mask: str = "wanda"  # which weights become zero: magnitude, wanda, sparsegpt (the others make up for them)
     calibration: str = ""  # texts it looks at: a set's name, a file, self (a decoder writes them); empty: everyday
     samples: int = 128  # rows of ids it looks at, at most
     tokens: int = 128  # ids of a row, at most
@@ -84,9 +87,19 @@ class Prune:
         for name, least in (("samples", 1), ("tokens", 8)):
             if getattr(self, name) < least:
                 raise ConfigError(f"prune.{name}: expected at least {least}, got {getattr(self, name)}")
+        self._check_mask()
         if self.calibration and not self._looks:
             raise ConfigError("prune.calibration: importance by magnitude looks at no texts: leave it out")
         self._check_recovery_options()
+
+    def _check_mask(self) -> None:
+        """Refuse masks that can't be, and a choice of weights without one."""
+        from edgepipe.pruning.masks import MASKS, parse_pattern
+
+        if self.mask not in MASKS:
+            raise ConfigError(f"prune.mask: expected one of {', '.join(MASKS)}, got {self.mask!r}")
+        if parse_pattern(self.sparsity, self.pattern) is None and self.mask != "wanda":
+            raise ConfigError("prune.mask is for zeros: set prune.sparsity or prune.pattern, or leave it out")
 
     def _check_recovery_options(self) -> None:
         """Refuse options of recovery that are out of range, or belong to none."""
@@ -105,8 +118,14 @@ class Prune:
     @property
     def _looks(self) -> bool:
         """Say whether texts are looked at."""
-        drops_layers = self.layers > 0 or self.decoder_layers > 0
-        return self.importance == "activations" or (drops_layers and self.layers_by == "contribution")
+        return self._looks_before or (bool(self.sparsity or self.pattern) and self.mask != "magnitude")
+
+    @property
+    def _looks_before(self) -> bool:
+        """Say whether texts go through the model as it comes: something is cut, and they choose what."""
+        layers = self.layers > 0 or self.decoder_layers > 0
+        cuts = layers or bool(self.ratio or self.ffn or self.kv_heads or self.hidden)
+        return cuts and (self.importance == "activations" or (layers and self.layers_by == "contribution"))
 
     def reads(self) -> Json:
         """Return the contents this stage depends on besides the model: its key changes with them."""
@@ -165,9 +184,28 @@ class Prune:
         """Return the smaller model; weights are cut when they are read, or those that recovery left."""
         self.check(model)
         smaller, kept = self._cut(model, ctx)
+        smaller = self._masked(smaller, ctx)
         if not self.recover_steps:
             return smaller
         return dataclasses.replace(smaller, weights=self._recovered(model, smaller, kept, ctx))
+
+    def _masked(self, model: TorchModel, ctx: Context) -> TorchModel:
+        """Return the model with zeros in its matrices, as far as they are asked for."""
+        from edgepipe.pruning.cut import on_grids_again
+        from edgepipe.pruning.families import anatomy_of
+        from edgepipe.pruning.masks import mask_weights, parse_pattern, say
+
+        pattern = parse_pattern(self.sparsity, self.pattern)
+        if pattern is None:
+            return model
+        module: Any = None
+        found: list[Batch] = []
+        if self.mask != "magnitude":
+            module, found = self._texts_for(model, ctx)
+        masked = mask_weights(model, anatomy_of(model), pattern, self.mask, found, module, ctx.progress)
+        say(masked, pattern, self.mask, ctx)
+        weights = on_grids_again(masked.weights, model.weights) if _after_quantize(model) else masked.weights
+        return dataclasses.replace(model, weights=weights)
 
     def _recovered(self, model: TorchModel, smaller: TorchModel, kept: tuple[Kept, ...], ctx: Context) -> WeightStore:
         """Return the smaller model's weights after distillation, on the grids they were on behind quantize."""
@@ -194,7 +232,7 @@ class Prune:
         from edgepipe.pruning.sizes import pruned_config
 
         anatomy, sizes = self._sizes(model)
-        seen = self._seen(model, anatomy, ctx) if self._looks else None
+        seen = self._seen(model, anatomy, ctx) if self._looks_before else None
         changes = seen.changes if seen is not None and self.layers_by == "contribution" else None
         layers = choose_layers(anatomy, sizes, changes)
         if seen is not None and self.importance == "activations":
@@ -217,12 +255,17 @@ class Prune:
 
     def _seen(self, model: TorchModel, anatomy: Anatomy, ctx: Context) -> Seen:
         from edgepipe.pruning.importance import observe
+
+        module, found = self._texts_for(model, ctx)
+        return observe(model, anatomy, module, found, ctx.progress)
+
+    def _texts_for(self, model: TorchModel, ctx: Context) -> tuple[Any, list[Batch]]:
+        """Return a model's module and the calibration texts as batches."""
         from edgepipe.quantizers.modules import module_of
         from edgepipe.quantizers.texts import batches
 
         module: Any = module_of(model)
-        found = batches(model, self._texts(), seed=ctx.seed, module=module, progress=ctx.progress)
-        return observe(model, anatomy, module, found, ctx.progress)
+        return module, batches(model, self._texts(), seed=ctx.seed, module=module, progress=ctx.progress)
 
     def _say(
         self,
@@ -257,12 +300,14 @@ class Prune:
     def _sizes(self, model: TorchModel) -> tuple[Anatomy, tuple[Sizes, ...]]:
         from edgepipe.pruning.families import anatomy_of
         from edgepipe.pruning.importance import choose_layers
+        from edgepipe.pruning.masks import check_pattern, parse_pattern
         from edgepipe.pruning.sizes import check_outside, pruned_config, sizes_of
 
         anatomy = anatomy_of(model)
         sizes = sizes_of(anatomy, self._wanted(), model.info.name, model.info.config)
         check_outside(anatomy, sizes, list(model.weights))
         pruned_config(model.info.config, anatomy, sizes, choose_layers(anatomy, sizes, None))  # refuses what can't be
+        check_pattern(anatomy, sizes, parse_pattern(self.sparsity, self.pattern))
         return anatomy, sizes
 
     def _wanted(self) -> Wanted:

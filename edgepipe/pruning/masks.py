@@ -1,0 +1,143 @@
+"""Put masks on the matrices of a model's blocks, block by block, so that later ones see what earlier ones lost.
+
+Embedding, head and vectors stay as they are: a token's row is read alone, and vectors are small. The scores are
+numerics/sparsity.py's. Zeros are exact, and stay: training keeps them (recover.keep_zeros), every grid of quantize has
+a code for zero, and its methods leave zeros alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgepipe.artifacts import Context, TorchModel
+from edgepipe.errors import ConfigError
+from edgepipe.numerics.sparsity import Pattern, keep_mask, packed_share, wanda_scores, without
+from edgepipe.pruning.families import Anatomy
+from edgepipe.pruning.sizes import Sizes
+from edgepipe.weights import WeightStore, held_weight
+
+if TYPE_CHECKING:
+    from edgepipe.quantizers.texts import Batch
+
+MASKS = ("magnitude", "wanda", "sparsegpt")
+_MOST_NEIGHBOURS = 64
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Masked:
+    """Hold a model's weights with zeros in them."""
+
+    weights: WeightStore
+    matrices: int
+    zeros: int  # weights that are zero in them
+    total: int
+
+
+def parse_pattern(sparsity: float, pattern: str) -> Pattern | None:
+    """Read a share or "N:M"; None when neither is asked for. Raises ConfigError."""
+    if pattern:
+        found = re.fullmatch(r"(\d+):(\d+)", pattern)
+        kept, of = (int(found[1]), int(found[2])) if found else (0, 0)
+        if not 0 < kept < of <= _MOST_NEIGHBOURS:
+            raise ConfigError(
+                f"prune.pattern: expected N:M, N of M neighbours kept, as in 2:4 or 4:8, got {pattern!r}: N from 1 to "
+                f"M − 1, M up to {_MOST_NEIGHBOURS}"
+            )
+        if sparsity:
+            raise ConfigError("prune.sparsity and prune.pattern: give one of them")
+        return Pattern(share=1 - kept / of, kept=kept, of=of)
+    if not 0 <= sparsity < 1:
+        raise ConfigError(f"prune.sparsity: expected a share from 0 to below 1, got {sparsity:g}: the most is 0.99")
+    return Pattern(share=sparsity) if sparsity else None
+
+
+def matrices_of(model: TorchModel, anatomy: Anatomy) -> list[str]:
+    """Return the names of the matrices in a model's blocks."""
+    inside = tuple(stack.prefix for stack in anatomy.stacks)
+    return [name for name in model.weights if name.startswith(inside) and len(model.weights[name].shape) == 2]
+
+
+def check_pattern(anatomy: Anatomy, sizes: Sequence[Sizes], pattern: Pattern | None) -> None:
+    """Refuse a pattern that what a matrix reads can't be divided by, once the model is smaller."""
+    for stack, size in zip(anatomy.stacks, sizes, strict=True):
+        queries = size.kv_heads * (stack.heads // stack.kv_heads) * stack.head_dim
+        for what, width in (
+            ("residual channels", size.hidden),
+            ("FFN channels", size.ffn),
+            ("places of query heads", queries),
+        ):
+            if pattern is not None and pattern.of and width % pattern.of:
+                nearest = max(1, round(width / pattern.of)) * pattern.of
+                raise ConfigError(
+                    f"prune.pattern: {pattern.name} needs widths that {pattern.of} divides, but {width} {what} are "
+                    f"left: the nearest possible is {nearest}, or another pattern"
+                )
+
+
+def mask_weights(
+    model: TorchModel,
+    anatomy: Anatomy,
+    pattern: Pattern,
+    method: str,
+    batches: list[Batch],
+    module: Any,
+    progress: Progress,
+) -> Masked:
+    """Return a model's weights with masks, as float32 where a method looked at texts; `module` is the model's."""
+    names = matrices_of(model, anatomy)
+    if method == "magnitude":
+        changed = {}
+        for done, name in enumerate(names):
+            progress("masks", done, len(names))
+            value = model.weights.float32(name)
+            changed[name] = value * keep_mask(np.abs(value), pattern, by_row=False)
+    else:
+        changed = _by_texts(module, names, pattern, method, batches, progress)
+    zeros = sum(int((value == 0).sum()) for value in changed.values())
+    return Masked(
+        weights=model.weights.replace({name: held_weight(name, value) for name, value in changed.items()}),
+        matrices=len(changed),
+        zeros=zeros,
+        total=sum(value.size for value in changed.values()),
+    )
+
+
+def _by_texts(
+    module: Any, names: list[str], pattern: Pattern, method: str, batches: list[Batch], progress: Progress
+) -> dict[str, np.ndarray]:
+    """Return the masked matrices, each block with the inputs that the masked ones before it give."""
+    from edgepipe.quantizers.layers import blocks_of, inputs_of, put
+
+    found: dict[str, np.ndarray] = {}
+    for block in blocks_of(module, names):
+        inputs = inputs_of(module, block, batches)
+        for name, layer in block.layers.items():
+            progress("masks", len(found), len(names))
+            value = layer.weight.data.numpy()
+            gram = inputs[name].gram.numpy() if name in inputs else np.eye(value.shape[1], dtype=np.float32)
+            if method == "sparsegpt":
+                found[name] = without(value, gram, pattern)
+            else:
+                found[name] = value * keep_mask(wanda_scores(value, np.diag(gram)), pattern)
+            put(layer, found[name])
+    return found
+
+
+def say(masked: Masked, pattern: Pattern, method: str, ctx: Context) -> None:
+    """Note how many zeros there are, and plainly what they are good for on the target."""
+    share = masked.zeros / max(1, masked.total)
+    four, eight = (packed_share(bits, pattern) for bits in (4, 8))
+    ctx.note(f"{share:.1%} of the weights of {masked.matrices} matrices are zero ({pattern.name} by {method})")
+    ctx.note(
+        f"zeros buy no speed on the target {ctx.target.name}: {', '.join(ctx.target.engines)} multiplies them like any "
+        "other number; nor bytes, since its kernels read whole matrices. Stored without them, codes would take "
+        f"{four:.0%} of their bytes at 4 bits and {eight:.0%} at 8"
+    )
+    ctx.figures({"sparsity": share})
