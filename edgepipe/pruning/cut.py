@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -88,8 +89,8 @@ def _cut(weight: Weight, name: str, places: Places, *, rounds: bool) -> tuple[We
     rows, columns = places
     if columns is None or _whole_groups(columns, value) is not None:
         nbytes = taken(value, rows, columns).nbytes
-        load = partial(_take_codes, weight, rows, columns)
-        return dataclasses.replace(weight, name=name, shape=shape, nbytes=nbytes, load=load), False
+        codes = partial(_take_codes, weight, rows, columns)
+        return dataclasses.replace(weight, name=name, shape=shape, nbytes=nbytes, load=codes), False
     load = partial(_take, weight, places)
     if not rounds:
         nbytes = 4 * int(np.prod(shape))
@@ -146,7 +147,7 @@ def _take_codes(weight: Weight, rows: np.ndarray | None, columns: np.ndarray | N
 def taken(value: QuantizedTensor, rows: np.ndarray | None, columns: np.ndarray | None) -> QuantizedTensor:
     """Return the kept rows, and columns in whole groups, of a tensor on a grid: bits move, nothing is rounded."""
     groups = None if columns is None else _whole_groups(columns, value)
-    parts: dict[str, np.ndarray] = {}
+    parts: dict[str, Any] = {}
     for part in ("codes", "scale", "zero_points", "minima"):
         array = getattr(value, part)
         if array is None:

@@ -133,7 +133,8 @@ def keep_zeros(module: nn.Module) -> None:
     for parameter in module.parameters():
         if parameter.ndim == 2 and bool((parameter == 0).any()):
             alive = (parameter != 0).detach()
-            parameter.register_hook(lambda gradient, alive=alive: gradient * alive.to(gradient))
+            hooked: Any = parameter  # torch gives this method no types
+            hooked.register_hook(lambda gradient, alive=alive: gradient * alive.to(gradient))
 
 
 def values_of(module: nn.Module) -> dict[str, np.ndarray]:

@@ -8,8 +8,6 @@ Minitron, arXiv:2407.14679; layers: ShortGPT, arXiv:2403.03853 (docs/prune.md).
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -246,11 +244,7 @@ class Prune:
             how = "rounded again on it" if rounds else "decoded"
             ctx.note(f"{cut.decoded} tensors whose columns were cut between groups of their grid were {how}")
         self._say(model, cut.weights.parameters, (anatomy, sizes, kept), ctx)
-        info = dataclasses.replace(
-            model.info,
-            config=pruned_config(model.info.config, anatomy, sizes, layers),
-            fingerprint=self._fingerprint(model, ctx.seed),
-        )
+        info = dataclasses.replace(model.info, config=pruned_config(model.info.config, anatomy, sizes, layers))
         return dataclasses.replace(model, info=info, weights=cut.weights), kept
 
     def _seen(self, model: TorchModel, anatomy: Anatomy, ctx: Context) -> Seen:
@@ -320,11 +314,6 @@ class Prune:
         from edgepipe.quantizers.texts import Calibration
 
         return Calibration(source=self.calibration, samples=self.samples, tokens=self.tokens)
-
-    def _fingerprint(self, model: TorchModel, seed: int) -> str:
-        """Return what tells the smaller model from others: the model's own, and all that decided the cut."""
-        decides = [model.info.fingerprint, dataclasses.asdict(self), self.reads(), seed]
-        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
 def _after_quantize(model: TorchModel) -> bool:

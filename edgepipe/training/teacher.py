@@ -50,7 +50,8 @@ def open_teacher(model: TorchModel) -> Teacher:
             # a copy in torch's own memory: products of matrices that lie elsewhere round differently, run by run
             leaf._parameters[part] = nn.Parameter(torch.from_numpy(value).clone(), requires_grad=False)
     module.tie_weights()
-    return Teacher(freeze(module), model.info.fingerprint, model.info.name)
+    pruned = "".join(record.key for record in model.history if record.stage == "prune")  # another teacher of that name
+    return Teacher(freeze(module), model.info.fingerprint + pruned, model.info.name)
 
 
 def freeze(module: Any) -> Any:

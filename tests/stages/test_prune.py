@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from edgepipe.stages.export import Export
 from edgepipe.stages.prune import Prune
 from edgepipe.stages.quantize import Quantize
 from edgepipe.students.config import StudentConfig, with_layers
-from tests.decoders import all_on, context, difference, opened, random_ids
+from tests.decoders import all_on, context, difference, opened, random_ids, saved
 from tests.encoders import save_encoder
 from tests.pruning.zeroed import zeroed
 from tests.students.tiny import save_tiny_student
@@ -118,7 +119,6 @@ def test_no_weight_is_left_that_the_smaller_model_does_not_have(folder: Path, mo
     assert (shape.ffn, shape.kv_heads, shape.heads, shape.layers, shape.hidden) == (50, 1, 3, 1, 64)
     assert {name: weight.shape for name, weight in smaller.weights.items()} == expected_weights(shape, tied=False)
     assert all(np.asarray(weight.load()).nbytes == weight.nbytes for weight in smaller.weights.values())
-    assert smaller.info.fingerprint != model.info.fingerprint
     assert any("50 of 100 FFN channels, 1 of 2 key/value groups, 64 of 96 residual channels" in note for note in notes)
 
 
@@ -235,6 +235,41 @@ def test_after_quantize_every_matrix_is_on_its_kind_of_grid_again(folder: Path) 
         if len(weight.shape) == 2:
             value: Any = weight.load()
             assert (weight.dtype, value.shape, value.nbytes) == (model.weights[name].dtype, weight.shape, weight.nbytes)
+
+
+@pytest.mark.parametrize("order", [["prune", "quantize"], ["quantize", "prune"]], ids="→".join)
+def test_the_bundle_holds_what_is_left_and_nothing_else(order: list[str], folder: Path, tmp_path: Path) -> None:
+    """Both orders, on disk: parameters and bytes are those of the smaller shapes at 4 bits, the embedding at 8."""
+    from edgepipe.compress import compress
+    from edgepipe.numerics.grids import quantized_nbytes
+    from edgepipe.recipe import resolve
+    from edgepipe.runtime import load
+    from tests.listener import Silent
+
+    source = saved(folder, "llama grouped")
+    file = tmp_path / "recipe.toml"
+    file.write_text(f"stages = {json.dumps([*order, 'export', 'compile'])}", encoding="utf-8")
+    settings: list[tuple[str, str, object]] = [("prune", "ratio", 0.5), ("export", "context", 64)]
+    recipe = resolve(target="cpu", file=file, settings=settings)
+    made = compress(str(source), recipe, listener=Silent(), out=tmp_path / "bundle", runs=tmp_path / "runs")
+    manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text(encoding="utf-8"))
+    config = {**open_model(str(source)).info.config, "intermediate_size": 50}
+    config |= {"num_key_value_heads": 1, "num_attention_heads": 3, "head_dim": 16}
+    shapes = expected_weights(read_shape(config, None), tied=False)
+    assert manifest["weights"]["parameters"] == sum(int(np.prod(shape)) for shape in shapes.values())
+    expected = {
+        name: quantized_nbytes((shape[0], shape[1]), bits=8 if "embed" in name or "lm_head" in name else 4, group=32)
+        for name, shape in shapes.items()
+        if len(shape) == 2
+    }
+    held = sum(part["bytes"] for part in manifest["weights"]["parts"])
+    norms = sum(4 * shape[0] for shape in shapes.values() if len(shape) == 1)
+    assert held == sum(expected.values()) + norms
+    assert (tmp_path / "bundle" / "weights.bin").stat().st_size < held + 64 * len(shapes)
+    assert [record["stage"] for record in manifest["history"]][:2] == order
+    assert manifest["source"]["sha256"] == open_model(str(source)).info.fingerprint
+    bundle: Any = load(Path(made["bundle"]))
+    assert isinstance(bundle.generate("The river", max_new_tokens=3).text, str)
 
 
 @pytest.mark.parametrize(
