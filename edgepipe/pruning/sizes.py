@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from edgepipe.artifacts import Json
 from edgepipe.errors import ConfigError
@@ -53,7 +53,7 @@ def sizes_of(anatomy: Anatomy, wanted: Wanted, name: str, config: Json) -> tuple
         found.append(
             Sizes(
                 layers=_count(option, layers or stack.layers, stack.layers, name),
-                ffn=_count("ffn", wanted.ffn, stack.ffn, name) if wanted.ffn else _channels(stack, wanted.ratio, name),
+                ffn=_channels(stack, wanted, name),
                 kv_heads=_groups(stack, wanted, name),
                 hidden=_count("hidden", wanted.hidden or stack.hidden, stack.hidden, name),
             )
@@ -69,35 +69,34 @@ def _count(option: str, asked: int, had: int, name: str) -> int:
     return asked
 
 
-def _channels(stack: Stack, ratio: float, name: str) -> int:
-    step = _STEP if stack.ffn % _STEP == 0 else 1
-    kept = round(stack.ffn * (1 - ratio) / step) * step
-    if kept < 1:
-        raise ConfigError(
-            f"prune.ratio: {ratio:g} would remove all {stack.ffn} FFN channels of {name}: the nearest possible is "
-            f"{_largest_ratio(stack.ffn, step, ratio):g}, or say prune.ffn"
-        )
-    return kept
+def _channels(stack: Stack, wanted: Wanted, name: str) -> int:
+    if wanted.ffn:
+        return _count("ffn", wanted.ffn, stack.ffn, name)
+    step = _step(stack)
+    kept = round(stack.ffn * (1 - wanted.ratio) / step) * step
+    return kept or _refuse_ratio(f"{stack.ffn} FFN channels", "ffn", stack, wanted, name)
 
 
 def _groups(stack: Stack, wanted: Wanted, name: str) -> int:
     if wanted.kv_heads:
         return _count("kv_heads", wanted.kv_heads, stack.kv_heads, name)
     kept = round(stack.kv_heads * (1 - wanted.ratio))
-    if kept < 1:
-        raise ConfigError(
-            f"prune.ratio: {wanted.ratio:g} would remove all {stack.kv_heads} key/value groups of {name}: the nearest "
-            f"possible is {_largest_ratio(stack.kv_heads, 1, wanted.ratio):g}, or say prune.kv_heads"
-        )
-    return kept
+    return kept or _refuse_ratio(f"{stack.kv_heads} key/value groups", "kv_heads", stack, wanted, name)
 
 
-def _largest_ratio(count: int, step: int, asked: float) -> float:
-    """Return the ratio below the one asked for, in thousandths, that leaves one step."""
-    for thousandths in range(int(asked * 1000), -1, -1):
-        if round(count * (1 - thousandths / 1000) / step) >= 1:
-            return thousandths / 1000
-    return 0.0
+def _step(stack: Stack) -> int:
+    return _STEP if stack.ffn % _STEP == 0 else 1
+
+
+def _refuse_ratio(what: str, option: str, stack: Stack, wanted: Wanted, name: str) -> NoReturn:
+    """Refuse a ratio that leaves nothing, and name the largest one, in thousandths, that leaves something of both."""
+    parts = [] if wanted.ffn else [stack.ffn / _step(stack)]
+    parts += [] if wanted.kv_heads else [stack.kv_heads]
+    fitting = (n / 1000 for n in range(1000, -1, -1) if all(round(count * (1 - n / 1000)) for count in parts))
+    raise ConfigError(
+        f"prune.ratio: {wanted.ratio:g} would remove all {what} of {name}: the nearest possible is "
+        f"{next(fitting, 0.0):g}, or say prune.{option}"
+    )
 
 
 def _check_hidden(anatomy: Anatomy, sizes: Sequence[Sizes], name: str, config: Json) -> None:

@@ -71,11 +71,8 @@ class Prune:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
-        if not 0 <= self.ratio < 1:
-            raise ConfigError(
-                f"prune.ratio: expected a share from 0 to below 1, got {self.ratio:g}; something has to be left: the "
-                "nearest possible is what leaves one key/value group"
-            )
+        if not 0 <= self.ratio <= 1:  # 1 is refused with the nearest possible, once the model is known
+            raise ConfigError(f"prune.ratio: expected a share from 0 to below 1, got {self.ratio:g}")
         for name in ("ffn", "kv_heads", "hidden", "layers", "decoder_layers"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"prune.{name}: expected at least 1, or 0 for the default, got {getattr(self, name)}")

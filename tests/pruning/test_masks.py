@@ -49,9 +49,11 @@ def test_masks_hold_through_recovery_and_quantization(mask: str, method: str, be
     assert any(note.startswith("zeros buy no speed on the target test: onnxruntime") for note in notes)
     options: dict[str, Any] = {} if method == "rtn" else {"samples": 8, "tokens": 16}
     rounded = Quantize(bits=4, method=method, **options)(model, context(tmp_path))
-    exported = Export()(rounded, context(tmp_path))
+    weights = rounded.weights
+    if (mask, method) == ("wanda", "rtn"):  # tracing takes seconds, and the weights are the same objects for all
+        weights = Export()(rounded, context(tmp_path)).weights
     for name, where in zeros.items():
-        assert (exported.weights.float32(name)[where] == 0).all(), name
+        assert (weights.float32(name)[where] == 0).all(), name
 
 
 def test_a_share_without_a_pattern_and_nothing_cut(bert: TorchModel, tmp_path: Path) -> None:

@@ -276,6 +276,7 @@ def test_the_bundle_holds_what_is_left_and_nothing_else(order: list[str], folder
     ("kind", "options", "sentence"),
     [
         ("llama grouped", {"ratio": 0.9}, "remove all 2 key/value groups of .*: the nearest possible is 0.749"),
+        ("llama grouped", {"ratio": 1.0}, "remove all 100 FFN channels of .*: the nearest possible is 0.749"),
         ("llama grouped", {"ffn": 101}, r"prune.ffn: 101 of .*'s 100 can't be kept: the most is 100"),
         ("llama grouped", {"layers": 3}, r"prune.layers: 3 of .*'s 2 can't be kept: the most is 2"),
         ("llama grouped", {"decoder_layers": 1}, "prune.decoder_layers is for encoder-decoders"),
@@ -306,7 +307,7 @@ def test_a_width_that_bert_cannot_have(options: dict[str, Any], sentence: str, b
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"ratio": 1.0}, "expected a share from 0 to below 1, got 1"),
+        ({"ratio": 1.5}, "expected a share from 0 to below 1, got 1.5"),
         ({"ratio": -0.1}, "expected a share from 0 to below 1"),
         ({"ffn": -1}, "prune.ffn: expected at least 1"),
         ({"importance": "random"}, "prune.importance: expected one of activations, magnitude, got 'random'"),
