@@ -36,9 +36,7 @@ _LAYERS_BY = ("contribution", "spread")
 class Prune:
     """Options of the stage `prune`."""
 
-    ratio: float = (
-        0.25  # share of FFN channels and key/value groups (with their query heads) removed, from 0 to below 1
-    )
+    ratio: float = 0.25  # share of FFN channels and key/value groups (their query heads too) removed, below 1
     ffn: int = 0  # FFN channels kept in each layer; 0: as ratio says
     kv_heads: int = 0  # key/value groups kept in each layer; 0: as ratio says
     hidden: int = 0  # width of the residual stream; 0: the model's
