@@ -31,6 +31,7 @@ from edgepipe.numerics.losses import divergence
 from edgepipe.pruning.importance import Kept
 from edgepipe.quantizers.modules import module_of
 from edgepipe.quantizers.texts import longest_of, padding_of
+from edgepipe.store import cache_key
 from edgepipe.students.config import is_student
 from edgepipe.students.files import read_bare
 from edgepipe.students.from_teacher import config_of
@@ -176,7 +177,8 @@ def _teach_encoder(model: TorchModel, pruned: TorchModel, module: nn.Module, opt
 
 
 def _train(module: nn.Module, objective: Objective, sets: LoopData, options: Distill, key: str, ctx: Context) -> None:
-    place = Place(folder=kept_folder(ctx) / "recovered", key=key, progress=ctx.progress)
+    shapes = {name: list(value.shape) for name, value in module.named_parameters()}
+    place = Place(folder=kept_folder(ctx) / "recovered", key=cache_key(key, shapes), progress=ctx.progress)
     record: Json = train(module, objective, sets, loop_options(options, ctx.seed), place)
     ctx.note(f"the pruned model was taught by the whole one: {change(record)}")
     ctx.figures({"training": {"recovered": record}})
