@@ -53,6 +53,7 @@ class Case:
     scored: str  # file
     speed: str  # key of the measurement's ratios
     teaching: dict[str, object]
+    context: int = 0  # tokens; 0: what the model's source says
 
 
 CASES = (
@@ -69,6 +70,7 @@ CASES = (
         scored="wikitext-last.txt",
         speed="ttft_ms",
         teaching={"batch": 8, "learning_rate": 1e-4, "max_source": TOKENS, "max_target": TOKENS, "cut": True},
+        context=512,
     ),
 )
 RATIOS = (0.0, 0.25, 0.5)
@@ -173,7 +175,7 @@ def bundle_of(row: Row, texts: dict[str, Path]) -> tuple[TorchModel, Path]:
     floats = dataclasses.replace(model, weights=model.weights.as_float32())
     file = folder / "recipe.toml"
     file.write_text('stages = ["export", "compile"]\n', encoding="utf-8")
-    recipe = resolve(target="cpu", file=file, settings=[("export", "context", 512)])
+    recipe = resolve(target="cpu", file=file, settings=[("export", "context", row.case.context)])
     made = run(floats, recipe, out=None, runs=folder / "bundle", fresh=False, listener=Progress())
     assert isinstance(made, CompiledModel)
     return model, made.path

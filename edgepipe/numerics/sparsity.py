@@ -11,12 +11,17 @@ SparseGPT is GPTQ (gptq.py) with the mask in the place of the grid: it chooses f
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from edgepipe.artifacts import StageRecord
+from edgepipe.errors import ConfigError
 from edgepipe.numerics.gptq import inverse_factor
 
+_MOST_NEIGHBOURS = 64
 _BLOCK = 128  # columns that SparseGPT chooses for at a time, as its authors have it
 
 
@@ -32,6 +37,30 @@ class Pattern:
     def name(self) -> str:
         """Return "2:4", or the share in percent."""
         return f"{self.kept}:{self.of}" if self.of else f"{self.share:.0%}"
+
+
+def parse_pattern(sparsity: float, pattern: str) -> Pattern | None:
+    """Read a share or "N:M"; None when neither is asked for. Raises ConfigError."""
+    if pattern:
+        found = re.fullmatch(r"(\d+):(\d+)", pattern)
+        kept, of = (int(found[1]), int(found[2])) if found else (0, 0)
+        if not 0 < kept < of <= _MOST_NEIGHBOURS:
+            raise ConfigError(
+                f"prune.pattern: expected N:M, N of M neighbours kept, as in 2:4 or 4:8, got {pattern!r}: N from 1 to "
+                f"M − 1, M up to {_MOST_NEIGHBOURS}"
+            )
+        if sparsity:
+            raise ConfigError("prune.sparsity and prune.pattern: give one of them")
+        return Pattern(share=1 - kept / of, kept=kept, of=of)
+    if not 0 <= sparsity < 1:
+        raise ConfigError(f"prune.sparsity: expected a share from 0 to below 1, got {sparsity:g}: the most is 0.99")
+    return Pattern(share=sparsity) if sparsity else None
+
+
+def pattern_of(history: Sequence[StageRecord]) -> Pattern | None:
+    """Return the masks that a model of this history has; None of one without."""
+    asked = [record.options for record in history if record.stage == "prune"]
+    return parse_pattern(asked[-1]["sparsity"], asked[-1]["pattern"]) if asked else None
 
 
 def keep_mask(scores: np.ndarray, pattern: Pattern, *, by_row: bool = True) -> np.ndarray:

@@ -1,13 +1,12 @@
 """Put masks on the matrices of a model's blocks, block by block, so that later ones see what earlier ones lost.
 
 Embedding, head and vectors stay as they are: a token's row is read alone, and vectors are small. The scores are
-numerics/sparsity.py's. Zeros are exact, and stay: training keeps them (recover.keep_zeros), every grid of quantize has
+numerics/sparsity.py's. Zeros are exact, and stay: training keeps them (training/zeros.py), every grid of quantize has
 a code for zero, and its methods leave zeros alone.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from edgepipe.quantizers.texts import Batch
 
 MASKS = ("magnitude", "wanda", "sparsegpt")
-_MOST_NEIGHBOURS = 64
 
 Progress = Callable[[str, int, int], None]
 
@@ -40,24 +38,6 @@ class Masked:
     total: int
 
 
-def parse_pattern(sparsity: float, pattern: str) -> Pattern | None:
-    """Read a share or "N:M"; None when neither is asked for. Raises ConfigError."""
-    if pattern:
-        found = re.fullmatch(r"(\d+):(\d+)", pattern)
-        kept, of = (int(found[1]), int(found[2])) if found else (0, 0)
-        if not 0 < kept < of <= _MOST_NEIGHBOURS:
-            raise ConfigError(
-                f"prune.pattern: expected N:M, N of M neighbours kept, as in 2:4 or 4:8, got {pattern!r}: N from 1 to "
-                f"M − 1, M up to {_MOST_NEIGHBOURS}"
-            )
-        if sparsity:
-            raise ConfigError("prune.sparsity and prune.pattern: give one of them")
-        return Pattern(share=1 - kept / of, kept=kept, of=of)
-    if not 0 <= sparsity < 1:
-        raise ConfigError(f"prune.sparsity: expected a share from 0 to below 1, got {sparsity:g}: the most is 0.99")
-    return Pattern(share=sparsity) if sparsity else None
-
-
 def matrices_of(model: TorchModel, anatomy: Anatomy) -> list[str]:
     """Return the names of the matrices in a model's blocks."""
     inside = tuple(stack.prefix for stack in anatomy.stacks)
@@ -67,18 +47,21 @@ def matrices_of(model: TorchModel, anatomy: Anatomy) -> list[str]:
 def check_pattern(anatomy: Anatomy, sizes: Sequence[Sizes], pattern: Pattern | None) -> None:
     """Refuse a pattern that what a matrix reads can't be divided by, once the model is smaller."""
     for stack, size in zip(anatomy.stacks, sizes, strict=True):
-        queries = size.kv_heads * (stack.heads // stack.kv_heads) * stack.head_dim
-        for what, width in (
-            ("residual channels", size.hidden),
-            ("FFN channels", size.ffn),
-            ("places of query heads", queries),
+        group = stack.heads // stack.kv_heads * stack.head_dim  # places of a key/value group's query heads
+        for option, kept, had, places in (
+            ("hidden", size.hidden, stack.hidden, 1),
+            ("ffn", size.ffn, stack.ffn, 1),
+            ("kv_heads", size.kv_heads, stack.kv_heads, group),
         ):
-            if pattern is not None and pattern.of and width % pattern.of:
-                nearest = max(1, round(width / pattern.of)) * pattern.of
-                raise ConfigError(
-                    f"prune.pattern: {pattern.name} needs widths that {pattern.of} divides, but {width} {what} are "
-                    f"left: the nearest possible is {nearest}, or another pattern"
-                )
+            if pattern is None or not pattern.of or kept * places % pattern.of == 0:
+                continue
+            fitting = [n for n in range(1, had + 1) if n * places % pattern.of == 0]
+            nearest = min(fitting, key=lambda n, kept=kept: abs(n - kept), default=0)
+            instead = f"the nearest possible is prune.{option}={nearest}, or take" if nearest else "take"
+            raise ConfigError(
+                f"prune.pattern: {pattern.name} needs rows that {pattern.of} divides, but {kept * places} columns are "
+                f"left of those that prune.{option} counts: {instead} another pattern"
+            )
 
 
 def mask_weights(

@@ -6,8 +6,7 @@
                        narrower: L = mean over pairs of texts of (cos − teacher's cos)²
     classes            L = KL(teacher ‖ pruned)
 
-A run that is stopped goes on from its last checkpoint. `keep_zeros` makes masks survive: a gradient that is zero where
-the weight is moves neither AdamW's averages nor the weight, and decay of a zero is zero.
+A run that is stopped goes on from its last checkpoint, and masks survive (training/zeros.py).
 Source: Minitron, arXiv:2407.14679, which recovers by distillation from the unpruned model alone.
 """
 # ruff: noqa: TID253  recovery trains torch modules: this file is imported only where that is done
@@ -53,6 +52,7 @@ from edgepipe.training.data import TrainingData, hold_out, read_data
 from edgepipe.training.distil import LayerMap, Projected, distillation, drawing, likelihood, stack_widths
 from edgepipe.training.encoder_data import Reading, read_texts
 from edgepipe.training.loop import LoopData, Objective, Place, Step, train
+from edgepipe.training.zeros import keep_zeros
 from edgepipe.weights import WeightStore, held_weight
 
 if TYPE_CHECKING:
@@ -97,10 +97,12 @@ def check_recovery(model: TorchModel, options: Distill) -> None:
         pair_reading(model, options, data).examples(data, lambda _note: None)
 
 
-def recover(model: TorchModel, pruned: TorchModel, kept: Sequence[Kept], options: Distill, ctx: Context) -> WeightStore:
-    """Return the pruned model's weights after training it to do what `model` does, float32."""
+def recover(
+    model: TorchModel, pruned: TorchModel, kept: Sequence[Kept], options: Distill, ctx: Context, *, masked: bool
+) -> WeightStore:
+    """Return the pruned model's weights after training it to do what `model` does, float32; `masked`: zeros stay."""
     module = module_to_train(pruned)
-    keep_zeros(module)
+    keep_zeros(module, pruned.weights, on_grids=masked)
     if isinstance(module, Decoder):
         taught = teach_generator(model, options, ctx, made=module)
         values = {name: taught.weights.float32(name) for name in taught.weights}
@@ -127,15 +129,6 @@ def module_to_train(model: TorchModel) -> nn.Module:
     for parameter in module.parameters():
         parameter.requires_grad_(True)
     return module
-
-
-def keep_zeros(module: nn.Module) -> None:
-    """Let every weight that is exactly zero stay zero while the module is trained."""
-    for parameter in module.parameters():
-        if parameter.ndim == 2 and bool((parameter == 0).any()):
-            alive = (parameter != 0).detach()
-            hooked: Any = parameter  # torch gives this method no types
-            hooked.register_hook(lambda gradient, alive=alive: gradient * alive.to(gradient))
 
 
 def values_of(module: nn.Module) -> dict[str, np.ndarray]:

@@ -37,6 +37,7 @@ from edgepipe.training.data import TrainingData, hold_out, read_data
 from edgepipe.training.encoder_data import Reading, read_labels, read_texts
 from edgepipe.training.loop import LoopData, LoopOptions, Place, train
 from edgepipe.training.processes import is_alone
+from edgepipe.training.zeros import keep_zeros
 from edgepipe.weights import held_weight
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def train_on_grid(model: TorchModel, layers: Sequence[str], options: Quantize, c
         logits=options.logits, hidden=options.hidden, attention=options.attention, targets=options.targets
     )
     module = _trainable(model, ctx.seed, scratch=options.scratch)
+    keep_zeros(module, model.weights, on_grids=False)
     dial = fake_layers(module, layers, faked(options))
     pooling = (model.info.sentence or {}).get("pooling", "mean")
     how = {"states": options.hidden > 0, "maps": options.attention > 0, "pooling": pooling}

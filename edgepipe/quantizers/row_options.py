@@ -7,10 +7,12 @@ before any work.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from edgepipe.artifacts import TokenGrid
+from edgepipe.artifacts import StageRecord, TokenGrid
 from edgepipe.errors import ConfigError
+from edgepipe.numerics.sparsity import pattern_of
 from edgepipe.numerics.ternary import MEASURES
 
 if TYPE_CHECKING:
@@ -61,6 +63,16 @@ def check_tokens(options: Quantize) -> None:
     ):
         if not applies:
             _refuse_others(options, names, f"is for {where}: leave it out")
+
+
+def check_median(options: Quantize, history: Sequence[StageRecord]) -> None:
+    """Refuse the median of matrices that `prune` has put zeros into half of: it would be zero, and so the scale."""
+    pattern = pattern_of(history)
+    if options.bits == TERNARY and options.ternary == "median" and pattern is not None and pattern.share >= 0.5:
+        raise ConfigError(
+            f"quantize.ternary=median: half of the weights are zero or more ({pattern.name}), so their median is no "
+            "scale: set quantize.ternary=mean"
+        )
 
 
 def check_training(options: Quantize) -> None:

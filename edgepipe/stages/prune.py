@@ -87,7 +87,8 @@ class Prune:
 
     def _check_mask(self) -> None:
         """Refuse masks that can't be, and a choice of weights without one."""
-        from edgepipe.pruning.masks import MASKS, parse_pattern
+        from edgepipe.numerics.sparsity import parse_pattern
+        from edgepipe.pruning.masks import MASKS
 
         if self.mask not in MASKS:
             raise ConfigError(f"prune.mask: expected one of {', '.join(MASKS)}, got {self.mask!r}")
@@ -184,9 +185,10 @@ class Prune:
 
     def _masked(self, model: TorchModel, ctx: Context) -> TorchModel:
         """Return the model with zeros in its matrices, as far as they are asked for."""
+        from edgepipe.numerics.sparsity import parse_pattern
         from edgepipe.pruning.cut import on_grids_again
         from edgepipe.pruning.families import anatomy_of
-        from edgepipe.pruning.masks import mask_weights, parse_pattern, say
+        from edgepipe.pruning.masks import mask_weights, say
 
         pattern = parse_pattern(self.sparsity, self.pattern)
         if pattern is None:
@@ -206,7 +208,7 @@ class Prune:
         from edgepipe.pruning.recover import kind_of, recover
 
         options = self._teaching(kind_of(model), kept[-1].layers)
-        weights = recover(model, smaller, kept, options, ctx)
+        weights = recover(model, smaller, kept, options, ctx, masked=bool(self.sparsity or self.pattern))
         return on_grids_again(weights, smaller.weights) if _after_quantize(model) else weights
 
     def _teaching(self, kind: str, layers: tuple[int, ...]) -> Distill:
@@ -287,9 +289,10 @@ class Prune:
         ctx.figures(figures)
 
     def _sizes(self, model: TorchModel) -> tuple[Anatomy, tuple[Sizes, ...]]:
+        from edgepipe.numerics.sparsity import parse_pattern
         from edgepipe.pruning.families import anatomy_of
         from edgepipe.pruning.importance import choose_layers
-        from edgepipe.pruning.masks import check_pattern, parse_pattern
+        from edgepipe.pruning.masks import check_pattern
         from edgepipe.pruning.sizes import check_outside, pruned_config, sizes_of
 
         anatomy = anatomy_of(model)

@@ -27,6 +27,7 @@ from edgepipe.quantizers.row_options import (
     TERNARY,
     TERNARY_PAIRS,
     by_token,
+    check_median,
     check_tokens,
     check_training,
     token_grid,
@@ -175,6 +176,7 @@ class Quantize:
 
             check_floor(model.info, self.method)
         self._rows(model)
+        check_median(self, model.history)
         if self.steps:
             from edgepipe.quantizers.qat import check_data
 

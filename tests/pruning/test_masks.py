@@ -56,6 +56,41 @@ def test_masks_hold_through_recovery_and_quantization(mask: str, method: str, be
         assert (weights.float32(name)[where] == 0).all(), name
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"bits": 4, "activations": "dynamic", "activation_bits": 4}, {"bits": 1.58, "ternary": "mean"}],
+    ids=["4 bits", "ternary"],
+)
+@pytest.mark.parametrize("scratch", [False, True])
+def test_masks_hold_while_layers_are_trained_on_their_grid(
+    options: dict[str, Any], scratch: bool, bert: TorchModel, tmp_path: Path
+) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n\n".join(WORDS), encoding="utf-8")
+    model = Prune(ratio=0.0, pattern="2:4", mask="magnitude")(bert, context(tmp_path))
+    train: dict[str, Any] = {"steps": 3, "data": str(texts), "batch": 8, "learning_rate": 1e-2, "precision": "no"}
+    rounded = Quantize(**options, **train, scratch=scratch)(model, context(tmp_path))
+    moved = 0
+    for name, where in zeros_of(model).items():
+        value = rounded.weights.float32(name)
+        assert (value[where] == 0).all(), name
+        moved += int((np.sign(value) != np.sign(model.weights.float32(name))).sum())
+    assert moved, "nothing was trained"
+
+
+def test_the_median_of_weights_that_are_half_zero_is_no_scale(bert: TorchModel, tmp_path: Path) -> None:
+    import dataclasses
+
+    from edgepipe.artifacts import StageRecord
+
+    masked = Prune(ratio=0.0, pattern="2:4", mask="magnitude")
+    model = masked(bert, context(tmp_path))
+    record = StageRecord(stage="prune", options=dataclasses.asdict(masked), key="")
+    stage = Quantize(bits=1.58, steps=3, data="unread.txt")
+    with pytest.raises(ConfigError, match=r"half of the weights are zero or more \(2:4\).* set quantize.ternary=mean"):
+        stage.check(dataclasses.replace(model, history=(record,)))
+
+
 def test_a_share_without_a_pattern_and_nothing_cut(bert: TorchModel, tmp_path: Path) -> None:
     model = Prune(ratio=0.0, sparsity=0.6, mask="magnitude")(bert, context(tmp_path))
     assert model.info.config["intermediate_size"] == 96
@@ -92,6 +127,17 @@ def test_masks_that_cannot_be(options: dict[str, Any], sentence: str) -> None:
         Prune(**options)
 
 
-def test_a_width_that_a_pattern_does_not_divide(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"4:8 needs widths that 8 divides, but 75 FFN .*: the nearest .* 72"):
-        Prune(pattern="4:8").check(opened(tmp_path, "llama grouped"))
+@pytest.mark.parametrize(
+    ("kind", "options", "sentence"),
+    [
+        ("llama grouped", {"pattern": "4:8"}, "8 divides, but 75 columns .*: the nearest possible is prune.ffn=72, or"),
+        ("llama grouped", {"pattern": "4:8", "ffn": 99}, "99 columns .* the nearest possible is prune.ffn=96"),
+        ("llama grouped", {"pattern": "3:7", "ffn": 98}, "96 columns .* prune.hidden counts: .* prune.hidden=91"),
+        ("llama grouped", {"pattern": "5:64", "ffn": 64, "hidden": 64}, "96 columns .* prune.kv_heads counts: take"),
+    ],
+)
+def test_a_width_that_a_pattern_does_not_divide(
+    kind: str, options: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        Prune(**options).check(opened(tmp_path, kind))
