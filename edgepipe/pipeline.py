@@ -234,8 +234,10 @@ def _record(finished: Measured, recipe: Recipe) -> Json:
 
 
 def _uncompressed(name: str, stage: Stage) -> Stage:
-    """Return a stage without the options that compress: keys and values stay float32 in the baseline."""
-    return dataclasses.replace(stage, cache_dtype="float32", calibration="") if name == "compile" else stage
+    """Return a stage without the options that compress: keys and values of the baseline are float32."""
+    if name != "compile":
+        return stage
+    return dataclasses.replace(stage, cache_dtype="float32", calibration="", deflate="never")
 
 
 def run_name(model: TorchModel, recipe: Recipe) -> str:

@@ -55,6 +55,7 @@ class Target:
     description: str  # one line for `edgepipe targets`
     engines: tuple[str, ...]  # engines that run there, the preferred one first; at least one of ENGINES
     measurable: Literal["here", "emulated", "no"]  # whether speed on it can be measured from this machine
+    sparse: tuple[str, ...] = ()  # patterns of zeros ("2:4") that its kernels skip; none: a zero takes as long as any
     onnxruntime: OnnxruntimeSettings = field(default_factory=OnnxruntimeSettings)
     budgets: Budgets = field(default_factory=Budgets)
 
@@ -73,6 +74,17 @@ class Target:
 def list_targets() -> tuple[str, ...]:
     """Return the names of the targets that come with edgepipe, sorted."""
     return list_names("targets")
+
+
+def zeros_pay(pattern: str) -> str:
+    """Say where zeros in a pattern buy speed, and where only bytes, of the targets that come along."""
+    skips = [name for name in list_targets() if pattern in load_target(name).sparse]
+    others = [name for name in list_targets() if name not in skips]
+    faster = (
+        f"Zeros ({pattern}) buy speed on {', '.join(skips)}" if skips else f"Zeros ({pattern}) buy speed on no target"
+    )
+    slow = f"on {', '.join(others)} they take as long as other weights, and only bytes are saved" if others else ""
+    return "; ".join(part for part in (faster, slow) if part)
 
 
 def load_target(name_or_path: str | Path) -> Target:

@@ -147,9 +147,10 @@ def _weight_sizes(manifest: Json) -> None:
             _text(row, name, "weights.parts.")
         _same("weights.parts.bits_per_weight", row.get("bits_per_weight"), 8 * stored / size)
     _same("the sum of weights.parts.parameters", sum(row["parameters"] for row in parts), parameters)
-    if (stored := sum(row["bytes"] for row in parts)) > nbytes:
+    whole = weights["unpacked"]["bytes"] if "unpacked" in weights else nbytes
+    if (stored := sum(row["bytes"] for row in parts)) > whole:
         raise ContractError(
-            f"manifest.json: weights.parts should have {nbytes} bytes at most, but have {stored}: build it again"
+            f"manifest.json: weights.parts should have {whole} bytes at most, but have {stored}: build it again"
         )
 
 

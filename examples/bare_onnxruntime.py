@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,11 @@ def continue_text(bundle: Path, prompt: str, new_tokens: int) -> tuple[str, list
     """Return the greedy continuation of a prompt, as text and as ids."""
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
     tokenizer = tokenizers.Tokenizer.from_file(str(bundle / manifest["tokenizer"]["file"]))
-    session = onnxruntime.InferenceSession(str(bundle / manifest["graphs"]["decoder"]))
+    options, weights = onnxruntime.SessionOptions(), manifest["weights"]
+    if "unpacked" in weights:  # stored deflated: onnxruntime takes the bytes in place of the file that the graph names
+        content = zlib.decompress((bundle / weights["file"]).read_bytes())
+        options.add_external_initializers_from_files_in_memory([weights["unpacked"]["file"]], [content], [len(content)])
+    session = onnxruntime.InferenceSession(str(bundle / manifest["graphs"]["decoder"]), options)
     binding = session.io_binding()
     shape = manifest["cache"]["shape"]  # [1, kv_heads, context, head_dim]
     buffers = []  # onnxruntime writes into these: they must live as long as the binding

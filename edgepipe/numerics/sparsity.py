@@ -10,7 +10,6 @@ SparseGPT is GPTQ (gptq.py) with the mask in the place of the grid: it chooses f
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -119,14 +118,3 @@ def without(weight: np.ndarray, gram: np.ndarray, pattern: Pattern) -> np.ndarra
         values[:, stop:] -= errors @ factor[start:stop, stop:]
         values[:, start:stop] *= mask
     return values
-
-
-def packed_share(bits: int, pattern: Pattern) -> float:
-    """Return the bytes of codes beside those of all codes, if only what is kept were stored, and where it stands.
-
-    N of M: the place is the number of one of the binomial(M, N) choices. A share: a bit for every weight.
-    """
-    if pattern.of:
-        places = math.ceil(math.log2(math.comb(pattern.of, pattern.kept)))
-        return (pattern.kept * bits + places) / (pattern.of * bits)
-    return 1 - pattern.share + 1 / bits

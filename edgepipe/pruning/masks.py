@@ -15,7 +15,7 @@ import numpy as np
 
 from edgepipe.artifacts import Context, TorchModel
 from edgepipe.errors import ConfigError
-from edgepipe.numerics.sparsity import Pattern, keep_mask, packed_share, wanda_scores, without
+from edgepipe.numerics.sparsity import Pattern, keep_mask, wanda_scores, without
 from edgepipe.pruning.families import Anatomy
 from edgepipe.pruning.sizes import Sizes
 from edgepipe.weights import WeightStore, held_weight
@@ -56,7 +56,7 @@ def check_pattern(anatomy: Anatomy, sizes: Sequence[Sizes], pattern: Pattern | N
             if pattern is None or not pattern.of or kept * places % pattern.of == 0:
                 continue
             fitting = [n for n in range(1, had + 1) if n * places % pattern.of == 0]
-            nearest = min(fitting, key=lambda n, kept=kept: abs(n - kept), default=0)
+            _, nearest = min(((abs(n - kept), n) for n in fitting), default=(0, 0))
             instead = f"the nearest possible is prune.{option}={nearest}, or take" if nearest else "take"
             raise ConfigError(
                 f"prune.pattern: {pattern.name} needs rows that {pattern.of} divides, but {kept * places} columns are "
@@ -116,11 +116,11 @@ def _by_texts(
 def say(masked: Masked, pattern: Pattern, method: str, ctx: Context) -> None:
     """Note how many zeros there are, and plainly what they are good for on the target."""
     share = masked.zeros / max(1, masked.total)
-    four, eight = (packed_share(bits, pattern) for bits in (4, 8))
     ctx.note(f"{share:.1%} of the weights of {masked.matrices} matrices are zero ({pattern.name} by {method})")
+    skips = pattern.name in ctx.target.sparse
     ctx.note(
-        f"zeros buy no speed on the target {ctx.target.name}: {', '.join(ctx.target.engines)} multiplies them like any "
-        "other number; nor bytes, since its kernels read whole matrices. Stored without them, codes would take "
-        f"{four:.0%} of their bytes at 4 bits and {eight:.0%} at 8"
+        f"zeros buy {'speed' if skips else 'no speed'} on the target {ctx.target.name}: its kernels "
+        f"{'skip them' if skips else 'multiply them like other weights'}; they buy bytes, since compile stores such "
+        "weights deflated"
     )
     ctx.figures({"sparsity": share})

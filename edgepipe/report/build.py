@@ -16,7 +16,7 @@ from edgepipe.report.guards import agreement_of
 from edgepipe.report.plans import search_of
 from edgepipe.report.record import BundleReport, Latency, Limit, Material, Measurement, Phase, Report, Time, Training
 from edgepipe.report.rows import figure, measured_rows, shape_of, start_rows, static_figures
-from edgepipe.report.sentences import certainty, limit_sentences, limits_of, machine_sentences, verdict
+from edgepipe.report.sentences import certainty, limit_sentences, limits_of, machine_sentences, verdict, zeros
 
 BINS = 40  # of a histogram
 _TAIL = 99.0  # percentile at which a histogram ends: one stall would squeeze everything else into one bar
@@ -53,7 +53,7 @@ def _bundle_report(material: Material) -> BundleReport:
         manifest_sha256=material.manifest_sha256,
         facts={**static, "parameters": weights["parameters"], "context": manifest["model"].get("context")},
         baseline=material.beside if len(sides) > 1 else None,
-        verdict=tuple(_not_measured(static) if figures is None else verdict(figures, material.beside)),
+        verdict=(*(_not_measured(static) if figures is None else verdict(figures, material.beside)), *zeros(manifest)),
         over_budget=tuple(over_budget(figures, material.budgets or {}, target) if figures is not None else ()),
         remarks=material.remarks,
         rows=tuple(measured_rows({"bundle": static} if figures is None else figures)),

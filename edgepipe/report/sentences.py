@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from edgepipe.artifacts import Json
 from edgepipe.report.rows import between, figure, in_order, same_tokens, shape_of
+from edgepipe.target import zeros_pay
 
 _NO_WORSE = 1.01  # perplexity ratio up to which the verdict says that nothing was lost
 _TIMES = {"token_ms": "time per output token", "ttft_ms": "TTFT"}  # others are calls, named by their shape
@@ -75,6 +76,20 @@ def _quality(before: Json, after: Json, other: str) -> str:
     if quality <= _NO_WORSE:
         return f"Nothing measurable was lost: perplexity is {quality:.3f} times that of {other}."
     return f"Perplexity is {100 * (quality - 1):+.1f} %."
+
+
+def zeros(manifest: Json) -> list[str]:
+    """Say of a model with masks where they buy speed, where only bytes, and how many; nothing of one without."""
+    asked = [record["options"] for record in manifest["history"] if record["stage"] == "prune"]
+    pattern = asked[-1].get("pattern") or asked[-1].get("sparsity") if asked else None
+    if not pattern:
+        return []
+    weights = manifest["weights"]
+    unpacked, stored = weights.get("unpacked"), f"{weights['bytes'] / 1e6:,.1f}"
+    here = f"{stored} of {unpacked['bytes'] / 1e6:,.1f} MB, deflated" if unpacked else f"{stored} MB, as they are"
+    return [
+        f"{zeros_pay(pattern if isinstance(pattern, str) else f'{pattern:.0%}')}. Here weights are stored in {here}."
+    ]
 
 
 def certainty(figures: Json) -> list[str]:

@@ -68,11 +68,13 @@ def open_graphs(bundle: Bundle, threads: int | None) -> Any:
     # Imported only now: reading and checking bundles needs no engine.
     from edgepipe.runtime import onnxruntime as engine
     from edgepipe.runtime.growing import GrowingDecoder
+    from edgepipe.runtime.packed import unpack_weights
 
     if not manifest["ends"]:
         return engine.open_decoder(bundle.path, manifest, threads)
+    weights, several = unpack_weights(bundle.path, manifest), len(manifest["ends"]) > 1
     graphs = {
-        role: engine.open_graph(bundle.path / manifest["graphs"][role], threads, ends, others=len(manifest["ends"]) > 1)
+        role: engine.open_graph(bundle.path / manifest["graphs"][role], threads, ends, others=several, weights=weights)
         for role, ends in manifest["ends"].items()
     }
     if manifest["task"] in GENERATION:

@@ -16,9 +16,10 @@ from typing import Any, NoReturn
 
 from edgepipe.errors import ConfigError, ContractError
 from edgepipe.runtime.ends import DTYPES, ROLES, check_ends
+from edgepipe.runtime.packed import MOST_RATIO
 
 MANIFEST = "manifest.json"
-SCHEMA = 2  # the newest manifest layout this code reads; `_newest` says what the older ones lack
+SCHEMA = 3  # the newest manifest layout this code reads; `_newest` says what the older ones lack
 
 # Limits that no real bundle comes near; beyond them a manifest is damaged or hostile.
 _MOST_MANIFEST_BYTES = 16 << 20
@@ -176,6 +177,11 @@ def _check_graphs(manifest: Mapping[str, Any], files: Mapping[str, Any]) -> None
 
     weights = _object(manifest, "weights")
     _listed(files, _text(weights, "file", "weights."), "weights.file")
+    if manifest["schema"] >= 3:
+        unpacked = _object(weights, "unpacked", "weights.")
+        _check_plain_name(_text(unpacked, "file", "weights.unpacked."))
+        most = min(_MOST_FILE_BYTES, MOST_RATIO * files[weights["file"]]["bytes"])
+        _whole(unpacked, "bytes", 1, most, "weights.unpacked.")
 
 
 def _check_end(described: Mapping[str, Any], name: str, where: str) -> None:

@@ -33,6 +33,8 @@ _CACHE_TOLERANCES = {"float32": _TOLERANCE, "float16": 2e-2, "int8": 0.2}
 # model that was trained with that is far from itself in floats, and still right: its quality is what must be looked at.
 _SHIPPED_TOLERANCE, _PLANNED_TOLERANCE, _FOUR_BIT_TOLERANCE = 0.1, 0.5, 1.2
 _TINY = 1e-30  # an output of zeros has no size to compare with
+_DEFLATES = ("auto", "always", "never")
+_WORTH_IT = 0.9  # share of the bytes: a file that has to be unpacked when it is opened must be smaller than this
 _EXACT = 0  # MatMulNBits accuracy level: float32 arithmetic
 
 
@@ -43,6 +45,9 @@ class Compile:
     accuracy_level: int = -1  # of MatMulNBits: 0 float32, 4 int8 activations (faster, noisier); −1 takes the target's
     cache_dtype: str = "float16"  # of the KV cache: float16; float32: twice its bytes; int8: half, ranges from texts
     calibration: str = ""  # texts that an int8 cache takes its ranges from: a set's name or a file; empty: everyday
+    deflate: str = (
+        "auto"  # store weights.bin deflated: auto, where masks make it a tenth smaller; always, if smaller; never
+    )
     check_tokens: int = 16  # tokens of the numeric check against the portable graph; 0 leaves it out
     exact_tolerance: float = 0.0  # error of exact arithmetic, in largest logits; 0: 1e-3, float16 cache 2e-2, int8 0.2
     shipped_tolerance: float = 0.0  # RMS difference as shipped, in RMS; 0: 0.1, int8 tensors 0.5, 4-bit activations 1.2
@@ -57,6 +62,8 @@ class Compile:
             raise ConfigError(f"compile.cache_dtype: expected float32, float16 or int8, got {self.cache_dtype!r}")
         if self.calibration and self.cache_dtype != "int8":
             raise ConfigError(f"compile.calibration: a {self.cache_dtype} cache needs no texts: leave it out")
+        if self.deflate not in _DEFLATES:
+            raise ConfigError(f"compile.deflate: expected one of {', '.join(_DEFLATES)}, got {self.deflate!r}")
         if self.check_tokens < 0 or self.exact_tolerance < 0 or self.shipped_tolerance < 0:
             raise ConfigError("compile.check_tokens and the tolerances must not be negative")
 
@@ -116,8 +123,26 @@ class Compile:
             self._check_traced(model, exact, path, ctx, shipped=shipped)
         elif self.check_tokens:
             self._check_decoder(model, exact, path, ctx, shipped=shipped, seen=seen)
+        self._deflate(model, path, ctx)
         manifest = write_bundle(model, path, file, ctx.recipe, self.cache_dtype)
         return CompiledModel(info=model.info, path=path, manifest=manifest, history=model.history)
+
+    def _deflate(self, model: OnnxModel, path: Path, ctx: Context) -> None:
+        """Store the weights deflated where that is asked for, or where there are masks, and it pays."""
+        from edgepipe.bundle import deflate_weights
+        from edgepipe.numerics.sparsity import pattern_of
+
+        if self.deflate == "never" or (self.deflate == "auto" and pattern_of(model.history) is None):
+            return
+        most = 1.0 if self.deflate == "always" else _WORTH_IT
+        before, after = deflate_weights(path, most)
+        if after < most * before:
+            ctx.note(
+                f"weights are stored deflated, {after / 1e6:,.1f} of {before / 1e6:,.1f} MB ({after / before:.0%}), "
+                "and unpacked into memory when the bundle is opened"
+            )
+        else:
+            ctx.note(f"weights are stored as they are: deflated they would take {after / before:.0%}")
 
     def _cache_scales(self, model: OnnxModel, file: WeightsFile, path: Path, ctx: Context) -> CacheScales | None:
         """Return the scales of an int8 cache, found over the calibration texts; None for any other cache."""

@@ -30,8 +30,8 @@ def test_multiply_adds_are_those_of_matrices_and_attention(tmp_path: Path) -> No
 def test_a_tiny_row_goes_all_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prune, "ROOT", tmp_path)
     model = str(save_encoder(tmp_path / "bert", "bert"))
-    pairs = "".join(f"{i % 5}\tThe river {i}.\tThe mill {i * i}.\n" for i in range(12))
-    (tmp_path / "pairs.tsv").write_text(f"score\tsentence1\tsentence2\n{pairs}", encoding="utf-8")
+    pairs = "".join(f"a\tb\tc\t{i}\t{i % 5}\tThe river {i}.\tThe mill {i * i}.\n" for i in range(12))
+    (tmp_path / "pairs.tsv").write_text(pairs, encoding="utf-8")
     (tmp_path / "texts.txt").write_text("\n\n".join(f"The water rose {i} times." for i in range(20)), encoding="utf-8")
     case = Case(model=model, metric="spearman", scored="pairs.tsv", speed="8x128", teaching={"batch": 4})
     texts = {model: tmp_path / "texts.txt", "pairs.tsv": tmp_path / "pairs.tsv"}

@@ -50,6 +50,7 @@ GRIDS: dict[str, tuple[Settings, float]] = {
         3e-3,
     ),
     "minima": ([("quantize", "embedding_bits", 4)], 3e-3),
+    "deflated": ([("compile", "cache_dtype", "float32"), ("compile", "deflate", "always")], 1e-4),
 }
 NOISES = 4  # times an answer is made again with noise on its logits
 PROMPT = "The river carried the timber"

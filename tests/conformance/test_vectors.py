@@ -6,6 +6,7 @@ import base64
 import importlib.util
 import json
 import shutil
+import zlib
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -90,10 +91,14 @@ def test_logits(home: Path) -> None:
 def test_a_changed_weight_is_noticed(home: Path, tmp_path: Path) -> None:
     """The tolerance is no wider than it must be: one bit of a code is seen."""
     bundle = Path(shutil.copytree(home / "bundle", tmp_path / "bundle"))
-    content = bytearray((bundle / "weights.bin").read_bytes())
+    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    file, deflated = bundle / manifest["weights"]["file"], "unpacked" in manifest["weights"]
+    content = bytearray(zlib.decompress(file.read_bytes()) if deflated else file.read_bytes())
     for place in range(0, 4096, 64):
         content[place] ^= 0x08
-    (bundle / "weights.bin").write_bytes(content)
+    file.write_bytes(zlib.compress(content) if deflated else content)
+    manifest["files"][file.name]["bytes"] = file.stat().st_size
+    (bundle / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     assert max(worst(home, decoder(bundle)).values()) > vectors(home)["tolerance"]
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from edgepipe.numerics.gptq import compensate
-from edgepipe.numerics.grids import Grid, dequantize, pin_zeros, quantized_nbytes, round_to_nearest
-from edgepipe.numerics.sparsity import Pattern, keep_mask, packed_share, wanda_scores, without
+from edgepipe.numerics.grids import Grid, dequantize, pin_zeros, round_to_nearest
+from edgepipe.numerics.sparsity import Pattern, keep_mask, wanda_scores, without
 from tests.numerics.test_methods import GRIDS, case, gram_of
 from tests.reference import lost_naively, masked_naively, sparsegpt_naively
 
@@ -70,11 +70,3 @@ def test_zeros_are_exact_on_every_grid(grid: Grid) -> None:
     pinned = pin_zeros(other, weight == 0)
     assert (dequantize(pinned)[weight == 0] == 0).all()
     assert np.array_equal(dequantize(pinned)[weight != 0], dequantize(other)[weight != 0])
-
-
-def test_what_packing_would_save() -> None:
-    """2:4 at 4 bits: two codes and one of six places, 11 bits of 16; a share: a bit for every weight."""
-    assert packed_share(4, TWO) == 11 / 16
-    assert packed_share(8, FOUR) == (32 + 7) / 64
-    assert packed_share(4, HALF) == 0.75
-    assert quantized_nbytes((8, 64), bits=4, group=32) == 8 * (32 + 4)

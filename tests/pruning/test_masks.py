@@ -13,7 +13,6 @@ from edgepipe.errors import ConfigError
 from edgepipe.pruning.families import anatomy_of
 from edgepipe.pruning.masks import matrices_of
 from edgepipe.sources import open_model
-from edgepipe.stages.export import Export
 from edgepipe.stages.prune import Prune
 from edgepipe.stages.quantize import Quantize
 from tests.decoders import context, opened
@@ -46,14 +45,11 @@ def test_masks_hold_through_recovery_and_quantization(mask: str, method: str, be
         assert (where.reshape(-1, 4).sum(1) >= 2).all(), name
         assert where.mean() < 0.55
     assert any("50.0% of the weights of 12 matrices are zero (2:4" in note for note in notes)
-    assert any(note.startswith("zeros buy no speed on the target test: onnxruntime") for note in notes)
+    assert any(note.startswith("zeros buy no speed on the target test: its kernels multiply them") for note in notes)
     options: dict[str, Any] = {} if method == "rtn" else {"samples": 8, "tokens": 16}
     rounded = Quantize(bits=4, method=method, **options)(model, context(tmp_path))
-    weights = rounded.weights
-    if (mask, method) == ("wanda", "rtn"):  # tracing takes seconds, and the weights are the same objects for all
-        weights = Export()(rounded, context(tmp_path)).weights
     for name, where in zeros.items():
-        assert (weights.float32(name)[where] == 0).all(), name
+        assert (rounded.weights.float32(name)[where] == 0).all(), name
 
 
 @pytest.mark.parametrize(

@@ -140,8 +140,8 @@ def test_huge_manifest_is_refused(tmp_path: Path) -> None:
 
 def test_newer_schema_is_refused_before_anything_else(tmp_path: Path) -> None:
     """Tell to update edgepipe, whatever else the newer manifest holds."""
-    (tmp_path / "manifest.json").write_text('{"schema": 3}')
-    with pytest.raises(ConfigError, match="schema 3, but this edgepipe reads up to 2: update edgepipe"):
+    (tmp_path / "manifest.json").write_text('{"schema": 4}')
+    with pytest.raises(ConfigError, match="schema 4, but this edgepipe reads up to 3: update edgepipe"):
         read_manifest(tmp_path)
 
 
