@@ -5,6 +5,7 @@ Source: Touvron et al., arXiv:2302.13971, and the model files of transformers 5.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -88,6 +89,11 @@ class Shape:
     logits_divisor: float
     windows: tuple[int | None, ...]  # attention window of each layer in tokens
     ropes: tuple[bool, ...]  # whether each layer rotates queries and keys
+    ffns: tuple[int, ...] = ()  # of each layer of a student whose layers differ; empty: all have `ffn`
+
+    def at(self, layer: int) -> Shape:
+        """Return the facts of one layer."""
+        return dataclasses.replace(self, ffn=self.ffns[layer], ffns=()) if self.ffns else self
 
 
 def read_shape(config: Json, context: int | None, usual_context: int = 2048) -> Shape:

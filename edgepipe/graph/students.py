@@ -165,7 +165,7 @@ def _encode(g: GraphBuilder, s: Shape, config: StudentConfig, ids: ir.Value, mas
         qkv = self_projections(g, s, i, p, h, positions, tables)
         y = _attention(g, s, [*qkv, seen] if seen else qkv, causal=config.causal_encoder)
         x = attention_output(g, s, p + "self_attn.o_proj", x, y)
-        x = mlp(g, s, p, x)
+        x = mlp(g, s.at(i), p, x)
     return norm(g, s, "encoder.norm.weight", x)
 
 
@@ -262,7 +262,7 @@ def _after_self_attention(
     y = g.op("Attention", [q, *seen], attributes, notes={"heads": str(s.heads)})  # [B, heads, S, head_dim]
     y = g.op("Reshape", [g.op("Transpose", [y], {"perm": [0, 2, 1, 3]}), ints(g, 0, 0, s.heads * s.head_dim)])
     x = attention_output(g, s, p + "cross_attn.o_proj", x, y)
-    return mlp(g, s, p, x)
+    return mlp(g, s.at(i), p, x)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -184,6 +184,10 @@ def _llama_stack(name: str, prefix: str, shape: Shape, axes: Axes) -> Stack:
 
 
 def _student(model: TorchModel, config: StudentConfig) -> Anatomy:
+    if any("ffn_widths" in (stack or {}) for stack in (config.encoder, config.decoder)):
+        raise ConfigError(
+            f"prune: the layers of {model.info.name} have widths of their own already: cut the model it was made of"
+        )
     stacks = [_llama_stack("encoder", "encoder.layers.", config.encoder_shape(), _LLAMA)]
     if config.decoder is not None:
         stacks.append(_llama_stack("decoder", "decoder.layers.", config.decoder_shape(), _CROSSED))

@@ -6,6 +6,9 @@ By weights alone (`magnitude`; students/from_teacher.py has the same sums):
     key/value group g      Σ over queries, keys, values and output of w² in the group
     residual channel c     Σ over all matrices that read or write c of w²
 
+By place, in a student whose FFNs are nested (`nested`): channels come in the order in which they matter, so the first
+stay. Nothing else has such an order: groups and residual channels by weights.
+
 By activations over calibration texts (`activations`), after Minitron (arXiv:2407.14679), which takes the mean
 size of what a channel, a head or a norm gives. Here it is multiplied by what the next matrix makes of it, so that it
 doesn't matter how a model divides its scale between the two, and the score is the energy that goes missing:
@@ -21,6 +24,7 @@ arXiv:2403.03853).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -76,7 +80,10 @@ def choose(
         found.append(
             Kept(
                 layers=tuple(kept),
-                ffn={i: largest(scores.ffn[p + stack.ffn_output], size.ffn) for i, p in block},
+                ffn={
+                    i: largest(scores.ffn[p + stack.ffn_output], width)
+                    for (i, p), width in zip(block, size.ffns, strict=True)
+                },
                 groups={
                     (i, name): largest(scores.groups[p + matrix], size.kv_heads)
                     for i, p in block
@@ -122,6 +129,13 @@ def by_magnitude(weights: WeightStore, anatomy: Anatomy, layers: Sequence[Sequen
             for attention, matrix in stack.attentions.items():
                 groups[p + matrix] = _group_squares(stack, attention, squares)
     return Scores(ffn=ffn, groups=groups, hidden=hidden)
+
+
+def by_place(scores: Scores) -> Scores:
+    """Return scores by which the first FFN channels stay."""
+    return dataclasses.replace(
+        scores, ffn={name: -np.arange(len(own), dtype=float) for name, own in scores.ffn.items()}
+    )
 
 
 def _along(squares: np.ndarray, axes: tuple[str, ...], axis: str, size: int) -> np.ndarray:

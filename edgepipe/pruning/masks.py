@@ -50,7 +50,7 @@ def check_pattern(anatomy: Anatomy, sizes: Sequence[Sizes], pattern: Pattern | N
         group = stack.heads // stack.kv_heads * stack.head_dim  # places of a key/value group's query heads
         for option, kept, had, places in (
             ("hidden", size.hidden, stack.hidden, 1),
-            ("ffn", size.ffn, stack.ffn, 1),
+            *(("ffn", width, stack.ffn, 1) for width in size.ffns),
             ("kv_heads", size.kv_heads, stack.kv_heads, group),
         ):
             if pattern is None or not pattern.of or kept * places % pattern.of == 0:

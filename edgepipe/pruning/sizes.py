@@ -26,6 +26,7 @@ class Wanted:
 
     ratio: float = 0.0  # share of FFN channels and key/value groups removed
     ffn: int = 0
+    ffn_widths: tuple[int, ...] = ()  # of each layer that is kept, an encoder's first, in place of one number
     kv_heads: int = 0
     hidden: int = 0
     layers: int = 0  # of the encoder where there is a decoder behind it
@@ -37,23 +38,32 @@ class Sizes:
     """Hold what one stack has left."""
 
     layers: int
-    ffn: int
+    ffns: tuple[int, ...]  # of each layer
     kv_heads: int
     hidden: int
+
+    @property
+    def ffn(self) -> int:
+        """Return the widest layer's FFN channels."""
+        return max(self.ffns)
 
 
 def sizes_of(anatomy: Anatomy, wanted: Wanted, name: str, config: Json) -> tuple[Sizes, ...]:
     """Return the sizes of every stack; ConfigError names what can't be, and the nearest that can."""
     if wanted.decoder_layers and len(anatomy.stacks) == 1:
         raise ConfigError(f"prune.decoder_layers is for encoder-decoders, and {name} has one stack: use prune.layers")
-    found = []
+    counts = []
     for number, stack in enumerate(anatomy.stacks):
         layers = wanted.decoder_layers if number else wanted.layers
         option = "decoder_layers" if number else "layers"
+        counts.append(_count(option, layers or stack.layers, stack.layers, name))
+    widths = _widths(anatomy, counts, wanted, name)
+    found = []
+    for stack, layers, ffns in zip(anatomy.stacks, counts, widths, strict=True):
         found.append(
             Sizes(
-                layers=_count(option, layers or stack.layers, stack.layers, name),
-                ffn=_channels(stack, wanted, name),
+                layers=layers,
+                ffns=ffns,
                 kv_heads=_groups(stack, wanted, name),
                 hidden=_count("hidden", wanted.hidden or stack.hidden, stack.hidden, name),
             )
@@ -67,6 +77,31 @@ def _count(option: str, asked: int, had: int, name: str) -> int:
     if asked > had:
         raise ConfigError(f"prune.{option}: {asked} of {name}'s {had} can't be kept: the most is {had}")
     return asked
+
+
+def _widths(anatomy: Anatomy, counts: Sequence[int], wanted: Wanted, name: str) -> list[tuple[int, ...]]:
+    """Return the FFN channels that each layer of each stack keeps."""
+    if not wanted.ffn_widths:
+        pairs = zip(anatomy.stacks, counts, strict=True)
+        return [(_channels(stack, wanted, name),) * layers for stack, layers in pairs]
+    if len(wanted.ffn_widths) != sum(counts):
+        raise ConfigError(
+            f"prune.ffn_widths: expected {sum(counts)} numbers, one for each layer that is kept of {name}, but got "
+            f"{len(wanted.ffn_widths)}"
+        )
+    if len({*wanted.ffn_widths}) > 1 and anatomy.kind != "student":
+        raise ConfigError(
+            f"prune.ffn_widths: {name}'s config has one width for all layers: the nearest possible is "
+            f"prune.ffn={round(sum(wanted.ffn_widths) / len(wanted.ffn_widths))}"
+        )
+    left = list(wanted.ffn_widths)
+    found = []
+    for stack, layers in zip(anatomy.stacks, counts, strict=True):
+        own, left = left[:layers], left[layers:]
+        if min(own) < 1:
+            raise ConfigError(f"prune.ffn_widths: {min(own)} channels of a layer can't be kept: the least is 1")
+        found.append(tuple(_count("ffn_widths", width, stack.ffn, name) for width in own))
+    return found
 
 
 def _channels(stack: Stack, wanted: Wanted, name: str) -> int:
@@ -90,7 +125,7 @@ def _step(stack: Stack) -> int:
 
 def _refuse_ratio(what: str, option: str, stack: Stack, wanted: Wanted, name: str) -> NoReturn:
     """Refuse a ratio that leaves nothing, and name the largest one, in thousandths, that leaves something of both."""
-    parts = [] if wanted.ffn else [stack.ffn / _step(stack)]
+    parts = [] if wanted.ffn or wanted.ffn_widths else [stack.ffn / _step(stack)]
     parts += [] if wanted.kv_heads else [stack.kv_heads]
     fitting = (n / 1000 for n in range(1000, -1, -1) if all(round(count * (1 - n / 1000)) for count in parts))
     raise ConfigError(
@@ -143,10 +178,16 @@ def pruned_config(config: Json, anatomy: Anatomy, sizes: Sequence[Sizes], layers
     if anatomy.kind == "llama":
         return _llama_config(config, anatomy.stacks[0], sizes[0], layers[0])
     changed = {
-        stack.name: _llama_config(config[stack.name], stack, size, kept)
+        stack.name: _student_config(config[stack.name], stack, size, kept)
         for stack, size, kept in zip(anatomy.stacks, sizes, layers, strict=True)
     }
     return {**config, **changed}
+
+
+def _student_config(config: Json, stack: Stack, size: Sizes, layers: Sequence[int]) -> Json:
+    """Return the config of a student's stack; a width that was cut is no longer one of several."""
+    changed = {k: v for k, v in _llama_config(config, stack, size, layers).items() if k != "nested_widths"}
+    return changed if len({*size.ffns}) == 1 else {**changed, "ffn_widths": list(size.ffns)}
 
 
 def _llama_config(config: Json, stack: Stack, size: Sizes, layers: Sequence[int]) -> Json:

@@ -49,6 +49,7 @@ class Distill:
     decoder_from: tuple[int, ...] = ()  # the same of the decoder
     hidden: int = 0  # width of the residual stream; 0: the teacher's
     ffn: int = 0  # width of the MLPs; 0: the teacher's
+    nested: tuple[int, ...] = ()  # narrower widths of the MLPs that it learns to work at too (docs/prune.md)
     kv_heads: int = 0  # key/value heads, each with its queries; 0: the teacher's
     scratch: bool = False  # random weights in place of the teacher's
     causal_encoder: bool = False  # keep the causal mask in the encoder, for comparison
@@ -73,6 +74,7 @@ class Distill:
     mask_steps: int = 0  # of an encoder: steps of masked next-token prediction first
     contrast_steps: int = 0  # of an encoder: steps of unsupervised contrast before those of pairs or labels
     contrast_dropout: float = 0.3  # of that contrast: of attention and of what each block adds, above 0 and below 1
+    nested_every: bool = False  # train all nested widths at every step, not one that is drawn
     dropout: float = 0.0  # of the same while targets, pairs or labels are taught, in [0, 1)
     untaught: bool = False  # no last course: a student as it is made, or after mask_steps and contrast_steps alone
     # --- how long, and how

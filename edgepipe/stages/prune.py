@@ -28,7 +28,7 @@ _RECOVERY = (  # options that mean something to recovery alone
 )
 _GENERATORS = ("own_texts", "alpha", "match_hidden", "max_target")  # of these, what encoders have no use for
 _TRAINERS = ("accelerate",)  # whose version decides a trained model's bytes, beside those that decide all results'
-_IMPORTANCE = ("activations", "magnitude")
+_IMPORTANCE = ("activations", "magnitude", "nested")
 _LAYERS_BY = ("contribution", "spread")
 
 
@@ -38,11 +38,12 @@ class Prune:
 
     ratio: float = 0.25  # share of FFN channels and key/value groups (their query heads too) removed, below 1
     ffn: int = 0  # FFN channels kept in each layer; 0: as ratio says
+    ffn_widths: tuple[int, ...] = ()  # the same layer by layer, an encoder's layers first; students alone
     kv_heads: int = 0  # key/value groups kept in each layer; 0: as ratio says
     hidden: int = 0  # width of the residual stream; 0: the model's
     layers: int = 0  # layers kept, of an encoder-decoder the encoder's; 0: all
     decoder_layers: int = 0  # of an encoder-decoder; 0: all
-    importance: str = "activations"  # of channels and heads: activations (over calibration texts), magnitude
+    importance: str = "activations"  # of channels and heads: activations (over texts), magnitude, nested (first ones)
     layers_by: str = "contribution"  # which layers stay: contribution (they change the stream most), spread (evenly)
     sparsity: float = 0.0  # share of the weights of what is left that become zero, from 0 to below 1; shapes stay
     pattern: str = ""  # zeros in a pattern instead, N of M neighbours kept: 2:4, 4:8
@@ -82,7 +83,9 @@ class Prune:
                 raise ConfigError(f"prune.{name}: expected at least {least}, got {getattr(self, name)}")
         self._check_mask()
         if self.calibration and not self._looks:
-            raise ConfigError("prune.calibration: importance by magnitude looks at no texts: leave it out")
+            raise ConfigError(f"prune.calibration: importance by {self.importance} looks at no texts: leave it out")
+        if self.ffn and self.ffn_widths:
+            raise ConfigError("prune.ffn and prune.ffn_widths: give one of them")
         self._check_recovery_options()
 
     def _check_mask(self) -> None:
@@ -118,7 +121,7 @@ class Prune:
     def _looks_before(self) -> bool:
         """Say whether texts go through the model as it comes: something is cut, and they choose what."""
         layers = self.layers > 0 or self.decoder_layers > 0
-        cuts = layers or bool(self.ratio or self.ffn or self.kv_heads or self.hidden)
+        cuts = layers or bool(self.ratio or self.ffn or self.ffn_widths or self.kv_heads or self.hidden)
         return cuts and (self.importance == "activations" or (layers and self.layers_by == "contribution"))
 
     def reads(self) -> Json:
@@ -223,7 +226,7 @@ class Prune:
     def _cut(self, model: TorchModel, ctx: Context) -> tuple[TorchModel, tuple[Kept, ...]]:
         """Return the smaller model, and what its stacks kept."""
         from edgepipe.pruning.cut import cut_weights
-        from edgepipe.pruning.importance import by_activations, by_magnitude, choose, choose_layers
+        from edgepipe.pruning.importance import by_activations, by_magnitude, by_place, choose, choose_layers
         from edgepipe.pruning.sizes import pruned_config
 
         anatomy, sizes = self._sizes(model)
@@ -234,6 +237,7 @@ class Prune:
             scores = by_activations(model.weights, anatomy, layers, seen)
         else:
             scores = by_magnitude(model.weights, anatomy, layers)
+            scores = by_place(scores) if self.importance == "nested" else scores
         kept, hidden = choose(anatomy, sizes, scores, layers)
         rounds = _after_quantize(model)
         cut = cut_weights(model, anatomy, kept, hidden, rounds=rounds)
@@ -272,12 +276,12 @@ class Prune:
             parts = [
                 f"{now} of {had} {what}"
                 for now, had, what in (
-                    (size.ffn, stack.ffn, "FFN channels"),
+                    (", ".join(map(str, dict.fromkeys(size.ffns))), stack.ffn, "FFN channels"),
                     (size.kv_heads, stack.kv_heads, "key/value groups"),
                     (size.hidden, stack.hidden, "residual channels"),
                     (size.layers, stack.layers, "layers"),
                 )
-                if now != had
+                if str(now) != str(had)
             ]
             if size.layers != stack.layers:
                 parts[-1] += f" ({', '.join(map(str, kept.layers))})"

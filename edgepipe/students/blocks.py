@@ -124,7 +124,10 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """down(act(gate·x) ⊙ up·x), or down(act(up·x)) where the shape is not gated."""
+    """down(act(gate·x) ⊙ up·x), or down(act(up·x)) where the shape is not gated.
+
+    With `kept` it computes with its first channels alone, as the MLP does that is cut out of it (training/nested.py).
+    """
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -133,13 +136,22 @@ class Mlp(nn.Module):
         self.up_proj = nn.Linear(shape.hidden, shape.ffn, bias=shape.mlp_bias)
         self.down_proj = nn.Linear(shape.ffn, shape.hidden, bias=shape.mlp_bias)
         self.activation, self.gated = shape.activation, shape.gated
+        self.kept: int | None = None  # channels; None: all
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the MLP to x [B, S, H]."""
-        up = self.up_proj(x)
-        y = self._activate(self.gate_proj(x)) * up if self.gated else self._activate(up)
-        output: Tensor = self.down_proj(y)
+        up = self._first(self.up_proj, x)
+        y = self._activate(self._first(self.gate_proj, x)) * up if self.gated else self._activate(up)
+        down = self.down_proj
+        output: Tensor = down(y) if self.kept is None else functional.linear(y, down.weight[:, : self.kept], down.bias)
         return output
+
+    def _first(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        if self.kept is None:
+            output: Tensor = layer(x)
+            return output
+        bias = None if layer.bias is None else layer.bias[: self.kept]
+        return functional.linear(x, layer.weight[: self.kept], bias)
 
     def _activate(self, x: Tensor) -> Tensor:
         if self.activation == "silu":
@@ -197,7 +209,7 @@ class Stack(nn.Module):
     def __init__(self, shape: Shape, config: Json, dropout: Dropout, *, source_width: int | None = None) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            Block(shape, dropout, layer=i, source_width=source_width) for i in range(shape.layers)
+            Block(shape.at(i), dropout, layer=i, source_width=source_width) for i in range(shape.layers)
         )
         self.norm = RMSNorm(shape.hidden, shape.norm_eps, plus_one=shape.variant.norm_plus_one)
         self.rotary = Rotary(shape, config)

@@ -1,7 +1,9 @@
 """What a student is made of: kind, the stacks of Llama-style blocks, and how they are joined. No torch.
 
 A stack is described by a Llama-family config, as transformers writes them, so a student keeps what its teacher's family
-does differently (biases, norms of queries and keys, scaled embeddings, rotary scaling). Kinds:
+does differently (biases, norms of queries and keys, scaled embeddings, rotary scaling). Two keys are edgepipe's own:
+`nested_widths`, the FFN widths that it was trained to work at (training/nested.py), and `ffn_widths`, those of its
+layers where they differ. Kinds:
 
     decoder           one causal stack: an ordinary model of the family, saved as one
     encoder           one stack without the causal mask, and a head: an embedding, or classes
@@ -83,7 +85,17 @@ class StudentConfig:
 
     def _shape(self, stack: Json, context: int | None) -> Shape:
         shape = read_shape(stack, context, _USUAL_CONTEXT)
-        return dataclasses.replace(shape, gated=self.gated)
+        widths = stack.get("ffn_widths")
+        if widths is not None and not (
+            isinstance(widths, list)
+            and len(widths) == shape.layers
+            and all(type(n) is int and 1 <= n <= shape.ffn for n in widths)
+        ):
+            raise ConfigError(
+                f"a student's config.json says ffn_widths is {widths!r}; expected {shape.layers} whole numbers "
+                f"from 1 to {shape.ffn}"
+            )
+        return dataclasses.replace(shape, gated=self.gated, ffns=tuple(widths or ()))
 
     def to_json(self) -> Json:
         """Return config.json of a saved student."""
@@ -143,7 +155,7 @@ def student_weights(config: StudentConfig) -> dict[str, tuple[int, ...]]:
     embedding = "embed_tokens.weight" if config.shares_embedding else "encoder.embed_tokens.weight"
     names[embedding] = (vocab, hidden)
     for i in range(encoder.layers):
-        names |= block_weights(encoder, f"encoder.layers.{i}.")
+        names |= block_weights(encoder.at(i), f"encoder.layers.{i}.")
     names["encoder.norm.weight"] = (hidden,)
     if config.decoder is None:
         return names | _head_weights(config, hidden)
@@ -151,7 +163,7 @@ def student_weights(config: StudentConfig) -> dict[str, tuple[int, ...]]:
     if not config.shares_embedding:
         names["decoder.embed_tokens.weight"] = (vocab, decoder.hidden)
     for i in range(decoder.layers):
-        names |= block_weights(decoder, f"decoder.layers.{i}.")
+        names |= block_weights(decoder.at(i), f"decoder.layers.{i}.")
         names |= cross_weights(decoder, f"decoder.layers.{i}.", hidden)
     names["decoder.norm.weight"] = (decoder.hidden,)
     if not config.tie_embeddings:
@@ -217,7 +229,8 @@ def twin(config: StudentConfig) -> Json:
     """
     if not config.gated:
         raise ConfigError("a decoder-only twin is a model of the Llama family, whose MLPs are gated: set gated to true")
-    stack = {**config.encoder, "tie_word_embeddings": config.tie_embeddings}
+    own = ("ffn_widths", "nested_widths")
+    stack = {k: v for k, v in config.encoder.items() if k not in own} | {"tie_word_embeddings": config.tie_embeddings}
     shape = config.encoder_shape()
     block = sum(math.prod(dims) for dims in block_weights(shape, "").values())
     heads = 1 if config.tie_embeddings else 2
@@ -229,6 +242,7 @@ def twin(config: StudentConfig) -> Json:
 def with_layers(stack: Json, layers: Sequence[int]) -> Json:
     """Return a stack's config with the named layers only; what a config says layer by layer follows."""
     changed = {**stack, "num_hidden_layers": len(layers)}
-    if isinstance(stack.get("no_rope_layers"), list):
-        changed["no_rope_layers"] = [stack["no_rope_layers"][i] for i in layers]
+    for key in ("no_rope_layers", "ffn_widths"):
+        if isinstance(stack.get(key), list):
+            changed[key] = [stack[key][i] for i in layers]
     return changed

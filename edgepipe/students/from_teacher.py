@@ -49,6 +49,7 @@ class StudentPlan:
     decoder_from: tuple[int, ...] = ()
     hidden: int = 0  # width of the residual stream; 0: the teacher's
     ffn: int = 0
+    nested: tuple[int, ...] = ()  # narrower FFN widths that it is to work at too
     kv_heads: int = 0  # key/value heads kept, each with its queries
     causal_encoder: bool = False
     centred_positions: bool = False
@@ -61,7 +62,7 @@ class StudentPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptChannels:
-    """Hold which of the teacher's channels a student keeps; each array is sorted."""
+    """Hold which of the teacher's channels a student keeps, in the student's order."""
 
     hidden: np.ndarray  # [hidden] of the residual stream
     groups: Mapping[int, np.ndarray] = field(default_factory=dict)  # teacher's layer → [kv_heads]
@@ -143,11 +144,14 @@ def _narrowed(config: Json, shape: Shape, plan: StudentPlan) -> Json:
     ):
         if not 0 <= asked <= had:
             raise ConfigError(f"{name}: a student of width {asked} can't be made of a teacher's {had}")
-    kv_heads = plan.kv_heads or shape.kv_heads
+    kv_heads, ffn = plan.kv_heads or shape.kv_heads, plan.ffn or shape.ffn
+    if plan.nested and (sorted({*plan.nested}) != [*plan.nested] or not 1 <= plan.nested[0] <= plan.nested[-1] < ffn):
+        raise ConfigError(f"nested: expected growing widths from 1 to below the whole {ffn}, got {[*plan.nested]}")
     return {
         **config,
+        **({"nested_widths": [*plan.nested, ffn]} if plan.nested else {}),
         "hidden_size": plan.hidden or shape.hidden,
-        "intermediate_size": plan.ffn or shape.ffn,
+        "intermediate_size": ffn,
         "num_key_value_heads": kv_heads,
         "num_attention_heads": kv_heads * (shape.heads // shape.kv_heads),
         "head_dim": shape.head_dim,
@@ -190,17 +194,21 @@ def student_values(teacher: TorchModel, plan: StudentPlan, config: StudentConfig
 
 
 def choose_channels(weights: WeightStore, shape: Shape, plan: StudentPlan, layers: Sequence[int]) -> KeptChannels:
-    """Choose the channels a narrower student keeps; all of them where the plan doesn't narrow."""
+    """Choose the channels a narrower student keeps; all of them where the plan doesn't narrow.
+
+    Those of an FFN come in the order of the teacher's; where narrower widths are nested in it, what matters most first.
+    """
     hidden, ffn, groups = plan.hidden or shape.hidden, plan.ffn or shape.ffn, plan.kv_heads or shape.kv_heads
     kept_groups = {i: np.arange(shape.kv_heads) for i in layers}
     kept_ffn = {i: np.arange(shape.ffn) for i in layers}
     residual = np.zeros(shape.hidden)
-    if (hidden, ffn, groups) != (shape.hidden, shape.ffn, shape.kv_heads):
+    if plan.nested or (hidden, ffn, groups) != (shape.hidden, shape.ffn, shape.kv_heads):
         residual += np.square(weights.float32(_EMBEDDING), dtype=np.float64).sum(0)
         for i in layers:
             channels, neurons, heads = _importance(weights, shape, f"model.layers.{i}.")
             residual += channels
-            kept_ffn[i], kept_groups[i] = largest(neurons, ffn), largest(heads, groups)
+            first = np.argsort(-neurons, kind="stable")[:ffn]
+            kept_ffn[i], kept_groups[i] = first if plan.nested else np.sort(first), largest(heads, groups)
     return KeptChannels(hidden=largest(residual, hidden), groups=kept_groups, ffn=kept_ffn)
 
 

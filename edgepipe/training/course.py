@@ -25,7 +25,7 @@ from edgepipe.artifacts import Context, Json, TorchModel
 from edgepipe.errors import ConfigError
 from edgepipe.graph.shape import read_shape
 from edgepipe.store import cache_key
-from edgepipe.students.files import load_student, make_student, student_fingerprint
+from edgepipe.students.files import load_student, make_student, student_config, student_fingerprint
 from edgepipe.students.from_teacher import StudentPlan, chosen_layers, config_of, plan_student, student_values
 from edgepipe.students.models import Decoder, EncoderDecoder, Student
 from edgepipe.students.result import as_model, teacher_tokens
@@ -43,6 +43,7 @@ from edgepipe.training.distil import (
     stack_widths,
 )
 from edgepipe.training.loop import LoopData, LoopOptions, Objective, Place, train
+from edgepipe.training.nested import nested, nested_widths
 from edgepipe.training.scores import ScoreOptions, Scores, keep_scores
 from edgepipe.training.teacher import Teacher, open_teacher
 from edgepipe.training.texts import WriteOptions, Writing, write_targets, write_texts
@@ -64,6 +65,7 @@ def student_plan(options: Distill) -> StudentPlan:
         decoder_from=options.decoder_from,
         hidden=options.hidden,
         ffn=options.ffn,
+        nested=options.nested,
         kv_heads=options.kv_heads,
         causal_encoder=options.causal_encoder,
         centred_positions=options.centred_positions,
@@ -133,7 +135,11 @@ def teach_generator(
     loop = loop_options(options, ctx.seed)
     if options.cross_steps and isinstance(student, EncoderDecoder):
         loop = dataclasses.replace(loop, alone=_CROSS, alone_steps=options.cross_steps)
-    sets = LoopData(train=examples, held_out=held_out, judge=likelihood, prepare=drawing(how))
+    judge: Objective = likelihood
+    if widths := nested_widths(student_config(student)):
+        objective = nested(objective, widths, every=options.nested_every, seed=ctx.seed)
+        judge = nested(judge, widths, every=True, seed=ctx.seed)
+    sets = LoopData(train=examples, held_out=held_out, judge=judge, prepare=drawing(how))
     place = Place(folder=folder / "student", key=run_key(model, options, data), progress=ctx.progress)
     student.dropout.rate = options.dropout
     records["student"] = train(module, objective, sets, loop, place)

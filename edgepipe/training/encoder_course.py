@@ -52,6 +52,7 @@ from edgepipe.training.encoder_data import (
     unsupervised,
 )
 from edgepipe.training.loop import LoopData, LoopOptions, Objective, Place, train
+from edgepipe.training.nested import nested, nested_widths
 
 if TYPE_CHECKING:
     from edgepipe.stages.distill import Distill
@@ -172,6 +173,7 @@ class _Course:
         self.train_part, self.held_part = hold_out(data, options.held_out, SPLIT_SEED)
         self.student = student = _new_encoder(model, options, ctx, self.labels)
         self.vocab = student.shape.vocab
+        self._widths = nested_widths(student.config.encoder)
         self.records: Json = {}
         self._reading = _reading(model, options, ctx.note)
 
@@ -200,6 +202,10 @@ class _Course:
         self._train("student", objective, sets, loop_options(self._options, self._ctx.seed), self._options.dropout)
 
     def _train(self, name: str, objective: Objective, sets: LoopData, loop: LoopOptions, dropout: float = 0.0) -> None:
+        if self._widths:
+            judge = nested(objective, self._widths, every=True, seed=loop.seed)
+            objective = nested(objective, self._widths, every=self._options.nested_every, seed=loop.seed)
+            sets = dataclasses.replace(sets, judge=judge)
         place = Place(folder=self._folder / name, key=self._key, progress=self._ctx.progress)
         loop = dataclasses.replace(loop, seed=phase_seed(loop.seed, len(self.records)))
         self.student.dropout.rate = dropout

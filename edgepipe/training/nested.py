@@ -1,0 +1,65 @@
+"""Nested FFNs: one training, a family of students. Each width is the first channels of the next.
+
+    L = mean over widths m of L(student whose MLPs have their first m channels)      all of them at every step,
+    L = L(student at one width, drawn for the step)                                  or one
+
+Held-out data are always judged at all widths. What is cut out later (stage prune, importance nested) computes what the
+student computed here. Source: MatFormer, arXiv:2310.07707; the paper draws a width per step, a public reproduction
+(RAIVNLab/MatFormer-OLMo) sums all of them.
+"""
+# ruff: noqa: TID253  this is training's side: imported only where a model is trained
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from edgepipe.artifacts import Json
+from edgepipe.students.blocks import Mlp
+from edgepipe.training.batches import Batch
+from edgepipe.training.loop import Objective, Step
+
+
+def nested_widths(config: Json) -> tuple[int, ...]:
+    """Return the FFN widths that a student of this config is to work at, the whole one last; empty: one alone."""
+    stack = config.get("encoder") or config
+    return tuple(stack.get("nested_widths") or ())
+
+
+@contextlib.contextmanager
+def at_width(module: nn.Module, width: int) -> Iterator[None]:
+    """Let the MLPs of a module compute with their first channels alone."""
+    parts = [part for part in module.modules() if isinstance(part, Mlp)]
+    for part in parts:
+        part.kept = width if width < part.up_proj.out_features else None
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.kept = None
+
+
+def nested(objective: Objective, widths: Sequence[int], *, every: bool, seed: int) -> Objective:
+    """Return an objective at all widths of a student, or at one that is drawn: the same in all runs of a step."""
+
+    def at_all(module: nn.Module, batch: Batch, step: int) -> Step:
+        drawn = int(np.random.default_rng([seed, step]).integers(len(widths)))
+        losses: list[Tensor] = []
+        figures: dict[str, Tensor] = {}
+        weight: Tensor | int = 0
+        for width in widths if every else (widths[drawn],):
+            with at_width(module, width):
+                found = objective(module, batch, step)
+            losses.append(found.loss)
+            weight = found.weight
+            if every:
+                figures[f"width {width}"] = found.loss.detach()
+            else:
+                figures = dict(found.figures)
+        return Step(torch.stack(losses).mean(), weight, figures)
+
+    return at_all
