@@ -164,6 +164,6 @@ def test_widths_of_a_plain_model_and_of_a_plan(folder: Path) -> None:
         ConfigError, match=r"nested: expected growing widths from 1 to below the whole \d+, got \[48, 16\]"
     ):
         Distill(nested=(48, 16), untaught=True).check(teacher)
-    with pytest.raises(ConfigError, match="prune.ffn and prune.ffn_widths: give one of them"):
+    with pytest.raises(ConfigError, match=r"prune\.ffn and prune\.ffn_widths: give one"):
         Prune(ffn=8, ffn_widths=(8, 8))
     assert STUDENTS["encoder"].encoder.get("nested_widths") is None
