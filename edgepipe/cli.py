@@ -78,6 +78,8 @@ def main() -> None:
 @click.option("--steps", type=int, help="Steps the student is trained for.")
 @click.option("--minutes", type=float, help="Minutes it is trained for, in place of steps.  [default: 20]")
 @click.option("--prune", type=float, metavar="RATIO", help="Cut this share of FFN channels and heads (docs/prune.md).")
+@click.option("--budget-bytes", type=int, help="Cut out of a nested student the widest whose bundle has no more.")
+@click.option("--budget-ms", type=float, help="The same by time: to the first token, or of an encoder's call.")
 @click.option("--out", type=click.Path(path_type=Path), help="Where the bundle goes.  [default: runs/NAME/bundle]")
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="A recipe in TOML.")
 @click.option("--set", "settings", multiple=True, metavar="STAGE.OPTION=VALUE", help="Set one option of a stage.")
@@ -104,6 +106,8 @@ def compress_command(
     steps: int | None,
     minutes: float | None,
     prune: float | None,
+    budget_bytes: int | None,
+    budget_ms: float | None,
     out: Path | None,
     recipe_file: Path | None,
     settings: tuple[str, ...],
@@ -116,7 +120,7 @@ def compress_command(
     """Compress MODEL (a directory, a hub id, a .gguf file or a packaged name) into a bundle, and measure it."""
     from edgepipe.compress import compress
     from edgepipe.recipe import parse_setting, resolve
-    from edgepipe.search.asked import asked_of, number_of
+    from edgepipe.search.asked import asked_of, number_of, room_of
 
     search = asked_of(
         bits=bits,
@@ -133,7 +137,9 @@ def compress_command(
     flags += [("quantize", "embedding_bits", embedding_bits), ("export", "context", context)]
     flags += [("distill", "student", student), ("distill", "data", data)]
     flags += [("distill", "steps", steps), ("distill", "minutes", minutes), ("prune", "ratio", prune)]
-    chosen = [parse_setting(text) for text in settings]
+    room = room_of(budget_bytes, budget_ms)
+    chosen: list[tuple[str, str, object]] = [] if room is None else [("prune", "ratio", 0.0)]  # what is given wins
+    chosen += [parse_setting(text) for text in settings]
     chosen += [(stage, option, value) for stage, option, value in flags if value is not None]
     before = [stage for stage, asked in (("trim", trim_vocab), ("distill", student)) if asked is not None]
     before += ["prune"] if any(stage == "prune" for stage, _, _ in chosen) else []
@@ -147,7 +153,15 @@ def compress_command(
     from edgepipe.report.terminal import measured_table
 
     summary = compress(
-        model, recipe, listener=Progress(), out=out, fresh=fresh, task=task, asked=search, without_slower=never_slower
+        model,
+        recipe,
+        listener=Progress(),
+        out=out,
+        fresh=fresh,
+        task=task,
+        asked=search,
+        without_slower=never_slower,
+        room=room,
     )
     if "figures" in summary:
         _say(f"\n{measured_table(summary['figures'])}\n")

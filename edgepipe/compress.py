@@ -6,13 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgepipe.artifacts import CompiledModel, Json, Measured
+from edgepipe.artifacts import CompiledModel, Json, Measured, TorchModel
 from edgepipe.errors import ConfigError, StageError
 
 if TYPE_CHECKING:
     from edgepipe.pipeline import Listener
     from edgepipe.recipe import Recipe
-    from edgepipe.search.asked import Asked
+    from edgepipe.search.asked import Asked, Room
     from edgepipe.search.budget import Found
 
 
@@ -27,6 +27,7 @@ def compress(
     task: str | None = None,
     asked: Asked | None = None,
     without_slower: bool = False,
+    room: Room | None = None,
 ) -> Json:
     """Compress MODEL by a recipe and return the summary: bundle path, bytes, bits per weight and what was measured.
 
@@ -35,7 +36,8 @@ def compress(
     recipe are searched for first (docs/quantize.md): the smallest bundle whose metric stays within a budget. With
     `without_slower` grids whose products are slower than float ones on this machine are undone first. Raises
     ConfigError before any work begins, StageError or TargetError when a stage fails, BudgetError when no bundle keeps
-    the budget: none is written then. Of several processes that a launcher started the first one does this; the others
+    the budget: none is written then. `room` cuts the widest member that fits out of a nested student
+    (docs/prune.md). Of several processes that a launcher started the first one does this; the others
     help it train, and end here.
     """
     from edgepipe.pipeline import check_output, run, run_name
@@ -49,17 +51,18 @@ def compress(
     if follows():
         follow(source, recipe.stages, recipe.target, recipe.seed)
         raise SystemExit(0)
-    if without_slower and asked is not None:
-        raise ConfigError("--never-slower and --max-drop: leave one out; --goal fastest searches by time")
-    found: Found | None = None
-    if asked is not None:
-        from edgepipe.search.asked import wanted_of
-        from edgepipe.search.budget import search_plan
-
-        wanted = wanted_of(asked, source.info.task)
-        found = search_plan(source, recipe, wanted, runs=runs, fresh=fresh, listener=listener)
-        recipe = found.recipe
-    beside: Json = {} if found is None else {"search": found.record}
+    if asked is not None and (without_slower or room is not None):
+        raise ConfigError(
+            "--never-slower and --max-drop: leave one out; --goal fastest searches by time"
+            if without_slower
+            else "--max-drop and a budget of bytes or time: leave one out"
+        )
+    beside: Json = {}
+    found = _found(source, recipe, asked, runs=runs, fresh=fresh, listener=listener)
+    if found is not None:
+        recipe, beside["search"] = found.recipe, found.record
+    recipe, elastic = _cut_to(source, recipe, room, runs=runs, listener=listener)
+    beside |= elastic
     if without_slower:
         from edgepipe.search.never_slower import never_slower
 
@@ -72,6 +75,7 @@ def compress(
         """Sum up and write the report before another run may change what they speak of."""
         if found is not None:
             summary["search"] = found.summary
+        summary.update(elastic)
         summary.update(_summary(result, before))
         if without_slower:
             summary["undone"] = [name for one in beside["products"] if one["undone"] for name in one["tensors"]]
@@ -98,6 +102,31 @@ def compress(
     )
     dismiss_the_others()
     return summary
+
+
+def _found(
+    source: TorchModel, recipe: Recipe, asked: Asked | None, *, runs: Path, fresh: bool, listener: Listener
+) -> Found | None:
+    """Return what a search for a budget of quality found; None where nobody asks for one."""
+    if asked is None:
+        return None
+    from edgepipe.search.asked import wanted_of
+    from edgepipe.search.budget import search_plan
+
+    wanted = wanted_of(asked, source.info.task)
+    return search_plan(source, recipe, wanted, runs=runs, fresh=fresh, listener=listener)
+
+
+def _cut_to(
+    source: TorchModel, recipe: Recipe, room: Room | None, *, runs: Path, listener: Listener
+) -> tuple[Recipe, Json]:
+    """Return the recipe that cuts a nested student to a budget, and what is recorded of that."""
+    if room is None:
+        return recipe, {}
+    from edgepipe.search.elastic import choose_member
+
+    recipe, record = choose_member(source, recipe, room, runs=runs, listener=listener)
+    return recipe, {"elastic": record}
 
 
 def _summary(result: CompiledModel | Measured, before: str | None) -> Json:

@@ -54,6 +54,35 @@ class Wanted:
             raise ConfigError(f"--goal: expected {' or '.join(GOALS)}, got {self.goal!r}")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """Say what a bundle may take; one of both."""
+
+    nbytes: int = 0  # of all its files
+    ms: float = 0.0  # TTFT of a prompt or source of measure.prompt_tokens; of an encoder, its longest call of one text
+
+    def __post_init__(self) -> None:
+        """Refuse budgets that nothing could keep to."""
+        if bool(self.nbytes) == bool(self.ms):
+            raise ConfigError("--budget-bytes and --budget-ms: give one of them")
+        if self.nbytes < 0 or self.ms < 0:
+            raise ConfigError(f"--budget-{'bytes' if self.nbytes else 'ms'}: expected a number above 0")
+
+    @property
+    def most(self) -> float:
+        """Return the number."""
+        return self.nbytes or self.ms
+
+    def say(self, value: float) -> str:
+        """Write a number with its unit."""
+        return f"{value:,.0f} bytes" if self.nbytes else f"{value:.2f} ms"
+
+
+def room_of(nbytes: int | None, ms: float | None) -> Room | None:
+    """Return what two flags ask for; None where they don't. Raises ConfigError."""
+    return None if nbytes is None and ms is None else Room(nbytes=nbytes or 0, ms=ms or 0.0)
+
+
 def asked_of(
     *,
     bits: str | None,

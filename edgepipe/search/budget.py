@@ -159,12 +159,8 @@ def _search(search: _Search) -> Found:
     listener, wanted = search.listener, search.wanted
     listener.begin("float model", 1, 3)
     started = time.perf_counter()
-    baseline = run_baseline(
-        search.model, search.recipe, runs=search.runs, fresh=search.fresh, listener=_Inner(listener)
-    )
-    reference = _score(
-        search, baseline.path, _files(baseline), _unchecked(search.recipe).to_json() | {"baseline": True}
-    )
+    baseline = run_baseline(search.model, search.recipe, runs=search.runs, fresh=search.fresh, listener=Inner(listener))
+    reference = _score(search, baseline.path, _files(baseline), unchecked(search.recipe).to_json() | {"baseline": True})
     check_enough(wanted.options, wanted.budget, reference.rows)  # before what takes long
     value = f"{wanted.options.metric} {reference.record['value']:.4g}"
     listener.end("float model", time.perf_counter() - started, reused=False, notes=(value,))
@@ -181,7 +177,7 @@ def _search(search: _Search) -> Found:
     tried: dict[int, tuple[_Scored, Drop]] = {}
 
     def holds(place: int) -> bool:
-        listener.progress("candidates", len(tried), _most(len(points)))
+        listener.progress("candidates", len(tried), most_asked(len(points)))
         found = _candidate(search, overrides_of(units, _choices(units, points[place])))
         drop = drop_of(wanted.options, wanted.budget, found.rows, reference.rows)
         tried[place] = found, drop
@@ -226,7 +222,7 @@ def furthest(count: int, holds: Callable[[int], bool]) -> int | None:
     return good
 
 
-def _most(count: int) -> int:
+def most_asked(count: int) -> int:
     """Return how many places `furthest` asks at most."""
     return min(count, 2 + max(0, count - 2).bit_length())
 
@@ -285,17 +281,17 @@ def _choices(units: Sequence[Unit], point: Point) -> list[str]:
 
 def _candidate(search: _Search, overrides: Sequence[str]) -> _Scored:
     """Build and score the bundle of a plan; one that was scored before isn't built again."""
-    recipe = _unchecked(search.with_overrides(overrides))
+    recipe = unchecked(search.with_overrides(overrides))
     key = _score_key(search, recipe.to_json())
     if not search.fresh and (kept := read_score(search.directory / "scores", key)) is not None:
         return _Scored(rows=kept[0], record=kept[1])
     work = search.directory / "work"
-    compiled = run(search.model, recipe, out=None, runs=work, fresh=False, listener=_Inner(search.listener))
+    compiled = run(search.model, recipe, out=None, runs=work, fresh=False, listener=Inner(search.listener))
     assert not isinstance(compiled, Measured)
     return _score(search, compiled.path, _files(compiled), recipe.to_json())
 
 
-def _unchecked(recipe: Recipe) -> Recipe:
+def unchecked(recipe: Recipe) -> Recipe:
     """Return a recipe without measure, and without the stages' numeric checks: what ships goes through them."""
     stages = ((name, stage) for name, stage in recipe.stages if name != "measure")
     return replace(
@@ -409,7 +405,7 @@ def _nothing_holds(search: _Search, best: Drop, path: Path) -> str:
     )
 
 
-class _Inner:
+class Inner:
     """Pass on the progress of what runs inside a search; its stages are the search's own affair."""
 
     def __init__(self, listener: Listener) -> None:

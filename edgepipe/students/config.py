@@ -142,6 +142,15 @@ def read_student(config: Json) -> StudentConfig:
     return StudentConfig(kind=kind, **given)
 
 
+def nested_widths(config: Json) -> tuple[int, ...]:
+    """Return the FFN widths that a student was trained to work at, the whole one last; empty: one alone.
+
+    `config` is a student's config.json, or that of one stack.
+    """
+    stack = config.get("encoder") or config
+    return tuple(stack.get("nested_widths") or ())
+
+
 def without_windows(stack: Json) -> Json:
     """Return a stack's config that attends to everything: students have no sliding windows."""
     return {**{k: v for k, v in stack.items() if k not in _WINDOWS}, "sliding_window": None}

@@ -25,6 +25,7 @@ from edgepipe.artifacts import Context, Json, TorchModel
 from edgepipe.errors import ConfigError
 from edgepipe.graph.shape import read_shape
 from edgepipe.store import cache_key
+from edgepipe.students.config import nested_widths
 from edgepipe.students.files import load_student, make_student, student_config, student_fingerprint
 from edgepipe.students.from_teacher import StudentPlan, chosen_layers, config_of, plan_student, student_values
 from edgepipe.students.models import Decoder, EncoderDecoder, Student
@@ -43,7 +44,7 @@ from edgepipe.training.distil import (
     stack_widths,
 )
 from edgepipe.training.loop import LoopData, LoopOptions, Objective, Place, train
-from edgepipe.training.nested import nested, nested_widths
+from edgepipe.training.nested import nested
 from edgepipe.training.scores import ScoreOptions, Scores, keep_scores
 from edgepipe.training.teacher import Teacher, open_teacher
 from edgepipe.training.texts import WriteOptions, Writing, write_targets, write_texts

@@ -23,7 +23,7 @@ import torch
 
 from edgepipe.artifacts import Context, Json, TorchModel
 from edgepipe.errors import ConfigError
-from edgepipe.students.config import is_student, read_student
+from edgepipe.students.config import is_student, nested_widths, read_student
 from edgepipe.students.files import make_student
 from edgepipe.students.models import Encoder
 from edgepipe.students.result import as_model, teacher_tokens
@@ -52,7 +52,7 @@ from edgepipe.training.encoder_data import (
     unsupervised,
 )
 from edgepipe.training.loop import LoopData, LoopOptions, Objective, Place, train
-from edgepipe.training.nested import nested, nested_widths
+from edgepipe.training.nested import nested
 
 if TYPE_CHECKING:
     from edgepipe.stages.distill import Distill

@@ -18,16 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgepipe.artifacts import Json
 from edgepipe.students.blocks import Mlp
 from edgepipe.training.batches import Batch
 from edgepipe.training.loop import Objective, Step
-
-
-def nested_widths(config: Json) -> tuple[int, ...]:
-    """Return the FFN widths that a student of this config is to work at, the whole one last; empty: one alone."""
-    stack = config.get("encoder") or config
-    return tuple(stack.get("nested_widths") or ())
 
 
 @contextlib.contextmanager

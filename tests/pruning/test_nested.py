@@ -17,10 +17,10 @@ from edgepipe.sources import open_model
 from edgepipe.stages.distill import Distill
 from edgepipe.stages.export import Export
 from edgepipe.stages.prune import Prune
-from edgepipe.students.config import StudentConfig, student_weights
+from edgepipe.students.config import StudentConfig, nested_widths, student_weights
 from edgepipe.students.files import make_student
 from edgepipe.training.loop import LoopData, LoopOptions, Objective, Place, train
-from edgepipe.training.nested import at_width, nested, nested_widths
+from edgepipe.training.nested import at_width, nested
 from tests.decoders import context, difference, opened, random_ids
 from tests.stages.test_prune import STACK, STUDENTS
 from tests.students.tiny import save_tiny_student
