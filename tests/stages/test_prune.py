@@ -307,7 +307,7 @@ def test_a_width_that_bert_cannot_have(options: dict[str, Any], sentence: str, b
         ({"ratio": 1.5}, "expected a share from 0 to below 1, got 1.5"),
         ({"ratio": -0.1}, "expected a share from 0 to below 1"),
         ({"ffn": -1}, "prune.ffn: expected at least 1"),
-        ({"importance": "random"}, "prune.importance: expected one of activations, magnitude, got 'random'"),
+        ({"importance": "random"}, "prune.importance: expected one of activations, magnitude, nested, got 'random'"),
         ({"layers_by": "name"}, "prune.layers_by: expected one of contribution, spread"),
         ({"importance": "magnitude", "calibration": "everyday"}, "looks at no texts: leave it out"),
     ],
