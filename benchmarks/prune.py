@@ -83,7 +83,7 @@ MINILM = Case(
     metric="spearman",
     scored="stsb-dev.tsv",
     speed="8x128",
-    steps=1000,
+    steps=400,
     teaching={"batch": 32, "learning_rate": 1e-4, "max_source": TOKENS, "cut": True},
 )
 SMOLLM2 = Case(

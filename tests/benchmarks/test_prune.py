@@ -35,8 +35,8 @@ from tests.students.tiny import save_tiny_student
 def test_every_model_has_a_dense_row_first() -> None:
     rows = rows_of()
     assert [row.name for row in rows[:5]] == [
-        *("minilm-l6-v2 dense 0 0", "minilm-l6-v2 0.25 0 0", "minilm-l6-v2 0.25 1000 0"),
-        *("minilm-l6-v2 0.5 0 0", "minilm-l6-v2 0.5 1000 0"),
+        *("minilm-l6-v2 dense 0 0", "minilm-l6-v2 0.25 0 0", "minilm-l6-v2 0.25 400 0"),
+        *("minilm-l6-v2 0.5 0 0", "minilm-l6-v2 0.5 400 0"),
     ]
     assert len({row.name for row in rows}) == len(rows)
     for arm in (PRUNED_FIRST, QUANTIZED_FIRST):
@@ -119,7 +119,7 @@ def test_zeros_are_set_beside_4_bits_alone() -> None:
     rows = [scored(FOUR_BITS.name, 0.85), scored(PRUNED_FIRST.name, 0.845, steps=MINILM.steps)]
     rows += [scored(QUANTIZED_FIRST.name, 0.8 + 0.01 * seed, steps=100, seed=seed) for seed in range(3)]
     text = page_sections({"rows": rows})["prune masks"]
-    assert "| 2:4, then 4 bits | 1000 steps | 1 | 8.0 | 84.50 | -0.50 points |" in text
+    assert "| 2:4, then 4 bits | 400 steps | 1 | 8.0 | 84.50 | -0.50 points |" in text
     assert "| 4 bits, then 2:4 | 100 steps | 3 | 8.0 | 81.00 (80.00 to 82.00) | -4.00 points |" in text
 
 
