@@ -49,6 +49,7 @@ def test_multiply_adds_are_those_of_matrices_and_attention(tmp_path: Path) -> No
     assert multiply_adds(model, 10) == 2 * (10 * (4 * 64 * 64 + 2 * 64 * 96) + 2 * 10 * 10 * 64)
 
 
+@pytest.mark.slow
 def test_tiny_rows_go_all_the_way_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut, masked and quantized in both orders, taught for two steps, scored, stored, and not run again."""
     monkeypatch.setattr(prune, "ROOT", tmp_path)

@@ -81,6 +81,7 @@ def test_layers_of_several_widths_are_cut_out_in_seconds_and_exported(pair: Torc
         Prune().check(smaller)
 
 
+@pytest.mark.slow
 def test_narrow_widths_are_learnt_and_slices_of_a_plain_student_are_not(folder: Path) -> None:
     """Both ways to nest, at equal steps, judged by what the narrowest width loses on held-out data."""
     ways: dict[str, Objective] = {
