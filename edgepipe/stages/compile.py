@@ -45,9 +45,7 @@ class Compile:
     accuracy_level: int = -1  # of MatMulNBits: 0 float32, 4 int8 activations (faster, noisier); −1 takes the target's
     cache_dtype: str = "float16"  # of the KV cache: float16; float32: twice its bytes; int8: half, ranges from texts
     calibration: str = ""  # texts that an int8 cache takes its ranges from: a set's name or a file; empty: everyday
-    deflate: str = (
-        "auto"  # store weights.bin deflated: auto, where masks make it a tenth smaller; always, if smaller; never
-    )
+    deflate: str = "auto"  # weights are stored deflated: auto, where masks make that a tenth smaller; always; never
     check_tokens: int = 16  # tokens of the numeric check against the portable graph; 0 leaves it out
     exact_tolerance: float = 0.0  # error of exact arithmetic, in largest logits; 0: 1e-3, float16 cache 2e-2, int8 0.2
     shipped_tolerance: float = 0.0  # RMS difference as shipped, in RMS; 0: 0.1, int8 tensors 0.5, 4-bit activations 1.2
