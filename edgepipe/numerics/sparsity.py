@@ -5,7 +5,8 @@
     sparsegpt    w² / [H⁻¹]_jj as columns are passed; those that are left make up for each zero     arXiv:2301.00774
 
 A pattern is a share of each row (magnitude: of the matrix), or N of every M neighbours of a row that are kept.
-SparseGPT is GPTQ (gptq.py) with the mask in the place of the grid: it chooses for 128 columns at a time, or for M.
+SparseGPT is GPTQ (gptq.py) with the mask in the place of the grid: it chooses for 128 columns at a time, or for M; a
+block of columns then ends with a whole pattern.
 """
 
 from __future__ import annotations
@@ -99,8 +100,9 @@ def without(weight: np.ndarray, gram: np.ndarray, pattern: Pattern) -> np.ndarra
     factor = inverse_factor(gram)
     diagonal = np.diag(factor)
     columns = values.shape[1]
-    for start in range(0, columns, _BLOCK):
-        stop = min(start + _BLOCK, columns)
+    block = _BLOCK // pattern.of * pattern.of if pattern.of else _BLOCK
+    for start in range(0, columns, block):
+        stop = min(start + block, columns)
         mask = np.ones((len(values), stop - start), bool)
         if not pattern.of:
             mask = keep_mask(np.square(values[:, start:stop] / diagonal[start:stop]), pattern, by_row=False)

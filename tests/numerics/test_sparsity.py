@@ -44,6 +44,15 @@ def test_sparsegpt_is_the_twins(pattern: Pattern) -> None:
     assert np.abs(got - expected).max() < 1e-2 * np.abs(weight).max()
 
 
+@pytest.mark.parametrize(("kept", "of", "columns"), [(1, 3, 159), (2, 5, 160), (24, 48, 192)])
+def test_sparsegpt_takes_patterns_that_do_not_divide_its_block(kept: int, of: int, columns: int) -> None:
+    weight, inputs = case((5, columns))
+    got = without(weight, gram_of(inputs), Pattern(share=1 - kept / of, kept=kept, of=of))
+    assert ((got != 0).reshape(-1, of).sum(1) == kept).all()
+    expected = sparsegpt_naively(weight, gram_of(inputs), kept, of)
+    assert np.abs(got - expected).max() < 1e-2 * np.abs(weight).max()
+
+
 @pytest.mark.parametrize("pattern", [HALF, TWO, FOUR], ids=lambda p: p.name)
 def test_sparsegpt_loses_less_than_choosing_alone(pattern: Pattern) -> None:
     for seed in range(3):
