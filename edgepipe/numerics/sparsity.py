@@ -53,7 +53,7 @@ def parse_pattern(sparsity: float, pattern: str) -> Pattern | None:
             raise ConfigError("prune.sparsity and prune.pattern: give one of them")
         return Pattern(share=1 - kept / of, kept=kept, of=of)
     if not 0 <= sparsity < 1:
-        raise ConfigError(f"prune.sparsity: expected a share from 0 to below 1, got {sparsity:g}: the most is 0.99")
+        raise ConfigError(f"prune.sparsity: expected a share from 0 to below 1, got {sparsity:g}")
     return Pattern(share=sparsity) if sparsity else None
 
 

@@ -45,7 +45,9 @@ def matrices_of(model: TorchModel, anatomy: Anatomy) -> list[str]:
 
 
 def check_pattern(anatomy: Anatomy, sizes: Sequence[Sizes], pattern: Pattern | None) -> None:
-    """Refuse a pattern that what a matrix reads can't be divided by, once the model is smaller."""
+    """Refuse a pattern that what a matrix reads can't be divided by, or a share of all of it, once it is smaller."""
+    if pattern is not None and not pattern.of:
+        _check_share(anatomy, sizes, pattern.share)
     for stack, size in zip(anatomy.stacks, sizes, strict=True):
         group = stack.heads // stack.kv_heads * stack.head_dim  # places of a key/value group's query heads
         for option, kept, had, places in (
@@ -62,6 +64,21 @@ def check_pattern(anatomy: Anatomy, sizes: Sequence[Sizes], pattern: Pattern | N
                 f"prune.pattern: {pattern.name} needs rows that {pattern.of} divides, but {kept * places} columns are "
                 f"left of those that prune.{option} counts: {instead} another pattern"
             )
+
+
+def _check_share(anatomy: Anatomy, sizes: Sequence[Sizes], share: float) -> None:
+    """Refuse a share that leaves nothing of the shortest rows: their outputs would be constant."""
+    heads = [
+        size.kv_heads * (stack.heads // stack.kv_heads) * stack.head_dim
+        for stack, size in zip(anatomy.stacks, sizes, strict=True)
+    ]
+    least = min(*heads, *(size.hidden for size in sizes), *(width for size in sizes for width in size.ffns))
+    if round(share * least) < least:
+        return
+    nearest = next(n / 1000 for n in range(999, -1, -1) if round(n / 1000 * least) < least)
+    raise ConfigError(
+        f"prune.sparsity: {share:g} would leave nothing of rows of {least} columns: the nearest possible is {nearest:g}"
+    )
 
 
 def mask_weights(

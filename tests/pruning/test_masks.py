@@ -130,6 +130,8 @@ def test_masks_that_cannot_be(options: dict[str, Any], sentence: str) -> None:
         ("llama grouped", {"pattern": "4:8", "ffn": 99}, "99 columns .* the nearest possible is prune.ffn=96"),
         ("llama grouped", {"pattern": "3:7", "ffn": 98}, "96 columns .* prune.hidden counts: .* prune.hidden=91"),
         ("llama grouped", {"pattern": "5:64", "ffn": 64, "hidden": 64}, "96 columns .* prune.kv_heads counts: take"),
+        ("llama grouped", {"sparsity": 0.999, "ratio": 0.0}, "0.999 .* nothing of rows of 96 columns: .* is 0.994"),
+        ("llama grouped", {"sparsity": 0.99, "ffn": 40}, "0.99 .* nothing of rows of 40 columns: .* possible is 0.987"),
     ],
 )
 def test_a_width_that_a_pattern_does_not_divide(
