@@ -177,7 +177,7 @@ def _check_graphs(manifest: Mapping[str, Any], files: Mapping[str, Any]) -> None
 
     weights = _object(manifest, "weights")
     _listed(files, _text(weights, "file", "weights."), "weights.file")
-    if manifest["schema"] >= 3:
+    if manifest["schema"] >= 3 or "unpacked" in weights:
         unpacked = _object(weights, "unpacked", "weights.")
         _check_plain_name(_text(unpacked, "file", "weights.unpacked."))
         most = min(_MOST_FILE_BYTES, MOST_RATIO * files[weights["file"]]["bytes"])

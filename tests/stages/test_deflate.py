@@ -171,6 +171,18 @@ def test_damage_is_told_in_one_sentence(
         load(damaged(bundle("llama grouped"), tmp_path / "bundle", change, **facts))
 
 
+@pytest.mark.parametrize("unpacked", [None, {}, {"file": "weights.bin", "bytes": "many"}])
+def test_an_older_manifest_that_speaks_of_unpacked_weights_is_checked_too(
+    unpacked: Any, bundle: Callable[..., CompiledModel], tmp_path: Path
+) -> None:
+    path = damaged(bundle("llama grouped"), tmp_path / "bundle", lambda b: b)
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    manifest["schema"], manifest["weights"]["unpacked"] = 2, unpacked
+    (path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"manifest.json: weights.unpacked"):
+        load(path)
+
+
 def test_a_choice_that_is_not_there() -> None:
     with pytest.raises(ConfigError, match=r"compile.deflate: expected one of auto, always, never, got 'zip'"):
         Compile(deflate="zip")
