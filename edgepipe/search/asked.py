@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from dataclasses import dataclass
 
@@ -62,11 +63,9 @@ class Room:
     ms: float = 0.0  # TTFT of a prompt or source of measure.prompt_tokens; of an encoder, its longest call of one text
 
     def __post_init__(self) -> None:
-        """Refuse budgets that nothing could keep to."""
+        """Refuse none, and both."""
         if bool(self.nbytes) == bool(self.ms):
             raise ConfigError("--budget-bytes and --budget-ms: give one of them")
-        if self.nbytes < 0 or self.ms < 0:
-            raise ConfigError(f"--budget-{'bytes' if self.nbytes else 'ms'}: expected a number above 0")
 
     @property
     def most(self) -> float:
@@ -80,6 +79,9 @@ class Room:
 
 def room_of(nbytes: int | None, ms: float | None) -> Room | None:
     """Return what two flags ask for; None where they don't. Raises ConfigError."""
+    for name, value in (("bytes", nbytes), ("ms", ms)):
+        if value is not None and not 0 < value < math.inf:  # no number isn't above 0 either
+            raise ConfigError(f"--budget-{name}: expected a number above 0, got {value:g}")
     return None if nbytes is None and ms is None else Room(nbytes=nbytes or 0, ms=ms or 0.0)
 
 

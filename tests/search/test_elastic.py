@@ -76,7 +76,13 @@ def test_what_is_not_nested_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_budget_is_one_number_above_0() -> None:
     assert room_of(None, None) is None
-    for given, sentence in (((5, 1.0), "give one of them"), ((0, None), "give one"), ((-1, None), "above 0")):
+    for given, sentence in (
+        ((5, 1.0), "give one of them"),
+        ((0, None), "--budget-bytes: expected a number above 0, got 0"),
+        ((-1, None), "--budget-bytes: expected a number above 0, got -1"),
+        ((None, float("nan")), "--budget-ms: expected a number above 0, got nan"),
+        ((None, float("inf")), "--budget-ms: expected a number above 0, got inf"),
+    ):
         with pytest.raises(ConfigError, match=sentence):
             room_of(*given)
     assert Room(ms=1.5).say(1.5) == "1.50 ms"
