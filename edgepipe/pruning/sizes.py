@@ -185,16 +185,19 @@ def pruned_config(config: Json, anatomy: Anatomy, sizes: Sequence[Sizes], layers
 
 
 def _student_config(config: Json, stack: Stack, size: Sizes, layers: Sequence[int]) -> Json:
-    """Return the config of a student's stack; a width that was cut is no longer one of several."""
-    changed = {k: v for k, v in _llama_config(config, stack, size, layers).items() if k != "nested_widths"}
+    """Return the config of a student's stack, whose layers may differ."""
+    changed = _llama_config(config, stack, size, layers)
     return changed if len({*size.ffns}) == 1 else {**changed, "ffn_widths": list(size.ffns)}
 
 
 def _llama_config(config: Json, stack: Stack, size: Sizes, layers: Sequence[int]) -> Json:
-    """Return a config of the Llama family; what it says layer by layer, or leaves to be derived, is written out."""
+    """Return a config of the Llama family; what it says layer by layer, or leaves to be derived, is written out.
+
+    A nested student that was cut is no longer nested: what was chosen by weights has another order.
+    """
     c = framework_config(config)
     changed = {
-        **config,
+        **{key: value for key, value in config.items() if key != "nested_widths"},
         "hidden_size": size.hidden,
         "intermediate_size": size.ffn,
         "num_hidden_layers": size.layers,

@@ -24,6 +24,7 @@ from edgepipe.training.nested import at_width, nested
 from tests.decoders import context, difference, opened, random_ids
 from tests.stages.test_prune import STACK, STUDENTS
 from tests.students.tiny import save_tiny_student
+from tests.tiny_models import save_tiny_model
 from tests.training.tiny import PAIR, predict, reversals
 
 WIDTHS = (8, 16, 32, 64)
@@ -59,6 +60,15 @@ def test_what_is_cut_out_computes_what_was_trained(width: int, pair: TorchModel,
     assert nested_widths(pair.info.config) == (20, 40, 80)
     assert nested_widths(smaller.info.config) == ()
     assert difference(answer(smaller), answer(pair, width)) < 1e-6
+
+
+def test_a_decoder_that_is_cut_is_no_longer_nested(folder: Path) -> None:
+    """Its config is a plain Llama's; recovery would train it at widths that it doesn't have."""
+    path = save_tiny_model(folder / "decoder", "llama", nested_widths=[25, 50, 100])
+    model = open_model(str(path))
+    assert nested_widths(model.info.config) == (25, 50, 100)
+    smaller = Prune(ffn=50, **NESTED)(model, context(folder))
+    assert nested_widths(smaller.info.config) == ()
 
 
 def test_layers_of_several_widths_are_cut_out_in_seconds_and_exported(pair: TorchModel, folder: Path) -> None:
