@@ -22,6 +22,11 @@ def framework_config(config: Json) -> Any:
 
     if not isinstance(config.get("model_type"), str):
         raise ConfigError(f"config.json says model_type is {config.get('model_type')!r}; expected the name of a family")
+    gone = config.get("pruned_heads") or {}
+    if not (isinstance(gone, dict) and all(n.isdecimal() and isinstance(heads, list) for n, heads in gone.items())):
+        raise ConfigError(
+            f"config.json says pruned_heads is {gone!r}; expected lists of heads by the number of a layer"
+        )
     # heads that were pruned are ours to take out (framework.py): transformers has dropped that
     fields = {k: v for k, v in config.items() if k not in ("model_type", "transformers_version", "pruned_heads")}
     try:

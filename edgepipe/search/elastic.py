@@ -48,10 +48,13 @@ def choose_member(
     widths = nested_widths(model.info.config)
     first, stage = recipe.stages[0]
     if not widths or "encoder" not in model.info.config:
-        raise ConfigError(
-            f"--budget-{'bytes' if room.nbytes else 'ms'}: {model.info.name} is no student with nested widths: train "
-            "one with `edgepipe distill --set distill.nested=[...]`"
+        sizes = ", ".join(map(str, widths))
+        why = (
+            f"a decoder, whose layers have one width: cut it out with prune.ffn, one of {sizes}"
+            if widths
+            else "no student with nested widths: train one with `edgepipe distill --set distill.nested=[...]`"
         )
+        raise ConfigError(f"--budget-{'bytes' if room.nbytes else 'ms'}: {model.info.name} is {why}")
     if first != "prune" or stage.recover_steps:
         raise ConfigError("--budget-bytes and --budget-ms cut MODEL itself, and train nothing: leave other stages out")
     student = read_student(model.info.config)

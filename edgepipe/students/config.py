@@ -145,10 +145,15 @@ def read_student(config: Json) -> StudentConfig:
 def nested_widths(config: Json) -> tuple[int, ...]:
     """Return the FFN widths that a student was trained to work at, the whole one last; empty: one alone.
 
-    `config` is a student's config.json, or that of one stack.
+    `config` is a student's config.json, or that of one stack. Raises ConfigError when they aren't widths.
     """
     stack = config.get("encoder") or config
-    return tuple(stack.get("nested_widths") or ())
+    found = stack.get("nested_widths")
+    if found is None:
+        return ()
+    if not (isinstance(found, list) and all(type(n) is int and n > 0 for n in found) and found == sorted({*found})):
+        raise ConfigError(f"a student's config.json says nested_widths is {found!r}; expected growing whole numbers")
+    return tuple(found)
 
 
 def without_windows(stack: Json) -> Json:

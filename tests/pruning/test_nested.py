@@ -71,6 +71,12 @@ def test_a_decoder_that_is_cut_is_no_longer_nested(folder: Path) -> None:
     assert nested_widths(smaller.info.config) == ()
 
 
+@pytest.mark.parametrize("widths", [5, [50, 25], [0, 50], ["25", "50"]])
+def test_a_config_whose_nested_widths_are_none(widths: object) -> None:
+    with pytest.raises(ConfigError, match=r"nested_widths is .*; expected growing whole numbers"):
+        nested_widths({"nested_widths": widths})
+
+
 def test_layers_of_several_widths_are_cut_out_in_seconds_and_exported(pair: TorchModel, folder: Path) -> None:
     """Mix'n'Match: the file has what the config promises, and the graph computes what torch does."""
     widths = (20, 40, 40, 40, 80)

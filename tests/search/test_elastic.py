@@ -17,6 +17,7 @@ from edgepipe.students.config import StudentConfig
 from tests.decoders import saved
 from tests.stages.test_prune import STACK
 from tests.students.tiny import save_tiny_student
+from tests.tiny_models import save_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,13 @@ def test_what_is_not_nested_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     done = compressed(saved(tmp_path, "llama grouped"), tmp_path, monkeypatch, "--budget-ms", "5")
     assert done.exit_code == 2
     assert "--budget-ms: llama-grouped is no student with nested widths: train one with" in done.stderr
+
+
+def test_a_nested_decoder_is_told_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = save_tiny_model(tmp_path / "decoder", "llama", nested_widths=[25, 50, 100])
+    done = compressed(decoder, tmp_path, monkeypatch, "--budget-bytes", "50000")
+    assert done.exit_code == 2
+    assert "decoder is a decoder, whose layers have one width: cut it out with prune.ffn, one of 25, 50" in done.stderr
 
 
 def test_a_budget_is_one_number_above_0() -> None:

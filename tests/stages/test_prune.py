@@ -162,6 +162,13 @@ def bert_without(bert: TorchModel, kept: tuple[Kept, ...], ids: Any, mask: Any) 
     return module(input_ids=ids, attention_mask=mask).last_hidden_state.numpy()
 
 
+@pytest.mark.parametrize("gone", [[1], {"0": 1}, {"first": [1]}])
+def test_a_config_whose_pruned_heads_are_none(gone: object, bert: TorchModel) -> None:
+    info = dataclasses.replace(bert.info, config={**bert.info.config, "pruned_heads": gone})
+    with pytest.raises(ConfigError, match=r"pruned_heads is .* expected lists of heads by the number of a layer"):
+        module_of(dataclasses.replace(bert, info=info))
+
+
 def test_a_narrower_bert_has_whole_heads(bert: TorchModel, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     smaller, _, _ = pruned(bert, Prune(ratio=0.5, hidden=48), folder, monkeypatch)
     assert (smaller.info.config["num_attention_heads"], len(smaller.info.config["pruned_heads"]["0"])) == (3, 1)
