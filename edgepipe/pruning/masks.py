@@ -137,7 +137,7 @@ def say(masked: Masked, pattern: Pattern, method: str, ctx: Context) -> None:
     skips = pattern.name in ctx.target.sparse
     ctx.note(
         f"zeros buy {'speed' if skips else 'no speed'} on the target {ctx.target.name}: its kernels "
-        f"{'skip them' if skips else 'multiply them like other weights'}; they buy bytes, since compile stores such "
-        "weights deflated"
+        f"{'skip them' if skips else 'multiply them like other weights'}; they buy bytes where compile stores weights "
+        "deflated"
     )
     ctx.figures({"sparsity": share})
