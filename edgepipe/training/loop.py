@@ -193,6 +193,7 @@ class _Run:
         self.state = _State()
         self._check()
         self.optimizer = torch.optim.AdamW(self._groups(), lr=options.learning_rate, betas=_BETAS)
+        self.common: Any = None
         self._wrap()
         self.plan: Json = shared(lambda: checkpoints.open_folder(place.folder, self._key()))
         self.precision = choose_precision(options.precision, self.accelerator.device)
@@ -231,8 +232,9 @@ class _Run:
             value.requires_grad_(not alone or bool(re.search(self.options.alone, name)))
             value.grad = None
         self.shell = _Shell(self.module)
-        self.common: Any = None  # an earlier one's hooks must go before the next one's come
-        self.accelerator.free_memory()
+        if self.common is not None:  # its hooks must go before the next one's come
+            self.common = None
+            self.accelerator.free_memory()
         self.common = self.accelerator.prepare_model(self.shell)
 
     def _decide(self, name: str, make: Callable[[], Any]) -> Any:
