@@ -21,9 +21,11 @@ from edgepipe.evaluate import evaluate
 from edgepipe.measuring.metrics import Evaluation
 from edgepipe.recipe import Recipe, resolve
 from edgepipe.search.asked import Asked
-from tests.encoders import save_encoder
+from edgepipe.students.config import StudentConfig, with_layers
 from tests.listener import Silent
 from tests.report.test_record import errors
+from tests.students.test_models import LLAMA
+from tests.students.tiny import save_tiny_student
 
 SPEARMAN = Evaluation(metric="spearman", columns="score=0,first=1,second=2")
 COLUMNS = ("columns=score=0,first=1,second=2",)
@@ -38,8 +40,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Path:
-    """A BERT of one layer."""
-    return save_encoder(folder / "bert", "bert", num_hidden_layers=1)
+    """An encoder of one layer that edgepipe builds by itself: each bundle that is tried would be traced otherwise."""
+    return save_tiny_student(folder / "encoder", StudentConfig(kind="encoder", encoder=with_layers(LLAMA, [0])))
 
 
 def recipe_of(folder: Path, *settings: tuple[str, str, object]) -> Recipe:
