@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,18 +32,22 @@ def same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def start(folder: Path, out: Path, *launcher: str, what: str = "0.1") -> subprocess.Popen[bytes]:
-    """Start the tiny training as a process (or several, by a launcher)."""
-    out.mkdir(exist_ok=True)
-    command = [*(launcher or (sys.executable,)), "-m", "tests.training.tiny", str(folder), what, str(out)]
+def start(folder: Path, out: Path, *launcher: str, what: tuple[str, ...] = ("0.1",)) -> subprocess.Popen[bytes]:
+    """Start tiny trainings, one after another, as a process (or several, by a launcher)."""
+    command = [*(launcher or (sys.executable,)), "-m", "tests.training.tiny", str(folder), str(out), *what]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
-def finish(process: subprocess.Popen[bytes], out: Path) -> tuple[dict[str, torch.Tensor], Any]:
-    """Wait for a training; return its weights and its record."""
+def finish(process: subprocess.Popen[bytes], out: Path, what: str = "0.1") -> tuple[dict[str, torch.Tensor], Any]:
+    """Wait for the trainings; return weights and record of one."""
     _, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors.decode()
+    return result(out / what)
+
+
+def result(out: Path) -> tuple[dict[str, torch.Tensor], Any]:
+    """Return the weights and the record of a training."""
     record = json.loads((out / "record.json").read_text(encoding="utf-8"))
     return torch.load(out / "weights.pt", weights_only=True), record
 
@@ -67,55 +72,73 @@ def test_it_learns(tmp_path: Path) -> None:
     json.dumps(record)
 
 
-def test_no_more_is_done_when_all_is(tmp_path: Path) -> None:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """Hold a training that nobody killed."""
+
+    folder: Path
+    weights: dict[str, torch.Tensor]
+    record: Any
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Train in a process of its own, which those that are killed go on in as well."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    weights, record = finish(start(folder / "whole", folder / "out"), folder / "out")
+    return Trained(folder=folder / "whole" / "0.1", weights=weights, record=record)
+
+
+def test_no_more_is_done_when_all_is(undisturbed: Trained, tmp_path: Path) -> None:
     """A finished training answers from its folder, with the same weights and the same record."""
-    first, record = run_tiny(tmp_path)
+    folder = Path(shutil.copytree(undisturbed.folder, tmp_path / "done"))
     begun = time.process_time()
-    again, same = run_tiny(tmp_path)
+    again, same = run_tiny(folder)
     assert time.process_time() - begun < 5
-    assert same == record
-    assert same_weights(first.state_dict(), again.state_dict())
+    assert same == undisturbed.record
+    assert same_weights(undisturbed.weights, again.state_dict())
 
 
-def test_another_run_does_not_go_on_from_here(tmp_path: Path) -> None:
+def test_another_run_does_not_go_on_from_here(undisturbed: Trained, tmp_path: Path) -> None:
     """Other options or another model begin at the beginning, in the same folder."""
-    run_tiny(tmp_path)
-    other, _ = run_tiny(tmp_path, dataclasses.replace(OPTIONS, learning_rate=1e-3))
+    folder = Path(shutil.copytree(undisturbed.folder, tmp_path / "done"))
+    other, _ = run_tiny(folder, dataclasses.replace(OPTIONS, learning_rate=1e-3))
     fresh, _ = run_tiny(tmp_path / "fresh", dataclasses.replace(OPTIONS, learning_rate=1e-3))
     assert same_weights(other.state_dict(), fresh.state_dict())
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Tensor], Any]:
-    """Return weights and record of a training that nobody killed."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    return finish(start(folder / "whole", folder / "out"), folder / "out")
-
-
 @pytest.mark.parametrize("trial", [0, *(pytest.param(trial, marks=pytest.mark.slow) for trial in (1, 2))])
-def test_killed_and_resumed(trial: int, undisturbed: tuple[dict[str, torch.Tensor], Any], tmp_path: Path) -> None:
+def test_killed_and_resumed(trial: int, undisturbed: Trained, tmp_path: Path) -> None:
     """`kill -9` at a random moment: the resumed run ends with the undisturbed one's weights and curves, to the bit."""
     folder, out = tmp_path / "killed", tmp_path / "out"
     process, begun = start(folder, out), time.monotonic()
-    while not (folder / "last").exists() and time.monotonic() - begun < 120:
+    while not (folder / "0.1" / "last").exists() and time.monotonic() - begun < 120:
         time.sleep(0.005)
     time.sleep(random.Random(trial).uniform(0, 0.5))
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL  # it was at work
-    assert not (out / "weights.pt").exists()
+    assert not out.exists()
     weights, record = finish(start(folder, out), out)
-    assert same_weights(weights, undisturbed[0])
+    assert same_weights(weights, undisturbed.weights)
     for curve in ("train", "held_out", "best", "steps", "tokens"):
-        assert record[curve] == undisturbed[1][curve]
+        assert record[curve] == undisturbed.record[curve]
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train twice in two processes (gloo), the second time by a teacher; return where the records lie."""
+    folder = tmp_path_factory.mktemp("together")
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    finish(start(folder / "two", folder / "out", *launcher, what=("0", "taught")), folder / "out", "taught")
+    return folder / "out"
 
 
 @pytest.mark.parametrize("what", ["0", "taught"])
-def test_two_processes_are_one(what: str, tmp_path: Path) -> None:
-    """Two processes (gloo) that divide each batch give the loss curve of one, with a teacher's samples too."""
+def test_two_processes_are_one(what: str, together: Path, tmp_path: Path) -> None:
+    """Two processes that divide each batch give the loss curve of one, with a teacher's samples too."""
     _, one = run_taught(tmp_path / "one") if what == "taught" else run_tiny(tmp_path / "one", dropout=0)
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    _, two = finish(start(tmp_path / "two", tmp_path / "b", *launcher, what=what), tmp_path / "b")
+    _, two = result(together / what)
     assert two["processes"] == 2
     for curve in ("train", "held_out"):
         assert [p["step"] for p in one[curve]] == [p["step"] for p in two[curve]]
@@ -214,7 +237,9 @@ def test_minutes_decide_the_steps_once(tmp_path: Path) -> None:
     assert 1 < time.monotonic() - begun < 12
     plan = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
     assert plan["steps"] == record["steps"] == record["train"][-1]["step"] > 8
-    assert record["train"][-1]["learning_rate"] < 0.02 * OPTIONS.learning_rate
+    steps = record["steps"]  # few on a busy machine, so the last rate isn't always near 0
+    last = OPTIONS.learning_rate * schedule(steps, OPTIONS.warmup, steps)
+    assert record["train"][-1]["learning_rate"] == pytest.approx(last)
 
 
 def test_schedule() -> None:

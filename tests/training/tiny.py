@@ -92,14 +92,18 @@ def run_taught(folder: Path, rows: int = 0, stop_at: int = 0) -> tuple[Any, Any]
 
 
 def main() -> None:
-    """Train as a process of its own (killed, or one of several): folder, dropout or `taught`, where the record goes."""
+    """Train as a process of its own (killed, or one of several): folder, where records go, dropouts or `taught`."""
     import torch
 
-    folder, what, out = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-    student, record = run_taught(folder) if what == "taught" else run_tiny(folder, dropout=float(what))
-    if record["processes"] == 1 or torch.distributed.get_rank() == 0:
-        torch.save(student.state_dict(), out / "weights.pt")
-        write_json(out / "record.json", record)
+    folder, out = Path(sys.argv[1]), Path(sys.argv[2])
+    for what in sys.argv[3:]:
+        student, record = (
+            run_taught(folder / what) if what == "taught" else run_tiny(folder / what, dropout=float(what))
+        )
+        if record["processes"] == 1 or torch.distributed.get_rank() == 0:
+            (out / what).mkdir(parents=True)
+            torch.save(student.state_dict(), out / what / "weights.pt")
+            write_json(out / what / "record.json", record)
 
 
 if __name__ == "__main__":
