@@ -19,7 +19,7 @@ from edgepipe.cli import main
 from edgepipe.runtime import Model, load
 from edgepipe.talk import forget_the_beginning
 
-QUICK = ("--context", "96", "--set", "measure.blocks=1", "--set", "measure.tokens=64")
+QUICK = ("--context", "96", *(f"--set=measure.{setting}" for setting in ("blocks=1", "turns=2", "tokens=64")))
 
 
 @pytest.fixture
@@ -65,7 +65,8 @@ def test_compress_prints_a_table_and_one_json_line(cli: Callable[..., Result], t
     assert again.stderr.count("reused from an earlier run") == 6
     assert last_json(again) == summary
     assert not summary["replaced"]
-    other = cli("compress", tiny_model_dir, "--bits", "8", "--out", "out", *QUICK)
+    Path("unmeasured.toml").write_text('stages = ["quantize", "export", "compile"]\n', encoding="utf-8")
+    other = cli("compress", tiny_model_dir, "--bits", "8", "--out", "out", "--recipe", "unmeasured.toml", *QUICK[:2])
     assert last_json(other)["replaced"]
     assert "It replaced the earlier bundle there" in other.stderr
 

@@ -30,9 +30,8 @@ def test_a_bundle_alone_has_no_baseline(tiny_bundle: Path) -> None:
 
 
 def test_two_bundles_are_measured_in_turn(tiny_bundle: Path, exact_bundle: Path) -> None:
-    result = CliRunner().invoke(
-        main, ["measure", str(tiny_bundle), "--against", str(exact_bundle), "--tokens", "64", "--turns", "2"]
-    )
+    quick = ["--tokens", "64", "--blocks", "1", "--turns", "2"]
+    result = CliRunner().invoke(main, ["measure", str(tiny_bundle), "--against", str(exact_bundle), *quick])
     assert result.exit_code == 0, result.output
     figures = json.loads(result.stdout.strip().splitlines()[-1])
     assert figures["baseline"]["perplexity"] == pytest.approx(figures["bundle"]["perplexity"], rel=0.05)

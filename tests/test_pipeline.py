@@ -28,6 +28,7 @@ from tests.listener import Silent
 from tests.tiny_models import save_tiny_model
 
 STAGES = ["quantize", "export", "compile"]
+QUICK: list[tuple[str, str, object]] = [("measure", "blocks", 1), ("measure", "turns", 2), ("measure", "tokens", 64)]
 
 
 def make_recipe(
@@ -242,8 +243,7 @@ def test_a_stage_that_cannot_take_the_model_is_refused_before_any_work(tiny_mode
 
 def test_the_baseline_is_the_same_model_uncompressed(tiny_model_dir: Path, tmp_path: Path) -> None:
     stages = [*STAGES, "measure"]
-    quick: list[tuple[str, str, object]] = [("measure", "blocks", 1), ("measure", "tokens", 64)]
-    heard, result = make(tiny_model_dir, tmp_path, make_recipe(tmp_path, *quick, stages=stages))
+    heard, result = make(tiny_model_dir, tmp_path, make_recipe(tmp_path, *QUICK, stages=stages))
     assert heard.ran == ["baseline export", "baseline compile", *stages]
     assert isinstance(result, Measured)
     (folder,) = (tmp_path / "runs").iterdir()
@@ -302,14 +302,14 @@ def test_a_disk_that_is_full_when_the_run_is_recorded(
             raise OSError(28, "No space left on device")
         return written(self, data, encoding=encoding)
 
-    monkeypatch.setattr(Path, "write_text", fail)
-    quick: list[tuple[str, str, object]] = [("measure", "blocks", 1), ("measure", "tokens", 64)]
-    recipe = make_recipe(tmp_path, *quick, stages=[*STAGES, "measure"])
-    with pytest.raises(StageError, match=r"not its run\.json: No space left on device"):
-        make(tiny_model_dir, tmp_path, recipe)
+    monkeypatch.setattr("edgepipe.pipeline.BASELINE_LIMIT_BYTES", 1000)  # one bundle to measure
+    recipe = make_recipe(tmp_path, *QUICK, stages=[*STAGES, "measure"])
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", fail)
+        with pytest.raises(StageError, match=r"not its run\.json: No space left on device"):
+            make(tiny_model_dir, tmp_path, recipe)
     (folder,) = (tmp_path / "runs").iterdir()
     assert not [p.name for p in folder.iterdir() if "run.json" in p.name]
-    monkeypatch.undo()
     heard, _ = make(tiny_model_dir, tmp_path, recipe)
     assert heard.ran == []
     assert (folder / "run.json").is_file()
@@ -319,8 +319,8 @@ def test_the_page_is_written_while_other_runs_are_kept_out(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second run can't put its own figures under the page of the first; half a page is never left."""
-    quick: list[tuple[str, str, object]] = [("measure", "blocks", 1), ("measure", "tokens", 64)]
-    recipe = make_recipe(tmp_path, *quick, stages=[*STAGES, "measure"])
+    monkeypatch.setattr("edgepipe.pipeline.BASELINE_LIMIT_BYTES", 1000)  # one bundle to measure
+    recipe = make_recipe(tmp_path, *QUICK, stages=[*STAGES, "measure"])
     refused: list[str] = []
     rendered = outputs.render_page
 
@@ -440,8 +440,7 @@ def test_no_baseline_for_a_model_too_large_for_one(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("edgepipe.pipeline.BASELINE_LIMIT_BYTES", 1000)
-    quick: list[tuple[str, str, object]] = [("measure", "blocks", 1), ("measure", "tokens", 64)]
-    heard, result = make(tiny_model_dir, tmp_path, make_recipe(tmp_path, *quick, stages=[*STAGES, "measure"]))
+    heard, result = make(tiny_model_dir, tmp_path, make_recipe(tmp_path, *QUICK, stages=[*STAGES, "measure"]))
     assert heard.ran == [*STAGES, "measure"]
     assert isinstance(result, Measured) and result.figures["baseline"] is None
     assert "no float32 baseline: it would be larger than the limit for one" in heard.notes
