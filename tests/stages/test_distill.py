@@ -161,7 +161,7 @@ def test_dropout(kind: str, teacher: TorchModel, files: dict[str, str], tmp_path
     data = files["answers" if kind == "encoder-decoder" else "pairs"]
     found = []
     for rate in (0.0, 0.2):
-        stage = Distill(**{**QUICK, "student": kind, "data": data, "dropout": rate})
+        stage = quick(student=kind, data=data, dropout=rate)
         found.append(stage(teacher, context(tmp_path / str(rate))).info.fingerprint)
     assert found[0] != found[1]
     with pytest.raises(ConfigError, match=r"distill\.dropout: expected from 0 to below 1, got 1"):

@@ -30,13 +30,19 @@ def changed(one: TorchModel, other: TorchModel) -> set[str]:
 
 
 @pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder that the usual student was made in."""
+    return tmp_path_factory.mktemp("usual")
+
+
+@pytest.fixture(scope="module")
 def usual(
     teacher: TorchModel,  # noqa: F811
     files: dict[str, str],  # noqa: F811
-    tmp_path_factory: pytest.TempPathFactory,
+    place: Path,
 ) -> tuple[TorchModel, Json]:
     """Return a student of the default options."""
-    return run(teacher, tmp_path_factory.mktemp("usual"), data=files["answers"])
+    return run(teacher, place, data=files["answers"])
 
 
 @pytest.mark.parametrize(
@@ -146,13 +152,19 @@ def test_checkpoints_of_other_options_are_no_ones_own(
     data: str,
     options: dict[str, Any],
     then: dict[str, Any],
+    usual: tuple[TorchModel, Json],
+    place: Path,
     teacher: TorchModel,  # noqa: F811
     files: dict[str, str],  # noqa: F811
     tmp_path: Path,
 ) -> None:
     """A run in a folder where another one ended is the run of a fresh folder."""
     other = {**options, **then, "data": files[then.get("data", data)]}
-    before, _ = run(teacher, tmp_path / "one", data=files[data], **options)
+    if options:
+        before, _ = run(teacher, tmp_path / "one", data=files[data], **options)
+    else:
+        before = usual[0]
+        shutil.copytree(place, tmp_path / "one")
     after, _ = run(teacher, tmp_path / "one", **other)
     fresh, _ = run(teacher, tmp_path / "two", **other)
     assert changed(after, before)
