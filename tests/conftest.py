@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 
 from tests.families import FAMILIES, save_family
@@ -16,6 +19,31 @@ from tests.tiny_models import TINY_TEXT, save_tiny_model
 # The same examples in every run, however slow the machine: a test that fails here fails everywhere.
 settings.register_profile("edgepipe", derandomize=True, deadline=None, database=None)
 settings.load_profile("edgepipe")
+
+
+Once = Callable[[str, Callable[[Path], Path]], Path]
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Return a function that makes what is slow to make once, for all test processes: a name, make(folder) → path.
+
+    Who takes it reads it only, or changes a copy.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "made-once"
+
+    def give(name: str, make: Callable[[Path], Path]) -> Path:
+        folder, made = shared / name, shared / f"{name}.path"
+        shared.mkdir(exist_ok=True)
+        with FileLock(shared / f"{name}.lock"):
+            if not made.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                made.write_text(str(make(folder)), encoding="utf-8")
+        return Path(made.read_text(encoding="utf-8"))
+
+    return give
 
 
 @pytest.fixture(scope="session")
@@ -75,14 +103,16 @@ def family_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 
 @pytest.fixture(scope="session")
-def family_bundle(family_dir: Callable[[str], Path], build_tiny: Callable[..., Path]) -> Callable[[str], Path]:
-    """Return a function that gives the 8-bit bundle of a tiny model of a family, made on first use."""
-    made: dict[str, Path] = {}
+def family_bundle(
+    family_dir: Callable[[str], Path], build_tiny: Callable[..., Path], once: Once
+) -> Callable[..., Path]:
+    """Return a function that gives the bundle of a tiny model of a family, made on first use: a name, bits (8)."""
 
-    def give(name: str) -> Path:
-        if name not in made:
-            made[name] = build_tiny(family_dir(name), ("quantize", "bits", 8), task=FAMILIES[name].task)
-        return made[name]
+    def give(name: str, bits: int = 8) -> Path:
+        def make(_: Path) -> Path:
+            return build_tiny(family_dir(name), ("quantize", "bits", bits), task=FAMILIES[name].task)
+
+        return once(f"{name}-{bits}bit".replace(" ", "-"), make)
 
     return give
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import Once
 from tests.families import save_family
 from tests.listener import Silent
 
@@ -30,16 +31,19 @@ def measured_run(model: Path, runs: Path, *settings: tuple[str, str, object]) ->
 
 
 @pytest.fixture(scope="session")
-def run(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(tiny_model_dir: Path, once: Once) -> Path:
     """Run a tiny decoder, measured beside its float32 baseline."""
-    return measured_run(tiny_model_dir, tmp_path_factory.mktemp("decoder") / "runs", ("export", "context", 128))
+    return once("decoder-run", lambda folder: measured_run(tiny_model_dir, folder / "runs", ("export", "context", 128)))
 
 
 @pytest.fixture(scope="session")
-def encoder_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def encoder_run(once: Once) -> Path:
     """Run a tiny BERT, whose figures are calls."""
-    folder = tmp_path_factory.mktemp("encoder")
-    return measured_run(save_family(folder / "tiny-bert", "bert"), folder / "runs")
+
+    def make(folder: Path) -> Path:
+        return measured_run(save_family(folder / "tiny-bert", "bert"), folder / "runs")
+
+    return once("encoder-run", make)
 
 
 @pytest.fixture

@@ -21,18 +21,12 @@ TEXT = {"dtype": "int64", "shape": ["batch", "sequence"]}
 FLOATS = {"dtype": "float32", "shape": ["batch", 3]}
 
 
-@pytest.fixture(scope="module")
-def t5(family_dir: Callable[[str], Path], build_tiny: Callable[..., Path]) -> Path:
-    """Make a bundle of two graphs."""
-    return build_tiny(family_dir("t5"), ("quantize", "bits", 16))
-
-
 @pytest.fixture
-def copy(tmp_path: Path, t5: Path, family_bundle: Callable[[str], Path]) -> Callable[[str], Path]:
-    """Return a function that copies a bundle."""
+def copy(tmp_path: Path, family_bundle: Callable[..., Path]) -> Callable[[str], Path]:
+    """Return a function that copies a bundle: of one graph, or t5's of two."""
 
     def make(name: str) -> Path:
-        return Path(shutil.copytree(t5 if name == "t5" else family_bundle(name), tmp_path / "bundle"))
+        return Path(shutil.copytree(family_bundle(name, bits=16 if name == "t5" else 8), tmp_path / "bundle"))
 
     return make
 

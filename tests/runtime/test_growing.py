@@ -17,17 +17,15 @@ from edgepipe.runtime.growing import GrowingDecoder, Row
 from edgepipe.sources import open_model
 from edgepipe.verify import verify_bundle
 from edgepipe.weights import Weight, WeightStore
-from tests.families import FAMILIES
 
 PROMPTS = ["The river carried the timber", "Mill", "Every spring the water rose, and every spring somebody said it."]
 TOKENS = 12
 
 
 @pytest.fixture(scope="module")
-def bundles(family_dir: Callable[[str], Path], build_tiny: Callable[..., Path]) -> dict[str, Path]:
+def bundles(family_bundle: Callable[..., Path]) -> dict[str, Path]:
     """Make bundles with 16-bit weights: near ties are as torch has them."""
-    sixteen = ("quantize", "bits", 16)
-    return {name: build_tiny(family_dir(name), sixteen, task=FAMILIES[name].task) for name in ("t5", "gpt2")}
+    return {name: family_bundle(name, bits=16) for name in ("t5", "gpt2")}
 
 
 @pytest.fixture(scope="module", params=["t5", "gpt2"])
