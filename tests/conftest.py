@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,21 @@ from tests.tiny_models import TINY_TEXT, save_tiny_model
 # The same examples in every run, however slow the machine: a test that fails here fails everywhere.
 settings.register_profile("edgepipe", derandomize=True, deadline=None, database=None)
 settings.load_profile("edgepipe")
+
+
+_MANY = 100  # modules that are new since the last look: a library was imported
+_frozen = [0]  # how many modules there were at it
+
+
+def pytest_runtest_setup() -> None:
+    """Leave the objects of imported libraries out of garbage collection: accelerate asks for one a training.
+
+    With torch and transformers there are a million of them, which takes half a second each time.
+    """
+    if len(sys.modules) > _frozen[0] + _MANY:
+        gc.collect()
+        gc.freeze()
+        _frozen[0] = len(sys.modules)
 
 
 Once = Callable[[str, Callable[[Path], Path]], Path]
