@@ -63,6 +63,7 @@ def main() -> None:
 @click.option("--target", help="Name in `edgepipe targets`, or a TOML file.  [default: cpu]")
 @click.option("--bits", help="Bits of the layers: 1.58, 2, 4, 8, 16, or mixed (--max-drop 1%).  [default: 4]")
 @click.option("--embedding-bits", type=int, help="Bits of embedding and output head: 2, 4, 8 or 16.  [default: 8]")
+@click.option("--engine", help="What runs the bundle: onnxruntime or tvm (docs/tvm.md).  [default: the target's]")
 @click.option("--trim-vocab", metavar="DATA", help="Keep only the tokens that the texts of a file use (docs/trim.md).")
 @click.option("--student", help="Distill MODEL into an encoder-decoder, encoder or decoder first (docs/distill.md).")
 @click.option(
@@ -92,6 +93,7 @@ def compress_command(
     target: str | None,
     bits: str | None,
     embedding_bits: int | None,
+    engine: str | None,
     trim_vocab: str | None,
     student: str | None,
     data: str | None,
@@ -129,6 +131,7 @@ def compress_command(
         bits = data = None
     flags: list[tuple[str, str, object]] = [("trim", "data", trim_vocab), ("quantize", "bits", number_of(bits))]
     flags += [("quantize", "embedding_bits", embedding_bits), ("export", "context", context)]
+    flags += [("compile", "engine", engine)]
     flags += [("distill", "student", student), ("distill", "data", data)]
     flags += [("distill", "steps", steps), ("distill", "minutes", minutes)]
     chosen = [parse_setting(text) for text in settings]

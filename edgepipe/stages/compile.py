@@ -7,22 +7,25 @@ float32 rounding), and once more when other arithmetic ships (int8 activations c
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgepipe.artifacts import ActivationPlan, CompiledModel, Context, Json, ModelInfo, OnnxModel, TorchModel
-from edgepipe.errors import ConfigError, ContractError
+from edgepipe.errors import ConfigError, ContractError, TargetError
+from edgepipe.target import ENGINES
 
 if TYPE_CHECKING:
     from edgepipe.engines.onnxruntime.cache_scales import CacheScales
     from edgepipe.engines.onnxruntime.integer_products import Range
     from edgepipe.engines.onnxruntime.planned import WeightsFile
     from edgepipe.quantizers.texts import Calibration
+    from edgepipe.runtime.text_generation import Decoder
 
 # Largest error allowed with exact arithmetic: float32 rounding through all layers, that of 11-bit keys and values, or
 # that of 8-bit ones, which is eight times as large.
@@ -33,6 +36,7 @@ _CACHE_TOLERANCES = {"float32": _TOLERANCE, "float16": 2e-2, "int8": 0.2}
 # model that was trained with that is far from itself in floats, and still right: its quality is what must be looked at.
 _SHIPPED_TOLERANCE, _PLANNED_TOLERANCE, _FOUR_BIT_TOLERANCE = 0.1, 0.5, 1.2
 _TINY = 1e-30  # an output of zeros has no size to compare with
+_NO_TVM = "the tvm engine needs packages that aren't here: pip install 'edgepipe[tvm]'"
 _EXACT = 0  # MatMulNBits accuracy level: float32 arithmetic
 
 
@@ -40,6 +44,7 @@ _EXACT = 0  # MatMulNBits accuracy level: float32 arithmetic
 class Compile:
     """Options of the stage `compile`."""
 
+    engine: str = ""  # onnxruntime, or tvm: a compiled library (docs/tvm.md); "" takes the target's first
     accuracy_level: int = -1  # of MatMulNBits: 0 float32, 4 int8 activations (faster, noisier); −1 takes the target's
     cache_dtype: str = "float16"  # of the KV cache: float16; float32: twice its bytes; int8: half, ranges from texts
     calibration: str = ""  # texts that an int8 cache takes its ranges from: a set's name or a file; empty: everyday
@@ -49,6 +54,8 @@ class Compile:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
+        if self.engine and self.engine not in ENGINES:
+            raise ConfigError(f"compile.engine: expected one of {', '.join(ENGINES)}, got {self.engine!r}")
         if not -1 <= self.accuracy_level <= 4:
             raise ConfigError(
                 f"compile.accuracy_level: expected 0 to 4, or -1 for the target's, got {self.accuracy_level}"
@@ -69,7 +76,9 @@ class Compile:
         return fingerprint(self._texts())
 
     def check(self, model: TorchModel) -> None:
-        """Refuse, before any work, an int8 cache of a model that keeps none, or that has no texts to find ranges on."""
+        """Refuse, before any work, packages that aren't here, and an int8 cache of a model that keeps none or no texts."""
+        if self.engine == "tvm" and importlib.util.find_spec("tvm") is None:
+            raise TargetError(_NO_TVM)
         if self.cache_dtype == "int8":
             self._check_cache(model.info)
 
@@ -93,15 +102,26 @@ class Compile:
 
     def __call__(self, model: OnnxModel, ctx: Context) -> CompiledModel:
         """Return the bundle, written to a directory of its own."""
-        from edgepipe.bundle import write_bundle
-        from edgepipe.engines import onnxruntime as engine
-        from edgepipe.engines.onnxruntime.planned import WeightsFile
         from edgepipe.graph.parts import used_weights
 
+        chosen = self.engine or ctx.target.engines[0]
+        if chosen not in ctx.target.engines:
+            raise TargetError(
+                f"the target {ctx.target.name} runs {', '.join(ctx.target.engines)}, and the recipe asks for {chosen}"
+            )
         level = self.accuracy_level if self.accuracy_level >= 0 else ctx.target.onnxruntime.accuracy_level
         path = ctx.work_dir / "bundle"
         path.mkdir()
         model = replace(model, weights=model.weights.only(used_weights(model.graphs)))
+        build = self._with_tvm if chosen == "tvm" else self._with_onnxruntime
+        return CompiledModel(info=model.info, path=path, manifest=build(model, level, path, ctx), history=model.history)
+
+    def _with_onnxruntime(self, model: OnnxModel, level: int, path: Path, ctx: Context) -> Json:
+        """Write graphs of fused operators and their weights; return the manifest."""
+        from edgepipe.bundle import write_bundle
+        from edgepipe.engines import onnxruntime as engine
+        from edgepipe.engines.onnxruntime.planned import WeightsFile
+
         # All lowerings of a model share one layout, so that each runs on the file that ships
         file = WeightsFile()
         seen = self._cache_scales(model, file, path, ctx)
@@ -116,8 +136,88 @@ class Compile:
             self._check_traced(model, exact, path, ctx, shipped=shipped)
         elif self.check_tokens:
             self._check_decoder(model, exact, path, ctx, shipped=shipped, seen=seen)
-        manifest = write_bundle(model, path, file, ctx.recipe, self.cache_dtype)
-        return CompiledModel(info=model.info, path=path, manifest=manifest, history=model.history)
+        return write_bundle(model, path, file, ctx.recipe, self.cache_dtype)
+
+    def _with_tvm(self, model: OnnxModel, level: int, path: Path, ctx: Context) -> Json:
+        """Compile a library and write it beside its weights; return the manifest."""
+        import time
+
+        from edgepipe.bundle import write_bundle
+
+        engine = _tvm()
+        here = engine.level_here()
+        exact = engine.lower(model, here, accuracy_level=_EXACT, cache_dtype=self.cache_dtype, exact=True)
+        library = engine.lower(model, here, accuracy_level=level, cache_dtype=self.cache_dtype, file=exact.file)
+        engine.write(library, path, lambda done, total: ctx.progress("writing weights", done, total))
+        start = time.perf_counter()
+        ctx.progress("compiling the library", 0, 1)
+        engine.build(library, path / engine.LIBRARY_NAME)
+        seconds = time.perf_counter() - start
+        facts = engine.describe(library)
+        if self.check_tokens:
+            checked = {"as shipped": facts}
+            if library.integers:  # its structure is checked in exact arithmetic, as onnxruntime's is
+                engine.build(exact, path / "exact.so")
+                checked = {"exact": engine.describe(exact) | {"file": "exact.so"}, **checked}
+            else:
+                checked = {"exact": facts}
+            self._check_library(model, checked, path, ctx)
+            (path / "exact.so").unlink(missing_ok=True)
+        code = (path / engine.LIBRARY_NAME).stat().st_size
+        ctx.note(
+            f"a library of {code / 1024:,.0f} KiB for {here.name}, and {library.file.nbytes / 1024:,.0f} KiB of weights"
+        )
+        ctx.figures({"compile_s": seconds, "code_bytes": code, "weight_bytes": library.file.nbytes})
+        return write_bundle(model, path, library.file, ctx.recipe, self.cache_dtype, library=facts)
+
+    def _check_library(self, model: OnnxModel, checked: Mapping[str, Json], path: Path, ctx: Context) -> None:
+        """Compare the functions of libraries with the portable graphs, through the runtime that ships."""
+        expected, runs = self._expected(model, ctx)
+        said = []
+        for kind, facts in checked.items():
+            ctx.progress(f"the library's outputs, {kind}", 1, 2)
+            got = runs(path, facts)
+            if kind == "exact":
+                whole = "ends" in model.spec
+                allowed = self.exact_tolerance or (_TOLERANCE if whole else _CACHE_TOLERANCES[self.cache_dtype])
+                worst = [np.abs(g - e).max() / max(np.abs(e).max(), _TINY) for g, e in zip(got, expected, strict=True)]
+                said.append(_within(kind, float(np.max(worst)), allowed))
+            else:
+                loss = [_rms(g - e) / max(_rms(e), _TINY) for g, e in zip(got, expected, strict=True)]
+                said.append(_within(kind, float(np.max(loss)), self._allowed(model)))
+        ctx.note(f"agrees with the portable graphs: {', '.join(said)}")
+
+    def _expected(
+        self, model: OnnxModel, ctx: Context
+    ) -> tuple[list[np.ndarray], Callable[[Path, Json], list[np.ndarray]]]:
+        """Return what the portable graphs give for seeded inputs, and what runs a library on the same."""
+        from edgepipe.graph.evaluate import evaluate
+        from edgepipe.graph.parts import seeded_feeds
+
+        ctx.progress("the portable graphs' outputs", 0, 2)
+        if "ends" not in model.spec:
+            asked = _Asked.seeded(model.spec, min(self.check_tokens, model.spec["context"]), ctx.seed + 1)
+
+            def steps(path: Path, facts: Json) -> list[np.ndarray]:
+                library, manifest = _open_library(model, path, facts, self.cache_dtype)
+                decoder = _tvm_runtime().Decoder(library, manifest)
+                encoder = library.function("encoder").run if "encoder" in model.graphs else None
+                return _in_steps(decoder, encoder, asked)
+
+            return _portable(model, asked), steps
+        feeds = {
+            name: seeded_feeds(ends["inputs"], model.spec["vocab_size"], ctx.seed + 1)
+            for name, ends in model.spec["ends"].items()
+        }
+        expected = []
+        for name, graph in model.graphs.items():
+            expected += evaluate(graph, model.weights, feeds[name]).values()
+
+        def outputs(path: Path, facts: Json) -> list[np.ndarray]:
+            library, _ = _open_library(model, path, facts, self.cache_dtype)
+            return [value for name in model.graphs for value in library.function(name).run(feeds[name]).values()]
+
+        return expected, outputs
 
     def _cache_scales(self, model: OnnxModel, file: WeightsFile, path: Path, ctx: Context) -> CacheScales | None:
         """Return the scales of an int8 cache, found over the calibration texts; None for any other cache."""
@@ -242,6 +342,37 @@ class Compile:
         ctx.note(found)
 
 
+def _tvm() -> Any:
+    """Return the tvm engine; TargetError when its packages aren't here."""
+    try:
+        from edgepipe.engines import tvm as engine
+    except ModuleNotFoundError as error:
+        if error.name not in ("tvm", "tvm_ffi"):
+            raise
+        raise TargetError(_NO_TVM) from error
+    return engine
+
+
+def _tvm_runtime() -> Any:
+    from edgepipe.runtime import tvm as runtime
+
+    return runtime
+
+
+def _open_library(model: OnnxModel, path: Path, facts: Json, cache_dtype: str) -> tuple[Any, Json]:
+    """Load a library as the runtime does, before there is a manifest; return it and what the manifest will say."""
+    files = {name: {"bytes": (path / name).stat().st_size} for name in (facts["file"], "weights.bin")}
+    manifest = {
+        "files": files,
+        "weights": {"file": "weights.bin"},
+        "library": facts,
+        "model": model.spec,
+        "cache": {"dtype": cache_dtype},
+        "graphs": dict.fromkeys(model.graphs, facts["file"]),
+    }
+    return _tvm_runtime().open_library(path, manifest, None), manifest
+
+
 @dataclass(frozen=True, slots=True)
 class _Asked:
     """Hold the seeded ids of a check: an answer, and what an encoder and a scorer are asked where there are such."""
@@ -351,14 +482,23 @@ def _run_in_steps(
     from edgepipe.runtime.onnxruntime import open_decoder
 
     manifest = {"graphs": graphs, "model": model.spec, "cache": {"dtype": cache_dtype}}
-    decoder = open_decoder(path, manifest, None)
+    def encoder(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        crossed = _run_graph(path / graphs["encoder"], feeds)
+        return {name: array * scales[name] if name in scales else array for name, array in crossed.items()}
+
+    return _in_steps(open_decoder(path, manifest, None), encoder if "encoder" in graphs else None, asked)
+
+
+def _in_steps(
+    decoder: Decoder, encoder: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] | None, asked: _Asked
+) -> list[np.ndarray]:
+    """Do the same with an opened decoder, and what runs the encoder where there is one."""
     cache = decoder.new_cache(1)
-    found = []
-    if "encoder" in graphs:
+    found: list[np.ndarray] = []
+    if encoder is not None:
         decoder.read_source(cache, 0, asked.source["input_ids"])
         found.append(decoder.score(asked.source["input_ids"], asked.ids[:, :1], asked.tokens))
-        crossed = _run_graph(path / graphs["encoder"], asked.sources)
-        found += [array * scales[name] if name in scales else array for name, array in crossed.items()]
+        found += encoder(asked.sources).values()
     count = asked.ids.shape[1]
     prompt = count - count // 4
     pieces = []
