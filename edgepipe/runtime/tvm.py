@@ -11,6 +11,7 @@ import ctypes
 import importlib.util
 import mmap
 import os
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -31,14 +32,19 @@ _SOURCE_MASK = "encoder_attention_mask"
 
 def open_package() -> Any:
     """Return `tvm_ffi` with TVM's runtime opened; TargetError where they aren't installed."""
-    # Or it imports torch, where that is installed: 170 MB for conversions that nobody asks for.
-    os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
+    # Or tvm_ffi imports torch, where that is installed: 170 MB for conversions that nobody asks for here.
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]
     try:
         import tvm_ffi
     except ImportError as error:
         raise TargetError(
             f"the bundle runs on TVM's runtime, which isn't here ({error}): pip install 'edgepipe[tvm]'"
         ) from error
+    finally:
+        if hidden:
+            del sys.modules["torch"]
     _open_runtime()
     return tvm_ffi
 
