@@ -24,7 +24,7 @@ FLOORS = (
     {"weights", "target", "calibration", "rows", "sbom"},
     {"store", "sources", "graph", "students", "training", "quantizers", "engines", "runtime"},
     {"machine"},
-    {"bundle", "measuring", "report"},
+    {"bundle", "measuring", "report", "compiling"},
     {"stages"},
     {"recipe"},
     {"pipeline"},

@@ -144,8 +144,9 @@ def _function(facts: Mapping[str, Any], where: str) -> FunctionFacts:
 
 def _tensor(facts: Mapping[str, Any], name: str, size: int) -> TensorFacts:
     where = f"library.tensors.{name[:80]}"
-    offset, dtype, shape = (facts.get(key) for key in ("offset", "dtype", "shape"))
-    if dtype not in STORED:
+    offset: Any = facts.get("offset")
+    dtype, shape = facts.get("dtype"), facts.get("shape")
+    if not isinstance(dtype, str) or dtype not in STORED:
         raise _wrong(f"{where}.dtype", f"one of {', '.join(STORED)}")
     if not _whole(offset) or offset % _ALIGNMENT:
         raise _wrong(f"{where}.offset", f"a multiple of {_ALIGNMENT}")

@@ -83,7 +83,8 @@ def _room(shape: Sequence[int], dtype: Any) -> np.ndarray:
     nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
     memory = np.zeros(nbytes + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + nbytes].view(dtype).reshape(shape)
+    room: np.ndarray = memory[start : start + nbytes].view(dtype).reshape(shape)
+    return room
 
 
 class Library:

@@ -7,25 +7,25 @@ float32 rounding), and once more when other arithmetic ships (int8 activations c
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgepipe.artifacts import ActivationPlan, CompiledModel, Context, Json, ModelInfo, OnnxModel, TorchModel
-from edgepipe.errors import ConfigError, ContractError, TargetError
+from edgepipe.compiling.checks import EXACT, TINY, Asked, in_steps, portable, rms, within, worst_error, worst_loss
+from edgepipe.errors import ConfigError, TargetError
 from edgepipe.target import ENGINES
 
 if TYPE_CHECKING:
+    from edgepipe.compiling.library import Wanted
     from edgepipe.engines.onnxruntime.cache_scales import CacheScales
     from edgepipe.engines.onnxruntime.integer_products import Range
     from edgepipe.engines.onnxruntime.planned import WeightsFile
     from edgepipe.quantizers.texts import Calibration
-    from edgepipe.runtime.text_generation import Decoder
 
 # Largest error allowed with exact arithmetic: float32 rounding through all layers, that of 11-bit keys and values, or
 # that of 8-bit ones, which is eight times as large.
@@ -35,9 +35,6 @@ _CACHE_TOLERANCES = {"float32": _TOLERANCE, "float16": 2e-2, "int8": 0.2}
 # What lies above is broken: outputs that have nothing to do with each other differ by 1.4. Rounded to 16 levels, a
 # model that was trained with that is far from itself in floats, and still right: its quality is what must be looked at.
 _SHIPPED_TOLERANCE, _PLANNED_TOLERANCE, _FOUR_BIT_TOLERANCE = 0.1, 0.5, 1.2
-_TINY = 1e-30  # an output of zeros has no size to compare with
-_NO_TVM = "the tvm engine needs packages that aren't here: pip install 'edgepipe[tvm]'"
-_EXACT = 0  # MatMulNBits accuracy level: float32 arithmetic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,9 +73,11 @@ class Compile:
         return fingerprint(self._texts())
 
     def check(self, model: TorchModel) -> None:
-        """Refuse, before any work, packages that aren't here, and an int8 cache of a model that keeps none or no texts."""
-        if self.engine == "tvm" and importlib.util.find_spec("tvm") is None:
-            raise TargetError(_NO_TVM)
+        """Refuse, before any work, packages that aren't here, and an int8 cache that has no use or no texts."""
+        if self.engine == "tvm":
+            from edgepipe.compiling.library import check_tvm
+
+            check_tvm(self.cache_dtype)
         if self.cache_dtype == "int8":
             self._check_cache(model.info)
 
@@ -113,8 +112,27 @@ class Compile:
         path = ctx.work_dir / "bundle"
         path.mkdir()
         model = replace(model, weights=model.weights.only(used_weights(model.graphs)))
-        build = self._with_tvm if chosen == "tvm" else self._with_onnxruntime
-        return CompiledModel(info=model.info, path=path, manifest=build(model, level, path, ctx), history=model.history)
+        if chosen == "tvm":
+            from edgepipe.compiling.library import build_library
+
+            manifest = build_library(model, self._wanted(model, level), path, ctx)
+        else:
+            manifest = self._with_onnxruntime(model, level, path, ctx)
+        return CompiledModel(info=model.info, path=path, manifest=manifest, history=model.history)
+
+    def _wanted(self, model: OnnxModel, level: int) -> Wanted:
+        """Say what a compiled library must be like."""
+        from edgepipe.compiling.library import Wanted
+
+        whole = "ends" in model.spec  # such a model keeps no cache, or a float32 one
+        exact = _TOLERANCE if whole else _CACHE_TOLERANCES[self.cache_dtype]
+        return Wanted(
+            accuracy_level=level,
+            cache_dtype=self.cache_dtype,
+            check_tokens=self.check_tokens,
+            exact_tolerance=self.exact_tolerance or exact,
+            shipped_tolerance=self._allowed(model),
+        )
 
     def _with_onnxruntime(self, model: OnnxModel, level: int, path: Path, ctx: Context) -> Json:
         """Write graphs of fused operators and their weights; return the manifest."""
@@ -127,97 +145,16 @@ class Compile:
         seen = self._cache_scales(model, file, path, ctx)
         scales = None if seen is None else seen.scales
         lower = partial(engine.lower, model, cache_dtype=self.cache_dtype, scales=scales, file=file)
-        exact, _ = lower(accuracy_level=_EXACT, exact=True)
+        exact, _ = lower(accuracy_level=EXACT, exact=True)
         ranges = self._observe(model, exact, file, path, ctx)
         graphs, _ = lower(accuracy_level=level, ranges=ranges)
         engine.write(graphs, file, path, lambda done, total: ctx.progress("writing weights", done, total))
-        shipped = level != _EXACT or model.activations is not None
+        shipped = level != EXACT or model.activations is not None
         if self.check_tokens and "ends" in model.spec:
             self._check_traced(model, exact, path, ctx, shipped=shipped)
         elif self.check_tokens:
             self._check_decoder(model, exact, path, ctx, shipped=shipped, seen=seen)
         return write_bundle(model, path, file, ctx.recipe, self.cache_dtype)
-
-    def _with_tvm(self, model: OnnxModel, level: int, path: Path, ctx: Context) -> Json:
-        """Compile a library and write it beside its weights; return the manifest."""
-        import time
-
-        from edgepipe.bundle import write_bundle
-
-        engine = _tvm()
-        here = engine.level_here()
-        exact = engine.lower(model, here, accuracy_level=_EXACT, cache_dtype=self.cache_dtype, exact=True)
-        library = engine.lower(model, here, accuracy_level=level, cache_dtype=self.cache_dtype, file=exact.file)
-        engine.write(library, path, lambda done, total: ctx.progress("writing weights", done, total))
-        start = time.perf_counter()
-        ctx.progress("compiling the library", 0, 1)
-        engine.build(library, path / engine.LIBRARY_NAME)
-        seconds = time.perf_counter() - start
-        facts = engine.describe(library)
-        if self.check_tokens:
-            checked = {"as shipped": facts}
-            if library.integers:  # its structure is checked in exact arithmetic, as onnxruntime's is
-                engine.build(exact, path / "exact.so")
-                checked = {"exact": engine.describe(exact) | {"file": "exact.so"}, **checked}
-            else:
-                checked = {"exact": facts}
-            self._check_library(model, checked, path, ctx)
-            (path / "exact.so").unlink(missing_ok=True)
-        code = (path / engine.LIBRARY_NAME).stat().st_size
-        ctx.note(
-            f"a library of {code / 1024:,.0f} KiB for {here.name}, and {library.file.nbytes / 1024:,.0f} KiB of weights"
-        )
-        ctx.figures({"compile_s": seconds, "code_bytes": code, "weight_bytes": library.file.nbytes})
-        return write_bundle(model, path, library.file, ctx.recipe, self.cache_dtype, library=facts)
-
-    def _check_library(self, model: OnnxModel, checked: Mapping[str, Json], path: Path, ctx: Context) -> None:
-        """Compare the functions of libraries with the portable graphs, through the runtime that ships."""
-        expected, runs = self._expected(model, ctx)
-        said = []
-        for kind, facts in checked.items():
-            ctx.progress(f"the library's outputs, {kind}", 1, 2)
-            got = runs(path, facts)
-            if kind == "exact":
-                whole = "ends" in model.spec
-                allowed = self.exact_tolerance or (_TOLERANCE if whole else _CACHE_TOLERANCES[self.cache_dtype])
-                worst = [np.abs(g - e).max() / max(np.abs(e).max(), _TINY) for g, e in zip(got, expected, strict=True)]
-                said.append(_within(kind, float(np.max(worst)), allowed))
-            else:
-                loss = [_rms(g - e) / max(_rms(e), _TINY) for g, e in zip(got, expected, strict=True)]
-                said.append(_within(kind, float(np.max(loss)), self._allowed(model)))
-        ctx.note(f"agrees with the portable graphs: {', '.join(said)}")
-
-    def _expected(
-        self, model: OnnxModel, ctx: Context
-    ) -> tuple[list[np.ndarray], Callable[[Path, Json], list[np.ndarray]]]:
-        """Return what the portable graphs give for seeded inputs, and what runs a library on the same."""
-        from edgepipe.graph.evaluate import evaluate
-        from edgepipe.graph.parts import seeded_feeds
-
-        ctx.progress("the portable graphs' outputs", 0, 2)
-        if "ends" not in model.spec:
-            asked = _Asked.seeded(model.spec, min(self.check_tokens, model.spec["context"]), ctx.seed + 1)
-
-            def steps(path: Path, facts: Json) -> list[np.ndarray]:
-                library, manifest = _open_library(model, path, facts, self.cache_dtype)
-                decoder = _tvm_runtime().Decoder(library, manifest)
-                encoder = library.function("encoder").run if "encoder" in model.graphs else None
-                return _in_steps(decoder, encoder, asked)
-
-            return _portable(model, asked), steps
-        feeds = {
-            name: seeded_feeds(ends["inputs"], model.spec["vocab_size"], ctx.seed + 1)
-            for name, ends in model.spec["ends"].items()
-        }
-        expected = []
-        for name, graph in model.graphs.items():
-            expected += evaluate(graph, model.weights, feeds[name]).values()
-
-        def outputs(path: Path, facts: Json) -> list[np.ndarray]:
-            library, _ = _open_library(model, path, facts, self.cache_dtype)
-            return [value for name in model.graphs for value in library.function(name).run(feeds[name]).values()]
-
-        return expected, outputs
 
     def _cache_scales(self, model: OnnxModel, file: WeightsFile, path: Path, ctx: Context) -> CacheScales | None:
         """Return the scales of an int8 cache, found over the calibration texts; None for any other cache."""
@@ -234,7 +171,7 @@ class Compile:
                 "stays float32: leave it out"
             )
         rows = rows_of(model.info, self._texts(), seed=ctx.seed)
-        exact, _ = engine.lower(model, accuracy_level=_EXACT, exact=True, file=file)  # with a float32 cache
+        exact, _ = engine.lower(model, accuracy_level=EXACT, exact=True, file=file)  # with a float32 cache
         engine.write({}, file, path, lambda done, total: ctx.progress("writing weights", done, total))
         files = _write_exact(exact, path)
         tell = partial(ctx.progress, "ranges of the cache")
@@ -295,13 +232,13 @@ class Compile:
             exact_graph = path / _write_exact({name: exact[name]}, path)[name]  # beside its weights
             got = _run_graph(exact_graph, feeds)
             exact_graph.unlink()
-            exact_errors += [float(np.abs(got[n] - e).max() / max(np.abs(e).max(), _TINY)) for n, e in expected.items()]
+            exact_errors += [float(np.abs(got[n] - e).max() / max(np.abs(e).max(), TINY)) for n, e in expected.items()]
             if shipped:
                 got = _run_graph(path / f"{name}.onnx", feeds)
-                shipped_errors += [_rms(got[n] - e) / max(_rms(e), _TINY) for n, e in expected.items()]
+                shipped_errors += [rms(got[n] - e) / max(rms(e), TINY) for n, e in expected.items()]
         worst, loss = (float(np.max(errors)) for errors in (exact_errors, shipped_errors))  # NaN stays NaN: refused
-        found = f"agrees with the portable graphs: {_within('exact', worst, self.exact_tolerance or _TOLERANCE)}"
-        ctx.note(found + (f", {_within('as shipped', loss, self._allowed(model))}" if shipped else ""))
+        found = f"agrees with the portable graphs: {within('exact', worst, self.exact_tolerance or _TOLERANCE)}"
+        ctx.note(found + (f", {within('as shipped', loss, self._allowed(model))}" if shipped else ""))
 
     def _check_decoder(
         self,
@@ -315,7 +252,7 @@ class Compile:
     ) -> None:
         """Compare the lowered decoder, and what stands before it, with the portable graphs."""
         count = min(self.check_tokens, model.spec["context"])
-        asked = _Asked.seeded(model.spec, count, ctx.seed + 1)
+        asked = Asked.seeded(model.spec, count, ctx.seed + 1)
         ids = _with_texts({"input_ids": asked.ids}, model.activations, answers=True)["input_ids"]
         asked = replace(asked, ids=ids, sources=_with_texts(asked.sources, model.activations, answers=False))
         if seen is not None:  # ranges are those of such texts
@@ -323,88 +260,22 @@ class Compile:
             sources = {**asked.sources, "input_ids": np.resize(source, asked.sources["input_ids"].shape)}
             asked = replace(asked, ids=np.resize(ids, asked.ids.shape), sources=sources)
         ctx.progress("the portable graph's logits", 0, 3)
-        expected = _portable(model, asked)
+        expected = portable(model, asked)
         exact_graphs = _write_exact(exact, path)
         ctx.progress("the lowered graph's logits, exact", 1, 3)
         scales = {} if seen is None else seen.scales
-        got = _run_in_steps(path, exact_graphs, model, asked, self.cache_dtype, scales)
+        got = _runin_steps(path, exact_graphs, model, asked, self.cache_dtype, scales)
         for file in exact_graphs.values():
             (path / file).unlink()
-        worst = float(np.max([np.abs(g - e).max() / np.abs(e).max() for g, e in zip(got, expected, strict=True)]))
+        worst = worst_error(got, expected)
         allowed = self.exact_tolerance or _CACHE_TOLERANCES[self.cache_dtype]
-        found = f"agrees with the portable graph on {count} tokens: {_within('exact', worst, allowed)}"
+        found = f"agrees with the portable graph on {count} tokens: {within('exact', worst, allowed)}"
         if shipped:
             ctx.progress("the lowered graph's logits, as shipped", 2, 3)
             files = {name: f"{name}.onnx" for name in exact}
-            got = _run_in_steps(path, files, model, asked, self.cache_dtype, scales)
-            loss = float(np.max([_rms(g - e) / _rms(e) for g, e in zip(got, expected, strict=True)]))
-            found += f", {_within('as shipped', loss, self._allowed(model))}"
+            got = _runin_steps(path, files, model, asked, self.cache_dtype, scales)
+            found += f", {within('as shipped', worst_loss(got, expected), self._allowed(model))}"
         ctx.note(found)
-
-
-def _tvm() -> Any:
-    """Return the tvm engine; TargetError when its packages aren't here."""
-    try:
-        from edgepipe.engines import tvm as engine
-    except ModuleNotFoundError as error:
-        if error.name not in ("tvm", "tvm_ffi"):
-            raise
-        raise TargetError(_NO_TVM) from error
-    return engine
-
-
-def _tvm_runtime() -> Any:
-    from edgepipe.runtime import tvm as runtime
-
-    return runtime
-
-
-def _open_library(model: OnnxModel, path: Path, facts: Json, cache_dtype: str) -> tuple[Any, Json]:
-    """Load a library as the runtime does, before there is a manifest; return it and what the manifest will say."""
-    files = {name: {"bytes": (path / name).stat().st_size} for name in (facts["file"], "weights.bin")}
-    manifest = {
-        "files": files,
-        "weights": {"file": "weights.bin"},
-        "library": facts,
-        "model": model.spec,
-        "cache": {"dtype": cache_dtype},
-        "graphs": dict.fromkeys(model.graphs, facts["file"]),
-    }
-    return _tvm_runtime().open_library(path, manifest, None), manifest
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """Hold the seeded ids of a check: an answer, and what an encoder and a scorer are asked where there are such."""
-
-    ids: np.ndarray  # [1, n] int64
-    sources: dict[str, np.ndarray]  # input_ids, attention_mask [rows, n] int64, the first row whole
-    tokens: np.ndarray  # [5] int64
-
-    @classmethod
-    def seeded(cls, spec: Json, count: int, seed: int) -> _Asked:
-        from edgepipe.graph.parts import padding
-
-        rng, shape = np.random.default_rng(seed), (2, count)
-        ids = rng.integers(0, spec["vocab_size"], (1, count), dtype=np.int64)
-        sources = {"input_ids": rng.integers(0, spec["vocab_size"], shape), "attention_mask": padding([*shape])}
-        return cls(ids, sources, rng.integers(0, spec["vocab_size"], 5))
-
-    @property
-    def source(self) -> dict[str, np.ndarray]:
-        """Return the one source that is answered."""
-        return {name: value[:1] for name, value in self.sources.items()}
-
-
-def _portable(model: OnnxModel, asked: _Asked) -> list[np.ndarray]:
-    """Return the portable logits [1, n, vocab], and behind an encoder those of the scorer and the encoder's outputs."""
-    from edgepipe.graph.evaluate import evaluate, logits_in_pieces, prompt_logits
-
-    if "encoder" not in model.graphs:
-        return [prompt_logits(model, asked.ids)]
-    logits = logits_in_pieces(model, asked.ids, [asked.ids.shape[1]], asked.source)
-    crossed = evaluate(model.graphs["encoder"], model.weights, asked.sources)
-    return [logits, logits[0, 0, asked.tokens], *crossed.values()]
 
 
 def _with_texts(feeds: dict[str, np.ndarray], plan: ActivationPlan | None, *, answers: bool) -> dict[str, np.ndarray]:
@@ -446,20 +317,6 @@ def _write_exact(graphs: Mapping[str, bytes], path: Path) -> dict[str, str]:
     return files
 
 
-def _within(kind: str, error: float, allowed: float) -> str:
-    """Return an error as a note says it; ContractError when it is larger than allowed."""
-    if not error <= allowed:
-        raise ContractError(
-            f"the lowered graph ({kind}) differs from the portable one by {error:.1e} of the logits; "
-            f"allowed {allowed:.0e}"
-        )
-    return f"{error:.0e} {kind}"
-
-
-def _rms(values: np.ndarray) -> float:
-    return float(np.sqrt(np.square(values, dtype=np.float64).mean()))
-
-
 def _run_graph(graph: Path, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Run a lowered graph once through the runtime that ships."""
     from edgepipe.runtime.onnxruntime import open_graph
@@ -467,43 +324,24 @@ def _run_graph(graph: Path, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarra
     return open_graph(graph, None).run(feeds)
 
 
-def _run_in_steps(
+def _runin_steps(
     path: Path,
     graphs: dict[str, str],
     model: OnnxModel,
-    asked: _Asked,
+    asked: Asked,
     cache_dtype: str,
     scales: Mapping[str, np.ndarray],
 ) -> list[np.ndarray]:
     """Run the answer as a prompt of n − n//4 tokens and then one by one, through the runtime that ships.
 
-    → what `_portable` returns; the scorer's logits are those after the answer's first token.
+    → what `portable` returns; the scorer's logits are those after the answer's first token.
     """
     from edgepipe.runtime.onnxruntime import open_decoder
 
     manifest = {"graphs": graphs, "model": model.spec, "cache": {"dtype": cache_dtype}}
+
     def encoder(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         crossed = _run_graph(path / graphs["encoder"], feeds)
         return {name: array * scales[name] if name in scales else array for name, array in crossed.items()}
 
-    return _in_steps(open_decoder(path, manifest, None), encoder if "encoder" in graphs else None, asked)
-
-
-def _in_steps(
-    decoder: Decoder, encoder: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] | None, asked: _Asked
-) -> list[np.ndarray]:
-    """Do the same with an opened decoder, and what runs the encoder where there is one."""
-    cache = decoder.new_cache(1)
-    found: list[np.ndarray] = []
-    if encoder is not None:
-        decoder.read_source(cache, 0, asked.source["input_ids"])
-        found.append(decoder.score(asked.source["input_ids"], asked.ids[:, :1], asked.tokens))
-        found += encoder(asked.sources).values()
-    count = asked.ids.shape[1]
-    prompt = count - count // 4
-    pieces = []
-    for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, count))]:
-        positions = np.arange(end - start, dtype=np.int64)[None]
-        logits = decoder.run(cache, asked.ids[:, start:end], np.array([start]), np.array([end - start]), positions)
-        pieces.append(logits.copy())
-    return [np.concatenate(pieces, axis=1), *found]
+    return in_steps(open_decoder(path, manifest, None), encoder if "encoder" in graphs else None, asked)

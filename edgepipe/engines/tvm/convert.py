@@ -166,7 +166,8 @@ class Function:
         if self._keeps_large:
             node = source.producer()
             assert node is not None
-            return self._converted(node)[list(node.outputs).index(source)]
+            found: Tensor = self._converted(node)[list(node.outputs).index(source)]
+            return found
         name = source.name or ""
         if name not in self._prepared:
             expr = relax.Var(f"prepared_{len(self._prepared)}", relax.TensorType(array.shape, array.dtype.name))

@@ -258,7 +258,7 @@ def codes_product(w: Codes, rows: int | None, block: int, *, integers: bool) -> 
             handles = _header("codes_product", inputs + _parts(w) + 1)
             m = _rows(rows)
             x = T.match_buffer(handles[0], [m, w.columns], "int8" if integers else "float32")
-            steps = T.match_buffer(handles[1], [m, w.groups], "float32") if integers else None
+            steps: Any = T.match_buffer(handles[1], [m, w.groups], "float32") if integers else None
             sums = T.match_buffer(handles[inputs - 1], [m, w.groups], "float32")
             codes, scales, other = _match_codes(w, handles[inputs:-1])
             y = T.match_buffer(handles[-1], [m, w.shape[0]], "float32")
