@@ -100,11 +100,12 @@ def _multiplied(graphs: Mapping[str, ir.Graph], model: OnnxModel) -> frozenset[s
 def build(library: Library, path: Path) -> None:
     """Compile and link the functions of a library into the file `path`; TargetError when there is no linker."""
     target = tvm.target.Target(library.level.target())
+    # No FoldConstant: the converter has computed what is constant, and it would put tables of every position, which
+    # are computed when a bundle is loaded, into the library.
     module = library.builder.get()
     passes = [
         relax.transform.LegalizeOps(),
         relax.transform.AnnotateTIROpPattern(),
-        relax.transform.FoldConstant(),
         relax.transform.FuseOps(),
         relax.transform.FuseTIR(),
         relax.transform.RewriteDataflowReshape(),
@@ -116,7 +117,7 @@ def build(library: Library, path: Path) -> None:
         relax.transform.KillAfterLastUse(),
         relax.transform.LowerRuntimeBuiltin(),
         relax.transform.ComputePrimValue(),
-        relax.transform.VMShapeLower(),
+        relax.transform.VMShapeLower(emit_err_ctx=False),  # a sentence for each weight: 0.1 MB of text
         relax.transform.AttachGlobalSymbol(),
     ]
     with target:
