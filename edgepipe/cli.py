@@ -63,7 +63,8 @@ def main() -> None:
 @click.option("--target", help="Name in `edgepipe targets`, or a TOML file.  [default: cpu]")
 @click.option("--bits", help="Bits of the layers: 1.58, 2, 4, 8, 16, or mixed (--max-drop 1%).  [default: 4]")
 @click.option("--embedding-bits", type=int, help="Bits of embedding and output head: 2, 4, 8 or 16.  [default: 8]")
-@click.option("--engine", help="What runs the bundle: onnxruntime or tvm (docs/tvm.md).  [default: the target's]")
+@click.option("--engine", help="onnxruntime, tvm, or auto: the faster here (docs/tvm.md).  [default: the target's]")
+@click.option("--keep-both", is_flag=True, help="With --engine auto: keep the bundle of the other engine too.")
 @click.option("--trim-vocab", metavar="DATA", help="Keep only the tokens that the texts of a file use (docs/trim.md).")
 @click.option("--student", help="Distill MODEL into an encoder-decoder, encoder or decoder first (docs/distill.md).")
 @click.option(
@@ -94,6 +95,7 @@ def compress_command(
     bits: str | None,
     embedding_bits: int | None,
     engine: str | None,
+    keep_both: bool,
     trim_vocab: str | None,
     student: str | None,
     data: str | None,
@@ -147,7 +149,15 @@ def compress_command(
     from edgepipe.report.terminal import measured_table
 
     summary = compress(
-        model, recipe, listener=Progress(), out=out, fresh=fresh, task=task, asked=search, without_slower=never_slower
+        model,
+        recipe,
+        listener=Progress(),
+        out=out,
+        fresh=fresh,
+        task=task,
+        asked=search,
+        without_slower=never_slower,
+        keep_both=keep_both,
     )
     if "figures" in summary:
         _say(f"\n{measured_table(summary['figures'])}\n")
@@ -156,6 +166,8 @@ def compress_command(
     _say(f"bundle: {bundle}" + (f'    try it: edgepipe run {bundle} "{question}"' if question else ""))
     if summary["replaced"]:
         _say("It replaced the earlier bundle there, which was another one; --out keeps several.")
+    if "engines" in summary:
+        _say(f"engine: {summary['engines']['why']}")
     if "report" in summary:
         _say(f"report: {summary['report']}")
     broken = summary.setdefault("over_budget", [])

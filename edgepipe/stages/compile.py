@@ -18,7 +18,7 @@ import numpy as np
 from edgepipe.artifacts import ActivationPlan, CompiledModel, Context, Json, ModelInfo, OnnxModel, TorchModel
 from edgepipe.compiling.checks import EXACT, TINY, Asked, in_steps, portable, rms, within, worst_error, worst_loss
 from edgepipe.errors import ConfigError, TargetError
-from edgepipe.target import ENGINES
+from edgepipe.target import AUTO, ENGINES
 
 if TYPE_CHECKING:
     from edgepipe.compiling.library import Wanted
@@ -41,7 +41,7 @@ _SHIPPED_TOLERANCE, _PLANNED_TOLERANCE, _FOUR_BIT_TOLERANCE = 0.1, 0.5, 1.2
 class Compile:
     """Options of the stage `compile`."""
 
-    engine: str = ""  # onnxruntime, or tvm: a compiled library (docs/tvm.md); "" takes the target's first
+    engine: str = ""  # onnxruntime; tvm: a compiled library (docs/tvm.md); auto: the faster; "": the target's first
     accuracy_level: int = -1  # of MatMulNBits: 0 float32, 4 int8 activations (faster, noisier); −1 takes the target's
     cache_dtype: str = "float16"  # of the KV cache: float16; float32: twice its bytes; int8: half, ranges from texts
     calibration: str = ""  # texts that an int8 cache takes its ranges from: a set's name or a file; empty: everyday
@@ -51,8 +51,8 @@ class Compile:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
-        if self.engine and self.engine not in ENGINES:
-            raise ConfigError(f"compile.engine: expected one of {', '.join(ENGINES)}, got {self.engine!r}")
+        if self.engine and self.engine not in (*ENGINES, AUTO):
+            raise ConfigError(f"compile.engine: expected {', '.join(ENGINES)} or {AUTO}, got {self.engine!r}")
         if not -1 <= self.accuracy_level <= 4:
             raise ConfigError(
                 f"compile.accuracy_level: expected 0 to 4, or -1 for the target's, got {self.accuracy_level}"
@@ -64,6 +64,11 @@ class Compile:
         if self.check_tokens < 0 or self.exact_tolerance < 0 or self.shipped_tolerance < 0:
             raise ConfigError("compile.check_tokens and the tolerances must not be negative")
 
+    @property
+    def apart(self) -> str:
+        """Return what keeps a finished bundle beside that of another engine: the engine that was asked for."""
+        return self.engine
+
     def reads(self) -> Json:
         """Return what identifies the texts of an int8 cache: the stage's key changes with them."""
         if self.cache_dtype != "int8":
@@ -74,12 +79,18 @@ class Compile:
 
     def check(self, model: TorchModel) -> None:
         """Refuse, before any work, packages that aren't here, and an int8 cache that has no use or no texts."""
+        self.check_engine()
+        if self.cache_dtype == "int8":
+            self._check_cache(model.info)
+
+    def check_engine(self) -> None:
+        """Refuse an engine that isn't here, or can't do what is asked."""
+        if self.engine == AUTO:
+            raise ConfigError("compile.engine=auto is for `edgepipe compress` alone: name an engine")
         if self.engine == "tvm":
             from edgepipe.compiling.library import check_tvm
 
             check_tvm(self.cache_dtype)
-        if self.cache_dtype == "int8":
-            self._check_cache(model.info)
 
     def _check_cache(self, info: ModelInfo) -> None:
         from edgepipe.graph.tasks import GENERATION

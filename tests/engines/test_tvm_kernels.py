@@ -31,6 +31,8 @@ CODES = {
     "2 bits": lambda value: round_to_nearest(value, bits=2, group=32, symmetric=True),
 }
 
+FAST = ("4 bits", "4 bits, minima", "8 bits")  # the others are slow tests
+
 
 def tensor(array: np.ndarray) -> Any:
     """Return an array as TVM takes it."""
@@ -49,7 +51,9 @@ def random(*shape: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("rows", [1, 11])
-@pytest.mark.parametrize("grid", list(CODES))
+@pytest.mark.parametrize(
+    "grid", [*FAST, *(pytest.param(grid, marks=pytest.mark.slow) for grid in CODES if grid not in FAST)]
+)
 def test_products_and_gathers_of_codes(grid: str, rows: int) -> None:
     """In float the product is exact; with activations of 8 bits it is off by what 8 bits cost."""
     value = CODES[grid](random(52, 80))
@@ -119,7 +123,7 @@ def flat(x: np.ndarray) -> np.ndarray:
     return x.transpose(0, 2, 1, 3).reshape(b, s, h * d)
 
 
-@pytest.mark.parametrize("head_dim", [16, 20])
+@pytest.mark.parametrize("head_dim", [pytest.param(16, marks=pytest.mark.slow), 20])
 def test_attention(head_dim: int) -> None:
     """A mask of padding over grouped heads that lie side by side; a float mask and causality over heads apart."""
     batch, tokens = tirx.Var("batch", "int64"), tirx.Var("tokens", "int64")
@@ -154,7 +158,7 @@ def test_attention(head_dim: int) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "allowed"), [("float32", 1e-5), ("float16", 3e-3)])
-@pytest.mark.parametrize("window", [0, 5])
+@pytest.mark.parametrize("window", [pytest.param(0, marks=pytest.mark.slow), 5])
 def test_attention_over_a_cache(window: int, dtype: str, allowed: float) -> None:
     """A prompt, single tokens, several tokens at once: the same as all of them together."""
     a = attentions.Attention(

@@ -144,6 +144,7 @@ def describe(library: Library) -> Json:
         "level": library.level.name,
         "machine": library.level.machine,
         "flags": list(library.level.flags),
+        "arithmetic": max(sorted(library.products), key=library.products.__getitem__, default="float32"),
         "functions": library.functions,
         "tensors": library.tensors,
     }

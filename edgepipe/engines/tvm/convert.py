@@ -8,6 +8,7 @@ for any number of tokens, and `decoder_step` for one, whose kernels know that th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +43,7 @@ class Library:
     builder: Any = field(default_factory=relax.BlockBuilder)
     functions: dict[str, Json] = field(default_factory=dict)  # what the manifest says of each
     tensors: dict[str, Json] = field(default_factory=dict)  # of the weights file: offset, dtype, shape
+    products: Counter[str] = field(default_factory=Counter)  # with weights, by their arithmetic: "int8", "float32"
     _kernels: dict[Any, Any] = field(default_factory=dict)
 
     def kernel(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:

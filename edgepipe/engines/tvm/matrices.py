@@ -116,6 +116,7 @@ def _block(f: Function, rows: int | None) -> int:
 
 def _float_product(f: Function, name: str, x: Tensor, rows: Size) -> Tensor:
     library = f.library
+    library.products["float32"] += 1
     record = library.weights[name]
     w = packed.floats_of((record.shape[0], record.shape[1]), record.dtype)
     known = rows if isinstance(rows, int) else None
@@ -137,6 +138,7 @@ def _codes_product(f: Function, name: str, x: Tensor, rows: Size) -> Tensor:
     known = rows if isinstance(rows, int) else None
     block = _block(f, known)
     integers = library.integers
+    library.products["int8" if integers else "float32"] += 1
     groups = ((rows, w.groups), "float32")
     shape = (w.columns, w.group, known)
     if integers:
