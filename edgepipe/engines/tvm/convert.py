@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -28,6 +28,7 @@ from edgepipe.graph.dialect import weight_name
 from edgepipe.graph.evaluate import run_node
 from edgepipe.weights import WeightStore
 
+_T = TypeVar("_T")
 _LARGE_CONSTANT = 4096  # bytes: above, a constant is computed when the library is loaded
 
 
@@ -89,6 +90,7 @@ class Function:
         self._caches: dict[str, Any] = {}
         self._prepared: dict[str, tuple[Any, ir.Value]] = {}
         self._weights: dict[str, Any] = {}
+        self._once: dict[Any, Any] = {}
         self._keeps_large = False  # of the function that prepares constants
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -120,6 +122,13 @@ class Function:
         if len(types) == 1:
             return [self.wrap(found)]
         return [self.wrap(self.builder.emit(relax.TupleGetItem(found, i))) for i in range(len(types))]
+
+    def once(self, key: tuple[Any, ...], make: Callable[[], _T]) -> _T:
+        """Return what `make` emits, emitted once for a key."""
+        if key not in self._once:
+            self._once[key] = make()
+        found: _T = self._once[key]
+        return found
 
     def call_in_place(self, kernel: Any, arguments: Sequence[Tensor], index: int) -> Tensor:
         """Call a kernel that writes into one of its arguments; return that argument as it is afterwards."""

@@ -106,7 +106,10 @@ def matmul(f: Function, node: ir.Node) -> Sequence[Value]:
     rows = product(x.shape[:-1])
     flat = f.reshape(x, [rows, x.shape[-1]])
     value = f.quantized(weight.name)
-    found = _float_product(f, weight.name, flat, rows) if value is None else _codes_product(f, weight.name, flat, rows)
+    if value is None:
+        found = _float_product(f, weight.name, flat, rows)
+    else:
+        found = _codes_product(f, weight.name, flat, rows, x.expr)
     return [f.reshape(found, [*x.shape[:-1], found.shape[-1]])]
 
 
@@ -127,26 +130,20 @@ def _float_product(f: Function, name: str, x: Tensor, rows: Size) -> Tensor:
     return found
 
 
-def _codes_product(f: Function, name: str, x: Tensor, rows: Size) -> Tensor:
+def _codes_product(f: Function, name: str, x: Tensor, rows: Size, source: Any) -> Tensor:
+    """Multiply x [rows, in] by packed codes; `source` is what x is a view of."""
     library = f.library
     value = f.quantized(name)
     assert value is not None
     w = packed.codes_of(value)
-    if value.column_scale is not None:
-        x = _unscaled(f, name, x)
-    x = _filled_up(f, x, w.columns)
     known = rows if isinstance(rows, int) else None
     block = _block(f, known)
     integers = library.integers
     library.products["int8" if integers else "float32"] += 1
-    groups = ((rows, w.groups), "float32")
-    shape = (w.columns, w.group, known)
-    if integers:
-        kernel = library.kernel(("rounded", *shape), lambda: products.rounded(*shape))
-        operands = f.call(kernel, [x], [((rows, w.columns), "int8"), groups, groups])
-    else:
-        kernel = library.kernel(("group_sums", *shape), lambda: products.group_sums(*shape))
-        operands = [x, *f.call(kernel, [x], [groups])]
+    if value.column_scale is not None:
+        operands = _operands(f, w, _unscaled(f, name, x), rows)
+    else:  # several matrices that multiply one tensor share its sums
+        operands = f.once(("operands", source, w.columns, w.group), lambda: _operands(f, w, x, rows))
     kernel = library.kernel(
         ("codes_product", w, known, block, integers),
         lambda: products.codes_product(w, known, block, integers=integers),
@@ -154,6 +151,18 @@ def _codes_product(f: Function, name: str, x: Tensor, rows: Size) -> Tensor:
     parts = [f.weight(planned) for planned in packed.plan_codes(library.weights, name, w)]
     (found,) = f.call(kernel, [*operands, *parts], [((rows, w.shape[0]), "float32")])
     return found
+
+
+def _operands(f: Function, w: products.Codes, x: Tensor, rows: Size) -> list[Tensor]:
+    """Return x [rows, in] as products read it: filled up or rounded, and the sums of its groups."""
+    x = _filled_up(f, x, w.columns)
+    shape = (w.columns, w.group, rows if isinstance(rows, int) else None)
+    groups = ((rows, w.groups), "float32")
+    if f.library.integers:
+        kernel = f.library.kernel(("rounded", *shape), lambda: products.rounded(*shape))
+        return f.call(kernel, [x], [((rows, w.columns), "int8"), groups, groups])
+    kernel = f.library.kernel(("group_sums", *shape), lambda: products.group_sums(*shape))
+    return [x, *f.call(kernel, [x], [groups])]
 
 
 def _filled_up(f: Function, x: Tensor, columns: int) -> Tensor:

@@ -15,12 +15,15 @@ rounded to 8 bits by group, as MatMulNBits does at accuracy level 4.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
+
+from edgepipe.engines.tvm.functions import typed
 
 LANES = 16
 WORD = 4  # bytes
@@ -175,6 +178,44 @@ def _root() -> Any:
     return T.sblock("root")
 
 
+def _lanes(group: int) -> int:
+    """Return how many columns of a group are taken at once."""
+    return LANES if group % LANES == 0 else 1
+
+
+def _shared(rows: int | None, m: Any) -> Any:
+    """Return the loop over rows: shared out among threads where there may be many."""
+    return T.parallel(0, m) if rows is None else T.serial(0, m)
+
+
+def _at(start: Any, lanes: int) -> Any:
+    return start if lanes == 1 else lanes_at(start, lanes)
+
+
+def _of(buffer: Any, start: Any, lanes: int, row: Any = None) -> Any:
+    """Return neighbouring elements of a buffer, or of a row of it."""
+    place = _at(start, lanes)
+    return buffer[place] if row is None else buffer[row, place]
+
+
+def _put(buffer: Any, value: Any, lanes: int) -> None:
+    T.buffer_store(buffer, value, [_at(0, lanes)])
+
+
+def _filled(lanes: int, number: float, dtype: str) -> Any:
+    """Return a local vector of one value."""
+    buffer, value = T.alloc_buffer([lanes], dtype, scope="local"), tirx.const(number, dtype)
+    _put(buffer, value if lanes == 1 else tirx.Broadcast(value, lanes), lanes)
+    return buffer
+
+
+def _fold(buffer: Any, lanes: int, join: Callable[[Any, Any], Any]) -> None:
+    """Join all lanes of a local vector into its first, halves at a time: a chain would wait for every one of them."""
+    while lanes > 1:
+        lanes //= 2
+        _put(buffer, join(_of(buffer, 0, lanes), _of(buffer, lanes, lanes)), lanes)
+
+
 def group_sums(columns: int, group: int, rows: int | None) -> Any:
     """Return the kernel x [m, columns] → sums of its groups [m, groups]."""
     with IRBuilder() as builder:
@@ -183,12 +224,13 @@ def group_sums(columns: int, group: int, rows: int | None) -> Any:
             m = _rows(rows)
             x = T.match_buffer(handles[0], [m, columns], "float32")
             sums = T.match_buffer(handles[1], [m, columns // group], "float32")
+            lanes = _lanes(group)
             with _root():
-                with T.serial(0, m) as row, T.serial(0, columns // group) as g:
-                    total = T.alloc_buffer([1], "float32", scope="local")
-                    T.buffer_store(total, tirx.const(0, "float32"), [0])
-                    with T.serial(0, group) as i:
-                        T.buffer_store(total, total[0] + x[row, g * group + i], [0])
+                with _shared(rows, m) as row, T.serial(0, columns // group) as g:
+                    total = _filled(lanes, 0, "float32")
+                    with T.serial(0, group // lanes) as i:
+                        _put(total, _of(total, 0, lanes) + _of(x, g * group + i * lanes, lanes, row), lanes)
+                    _fold(total, lanes, lambda a, b: a + b)
                     T.buffer_store(sums, total[0], [row, g])
     return builder.get()
 
@@ -203,19 +245,24 @@ def rounded(columns: int, group: int, rows: int | None) -> Any:
             codes = T.match_buffer(handles[1], [m, columns], "int8")
             steps = T.match_buffer(handles[2], [m, columns // group], "float32")
             sums = T.match_buffer(handles[3], [m, columns // group], "float32")
+            lanes = _lanes(group)
             with _root():
-                with T.serial(0, m) as row, T.serial(0, columns // group) as g:
-                    most = T.alloc_buffer([1], "float32", scope="local")
-                    total = T.alloc_buffer([1], "int32", scope="local")
-                    T.buffer_store(most, tirx.const(1e-30, "float32"), [0])
-                    T.buffer_store(total, tirx.const(0, "int32"), [0])
-                    with T.serial(0, group) as i:
-                        T.buffer_store(most, tirx.max(most[0], tirx.abs(x[row, g * group + i])), [0])
+                with _shared(rows, m) as row, T.serial(0, columns // group) as g:
+                    most = _filled(lanes, 1e-30, "float32")
+                    total = _filled(lanes, 0, "int32")
+                    with T.serial(0, group // lanes) as i:
+                        size = tirx.abs(_of(x, g * group + i * lanes, lanes, row))
+                        _put(most, tirx.max(_of(most, 0, lanes), size), lanes)
+                    _fold(most, lanes, tirx.max)
                     inverse = T.Bind(tirx.const(_MOST_CODE, "float32") / most[0])
-                    with T.serial(0, group) as i:
-                        code = T.Bind(tirx.nearbyint(x[row, g * group + i] * inverse).astype("int32"))
-                        T.buffer_store(codes, code.astype("int8"), [row, g * group + i])
-                        T.buffer_store(total, total[0] + code, [0])
+                    factor = inverse if lanes == 1 else tirx.Broadcast(inverse, lanes)
+                    with T.serial(0, group // lanes) as i:
+                        start = g * group + i * lanes
+                        value = tirx.nearbyint(_of(x, start, lanes, row) * factor)
+                        code = T.Bind(value.astype(typed("int32", lanes)))
+                        T.buffer_store(codes, code.astype(typed("int8", lanes)), [row, _at(start, lanes)])
+                        _put(total, _of(total, 0, lanes) + code, lanes)
+                    _fold(total, lanes, lambda a, b: a + b)
                     step = T.Bind(most[0] / tirx.const(_MOST_CODE, "float32"))
                     T.buffer_store(steps, step, [row, g])
                     T.buffer_store(sums, step * total[0].astype("float32"), [row, g])
