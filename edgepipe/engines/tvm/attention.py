@@ -15,7 +15,7 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from edgepipe.engines.tvm.functions import exp
+from edgepipe.engines.tvm.functions import exp, scratch
 from edgepipe.engines.tvm.products import ATTRIBUTES, LANES, lanes_at, widened
 
 Layout = Literal["flat", "heads"]  # [B, S, heads · head_dim] or [B, heads, S, head_dim]
@@ -116,7 +116,7 @@ def _score_tiles(
     """Compute the scores of a block of queries, 16 keys at a time."""
     scale = tirx.Broadcast(tirx.const(a.scale, "float32"), LANES)
     with T.serial(0, tiles) as tile:
-        acc = T.alloc_buffer([len(at) * LANES], "float32", scope="local")
+        acc = scratch(len(at) * LANES)
         for r in range(len(at)):
             T.buffer_store(acc, tirx.Broadcast(tirx.const(0, "float32"), LANES), [lanes_at(r * LANES)])
         with T.serial(0, a.head_dim) as d:
@@ -134,7 +134,7 @@ def _dot_products(a: Attention, q: Any, k: Any, where: tuple[Any, Any, Any], tot
     width = math.gcd(LANES, a.head_dim)
     zero = tirx.const(0, "int64")
     with T.serial(0, total) as t:
-        acc = T.alloc_buffer([width], "float32", scope="local")
+        acc = scratch(width)
         for d in range(0, a.head_dim, width):
             query = _at(q, a.layout, a.head_dim, (row, head, zero, _ramp(d, width)))
             key = widened(_at(k, a.kv_layout, a.head_dim, (row, kv_head, t, _ramp(d, width))), a.kv_dtype, width)
@@ -193,7 +193,7 @@ def _mask_row(
 
 def _softmax_row(r: int, tiles: Any, scores: Any) -> Any:
     """Turn a row of scores into weights; return one over their sum."""
-    most = T.alloc_buffer([LANES], "float32", scope="local")
+    most = scratch(LANES)
     T.buffer_store(most, scores[r, lanes_at(0)], [lanes_at(0)])
     with T.serial(1, tiles) as tile:
         T.buffer_store(most, tirx.max(most[lanes_at(0)], scores[r, lanes_at(tile * LANES)]), [lanes_at(0)])
@@ -201,7 +201,7 @@ def _softmax_row(r: int, tiles: Any, scores: Any) -> Any:
     for lane in range(1, LANES):
         largest = tirx.max(largest, most[lane])
     shift = T.Bind(tirx.Broadcast(largest, LANES))
-    total = T.alloc_buffer([LANES], "float32", scope="local")
+    total = scratch(LANES)
     T.buffer_store(total, tirx.Broadcast(tirx.const(0, "float32"), LANES), [lanes_at(0)])
     with T.serial(0, tiles) as tile:
         weight = T.Bind(exp(scores[r, lanes_at(tile * LANES)] - shift, LANES))
@@ -227,7 +227,7 @@ def _sum_values(
     row, head, kv_head = where
     width = math.gcd(LANES, a.head_dim)
     with T.serial(0, a.head_dim // width) as piece:
-        acc = T.alloc_buffer([len(at) * width], "float32", scope="local")
+        acc = scratch(len(at) * width)
         for r in range(len(at)):
             zero = tirx.const(0, "float32")
             T.buffer_store(acc, tirx.Broadcast(zero, width) if width > 1 else zero, [_ramp(r * width, width)])

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from tvm import tirx
+from tvm.tirx.script.builder import ir as T
 
 _LOG2E, _LN2_HIGH, _LN2_LOW = 1.44269504088896341, 0.693359375, -2.12194440e-4
 _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
@@ -26,6 +27,14 @@ def number(value: float, lanes: int = 1) -> Any:
 def typed(dtype: str, lanes: int) -> str:
     """Return the name of a scalar or vector type."""
     return dtype if lanes == 1 else f"{dtype}x{lanes}"
+
+
+def scratch(size: int, dtype: str = "float32") -> Any:
+    """Return a buffer for one iteration of a loop, below 1 KiB, which LLVM keeps in registers.
+
+    In TVM's scope "local" it would come from the heap, call by call, and LLVM would write every sum back.
+    """
+    return T.alloc_buffer([size], dtype, scope="global")
 
 
 def exp(x: Any, lanes: int = 1) -> Any:

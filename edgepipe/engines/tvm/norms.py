@@ -9,7 +9,7 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from edgepipe.engines.tvm.functions import number
+from edgepipe.engines.tvm.functions import number, scratch
 from edgepipe.engines.tvm.products import ATTRIBUTES, LANES, lanes_at
 
 
@@ -25,7 +25,7 @@ def norm(width: int, epsilon: float, rows: int | None, *, centred: bool, bias: b
 
     def added(term: Any) -> Any:
         """Sum a function of the vectors of a row to one number."""
-        acc = T.alloc_buffer([lanes], "float32", scope="local")
+        acc = scratch(lanes)
         T.buffer_store(acc, number(0.0, lanes), [at(0)])
         with T.serial(0, width // lanes) as i:
             T.buffer_store(acc, acc[at(0)] + term(i), [at(0)])

@@ -23,7 +23,7 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from edgepipe.engines.tvm.functions import typed
+from edgepipe.engines.tvm.functions import scratch, typed
 
 LANES = 16
 WORD = 4  # bytes
@@ -130,7 +130,7 @@ def _store_rows(y: Any, results: list[Any], row: Any, m: Any, column: Any, colum
                 with T.If(first < columns), T.Then():
                     T.buffer_store(y, result, [row, lanes_at(first)])
                 continue
-            part = T.alloc_buffer([LANES], "float32", scope="local")
+            part = scratch(LANES)
             T.buffer_store(part, result, [lanes_at(0)])
             for lane in range(LANES):
                 with T.If(first + lane < columns), T.Then():
@@ -156,8 +156,9 @@ def float_product(w: Floats, rows: int | None, block: int) -> Any:
             y = T.match_buffer(handles[2], [m, n], "float32")
             with T.parallel(0, w.tiles) as tile, T.serial(0, (m + (block - 1)) // block) as number:
                 first = T.Bind(number * block)
-                acc = T.alloc_buffer([block * w.width], "float32", scope="local")
-                _zero(acc, block * vectors, "float32")
+                accs = [scratch(block * LANES) for _ in range(vectors)]
+                for acc in accs:
+                    _zero(acc, block, "float32")
                 with T.serial(0, k) as column:
                     loaded = [
                         T.Bind(widened(packed[tile, column, lanes_at(j * LANES)], w.dtype, LANES))
@@ -166,9 +167,9 @@ def float_product(w: Floats, rows: int | None, block: int) -> Any:
                     for r in range(block):
                         value = T.Bind(_splat(x[tirx.min(first + r, m - 1), column]))
                         for j in range(vectors):
-                            _add(acc, r * vectors + j, value * loaded[j])
+                            _add(accs[j], r, value * loaded[j])
                 for r in range(block):
-                    results = [acc[lanes_at((r * vectors + j) * LANES)] for j in range(vectors)]
+                    results = [acc[lanes_at(r * LANES)] for acc in accs]
                     _store_rows(y, results, first + r, m, tile * w.width, n)
     return builder.get()
 
@@ -204,7 +205,7 @@ def _put(buffer: Any, value: Any, lanes: int) -> None:
 
 def _filled(lanes: int, number: float, dtype: str) -> Any:
     """Return a local vector of one value."""
-    buffer, value = T.alloc_buffer([lanes], dtype, scope="local"), tirx.const(number, dtype)
+    buffer, value = scratch(lanes, dtype), tirx.const(number, dtype)
     _put(buffer, value if lanes == 1 else tirx.Broadcast(value, lanes), lanes)
     return buffer
 
@@ -313,10 +314,10 @@ def codes_product(w: Codes, rows: int | None, block: int, *, integers: bool) -> 
             with T.parallel(0, w.tiles) as tile, T.serial(0, (m + (block - 1)) // block) as number:
                 first = T.Bind(number * block)
                 at = [T.Bind(tirx.min(first + r, m - 1)) for r in range(block)]
-                acc = T.alloc_buffer([block * LANES], "float32", scope="local")
+                acc = scratch(block * LANES)
                 _zero(acc, block, "float32")
                 with T.serial(0, w.groups) as g:
-                    part = T.alloc_buffer([block * LANES], kind, scope="local")
+                    part = scratch(block * LANES, kind)
                     _zero(part, block, kind)
                     with T.serial(0, words) as word:
                         loaded = T.Bind(codes[tile, g * words + word, lanes_at(0, LANES * WORD)])
