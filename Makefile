@@ -46,8 +46,8 @@ $(VENV)/.compress: $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/bin/python
-	@echo "Setting up $(VENV) with [compress,eval,train,dev]: torch, transformers and the test tools, some minutes the first time"
-	$(PIP) --editable ".[compress,eval,train,dev]"
+	@echo "Setting up $(VENV) with [compress,eval,train,tvm,dev]: torch, transformers and the test tools, some minutes the first time"
+	$(PIP) --editable ".[compress,eval,train,tvm,dev]"
 	@touch $@ $(VENV)/.compress
 
 $(VENV)/.bench: $(VENV)/bin/python

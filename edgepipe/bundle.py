@@ -34,6 +34,7 @@ _TOKENIZER = "tokenizer.json"
 _TEMPLATE = "chat_template.jinja"
 _PREPROCESSOR = "preprocessor_config.json"
 _CACHE_BYTES = {"float32": 4, "float16": 2, "int8": 1}  # of one element of a key or value
+_COMPILER = "apache-tvm"  # packages that decide the bytes of a compiled library, and of nothing else
 _EMBEDDINGS = "embedding and head"
 # What parameters of a part are called in the models of transformers; the first part that has a mark takes the weight.
 _PARTS = (
@@ -49,11 +50,23 @@ _ENCODER = "encoder: "
 _NORMS = ("norm", "LayerNorm", "ln_")
 
 
-def write_bundle(model: OnnxModel, path: Path, file: WeightsFile, recipe: Json, cache_dtype: str) -> Json:
-    """Complete the bundle in `path`, where graphs and weights already are, deflated or not; return its manifest."""
+def write_bundle(
+    model: OnnxModel,
+    path: Path,
+    file: WeightsFile,
+    recipe: Json,
+    cache_dtype: str,
+    *,
+    library: Json | None = None,
+) -> Json:
+    """Complete the bundle in `path`, where graphs and weights already are, deflated or not; return its manifest.
+
+    `library` describes a compiled library, which then is the file of every graph.
+    """
+    graphs = {name: f"{name}.onnx" if library is None else library["file"] for name in model.graphs}
     deflated = (path / DEFLATED).exists()
     stored = DEFLATED if deflated else FILE_NAME
-    names = [*(f"{name}.onnx" for name in model.graphs), stored]
+    names = [*dict.fromkeys(graphs.values()), stored]
     if model.info.tokenizer:
         (path / _TOKENIZER).write_bytes(model.info.tokenizer[_TOKENIZER])
         names.append(_TOKENIZER)
@@ -62,7 +75,8 @@ def write_bundle(model: OnnxModel, path: Path, file: WeightsFile, recipe: Json, 
             (path / name).write_text(text, encoding="utf-8")
             names.append(name)
     files = {name: _facts(path / name) for name in names}
-    write_json(path / BILL, bill_of_materials(model.info, files, versions()))
+    made_with = {n: v for n, v in versions().items() if library is not None or not n.startswith(_COMPILER)}
+    write_json(path / BILL, bill_of_materials(model.info, files, made_with))
     files[BILL] = _facts(path / BILL)
     spec = {key: value for key, value in model.spec.items() if key != "ends"}
     parameters = model.weights.parameters
@@ -71,8 +85,8 @@ def write_bundle(model: OnnxModel, path: Path, file: WeightsFile, recipe: Json, 
         "edgepipe": edgepipe.__version__,
         "name": model.info.name,
         "task": model.info.task,
-        "engine": "onnxruntime",
-        "graphs": {name: f"{name}.onnx" for name in model.graphs},
+        "engine": "onnxruntime" if library is None else "tvm",
+        "graphs": graphs,
         "ends": model.spec.get("ends", {}),
         "weights": {
             "file": stored,
@@ -90,9 +104,11 @@ def write_bundle(model: OnnxModel, path: Path, file: WeightsFile, recipe: Json, 
         "source": {"model": model.info.licence.source, "sha256": model.info.fingerprint},
         "recipe": recipe,
         "history": [_recorded(record) for record in model.history],
-        "versions": {**versions(), **({"zlib": zlib.ZLIB_RUNTIME_VERSION} if deflated else {})},
+        "versions": {**made_with, **({"zlib": zlib.ZLIB_RUNTIME_VERSION} if deflated else {})},
         "files": files,
     }
+    if library is not None:
+        manifest["library"] = library
     write_json(path / MANIFEST, manifest)
     return manifest
 

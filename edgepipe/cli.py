@@ -20,12 +20,6 @@ from edgepipe.errors import EdgepipeError, StageError
 
 _INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
 _OVER_BUDGET = 3
-_QUESTIONS = {  # what a new bundle may be asked, by its task; others read no text, or answer with arrays
-    "text-generation": "What is the capital of France?",
-    "text2text-generation": "A text to answer.",
-    "feature-extraction": "A text to embed.",
-    "text-classification": "A text to classify.",
-}
 
 
 class _Commands(click.Group):
@@ -63,6 +57,8 @@ def main() -> None:
 @click.option("--target", help="Name in `edgepipe targets`, or a TOML file.  [default: cpu]")
 @click.option("--bits", help="Bits of the layers: 1.58, 2, 4, 8, 16, or mixed (--max-drop 1%).  [default: 4]")
 @click.option("--embedding-bits", type=int, help="Bits of embedding and output head: 2, 4, 8 or 16.  [default: 8]")
+@click.option("--engine", help="onnxruntime, tvm, or auto: the faster here (docs/tvm.md).  [default: the target's]")
+@click.option("--keep-both", is_flag=True, help="With --engine auto: keep the bundle of the other engine too.")
 @click.option("--trim-vocab", metavar="DATA", help="Keep only the tokens that the texts of a file use (docs/trim.md).")
 @click.option("--student", help="Distill MODEL into an encoder-decoder, encoder or decoder first (docs/distill.md).")
 @click.option(
@@ -95,6 +91,8 @@ def compress_command(
     target: str | None,
     bits: str | None,
     embedding_bits: int | None,
+    engine: str | None,
+    keep_both: bool,
     trim_vocab: str | None,
     student: str | None,
     data: str | None,
@@ -134,7 +132,11 @@ def compress_command(
     if search is not None:
         bits = data = None
     flags: list[tuple[str, str, object]] = [("trim", "data", trim_vocab), ("quantize", "bits", number_of(bits))]
-    flags += [("quantize", "embedding_bits", embedding_bits), ("export", "context", context)]
+    flags += [
+        ("quantize", "embedding_bits", embedding_bits),
+        ("export", "context", context),
+        ("compile", "engine", engine),
+    ]
     flags += [("distill", "student", student), ("distill", "data", data)]
     flags += [("distill", "steps", steps), ("distill", "minutes", minutes), ("prune", "ratio", prune)]
     room = room_of(budget_bytes, budget_ms)
@@ -150,7 +152,7 @@ def compress_command(
         _print_json({"model": model, "recipe": recipe.to_json(), **asked_for})
         return
     from edgepipe.report.progress import Progress
-    from edgepipe.report.terminal import measured_table
+    from edgepipe.report.terminal import finished_lines
 
     summary = compress(
         model,
@@ -161,17 +163,11 @@ def compress_command(
         task=task,
         asked=search,
         without_slower=never_slower,
+        keep_both=keep_both,
         room=room,
     )
-    if "figures" in summary:
-        _say(f"\n{measured_table(summary['figures'])}\n")
-    bundle = summary["bundle"]
-    question = _QUESTIONS.get(summary["task"])
-    _say(f"bundle: {bundle}" + (f'    try it: edgepipe run {bundle} "{question}"' if question else ""))
-    if summary["replaced"]:
-        _say("It replaced the earlier bundle there, which was another one; --out keeps several.")
-    if "report" in summary:
-        _say(f"report: {summary['report']}")
+    for line in finished_lines(summary):
+        _say(line)
     broken = summary.setdefault("over_budget", [])
     summary.pop("figures", None)
     _print_json(summary)

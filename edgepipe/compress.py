@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 
 from edgepipe.artifacts import CompiledModel, Json, Measured, TorchModel
 from edgepipe.errors import ConfigError, StageError
+from edgepipe.target import AUTO
 
 if TYPE_CHECKING:
     from edgepipe.pipeline import Listener
     from edgepipe.recipe import Recipe
     from edgepipe.search.asked import Asked, Room
     from edgepipe.search.budget import Found
+    from edgepipe.search.engines import Chosen
 
 
 def compress(
@@ -28,35 +30,30 @@ def compress(
     asked: Asked | None = None,
     without_slower: bool = False,
     room: Room | None = None,
+    keep_both: bool = False,
 ) -> Json:
     """Compress MODEL by a recipe and return the summary: bundle path, bytes, bits per weight and what was measured.
 
     `runs` keeps finished stages, so that a run that was stopped, or one with the same beginning, needn't repeat them;
     `fresh` repeats them all. `task` overrides the task that the model's config describes. With `asked` the grids of the
     recipe are searched for first (docs/quantize.md): the smallest bundle whose metric stays within a budget. With
-    `without_slower` grids whose products are slower than float ones on this machine are undone first. Raises
-    ConfigError before any work begins, StageError or TargetError when a stage fails, BudgetError when no bundle keeps
-    the budget: none is written then. `room` cuts the widest member that fits out of a nested student
-    (docs/prune.md). Of several processes that a launcher started the first one does this; the others
-    help it train, and end here.
+    `without_slower` grids whose products are slower than float ones on this machine are undone first. Where the recipe
+    leaves the engine open the faster one is chosen (docs/tvm.md), and with `keep_both` the other's bundle stays beside
+    it. `room` cuts the widest member that fits out of a nested student (docs/prune.md). Raises ConfigError before any
+    work begins, StageError or TargetError when a stage fails, BudgetError when no bundle keeps the budget: none is
+    written then. Of several processes that a launcher started the first one does this; the others help it train, and
+    end here.
     """
-    from edgepipe.pipeline import check_output, run, run_name
+    from edgepipe.pipeline import run, run_name
     from edgepipe.report.budgets import over_budget
     from edgepipe.sources import open_model
     from edgepipe.training.processes import dismiss_the_others, follow, follows
 
-    if out is not None:
-        check_output(out)
+    _check_flags(recipe, asked, room, out, without_slower=without_slower, keep_both=keep_both)
     source = open_model(model, task)
     if follows():
         follow(source, recipe.stages, recipe.target, recipe.seed)
         raise SystemExit(0)
-    if asked is not None and (without_slower or room is not None):
-        raise ConfigError(
-            "--never-slower and --max-drop: leave one out; --goal fastest searches by time"
-            if without_slower
-            else "--max-drop and a budget of bytes or time: leave one out"
-        )
     beside: Json = {}
     found = _found(source, recipe, asked, runs=runs, fresh=fresh, listener=listener)
     if found is not None:
@@ -68,7 +65,11 @@ def compress(
 
         recipe, beside["products"] = never_slower(source, recipe, listener=listener)
     directory = runs / run_name(source, recipe)
-    before = _manifest_sha256(out if out is not None else directory / "bundle")
+    place = out if out is not None else directory / "bundle"
+    chosen = _settled(source, recipe, place, runs=runs, fresh=fresh, listener=listener, keep_both=keep_both)
+    if chosen is not None:
+        recipe, fresh, beside["engines"] = chosen.recipe, False, chosen.record  # what is there was made just now
+    before = _manifest_sha256(place)
     summary: Json = {}
 
     def finish(result: CompiledModel | Measured) -> None:
@@ -77,6 +78,8 @@ def compress(
             summary["search"] = found.summary
         summary.update(elastic)
         summary.update(_summary(result, before))
+        if chosen is not None:
+            summary["engines"] = _engines(chosen, place, keep_both=keep_both)
         if without_slower:
             summary["undone"] = [name for one in beside["products"] if one["undone"] for name in one["tensors"]]
         if isinstance(result, Measured):
@@ -127,6 +130,61 @@ def _cut_to(
 
     recipe, record = choose_member(source, recipe, room, runs=runs, listener=listener)
     return recipe, {"elastic": record}
+
+
+def _check_flags(
+    recipe: Recipe, asked: Asked | None, room: Room | None, out: Path | None, *, without_slower: bool, keep_both: bool
+) -> None:
+    """Refuse flags that don't go with each other or with the recipe's engine, and an output that can't be replaced."""
+    from edgepipe.pipeline import check_output
+    from edgepipe.search.engines import engine_of
+
+    if out is not None:
+        check_output(out)
+    if without_slower and asked is not None:
+        raise ConfigError("--never-slower and --max-drop: leave one out; --goal fastest searches by time")
+    if asked is not None and room is not None:
+        raise ConfigError("--max-drop and a budget of bytes or time: leave one out")
+    engine = engine_of(recipe)
+    if keep_both and engine != AUTO:
+        raise ConfigError("--keep-both keeps the bundles of two engines: it goes with --engine auto")
+    timed = "--never-slower" if without_slower else "--goal fastest" if asked and asked.goal == "fastest" else None
+    if timed and engine != "onnxruntime":
+        raise ConfigError(f"{timed} times onnxruntime's kernels: take --engine onnxruntime, not {engine}")
+    if engine == AUTO and (asked is not None or room is not None):
+        flag = "--max-drop" if room is None else "a budget of bytes or time"
+        raise ConfigError(f"{flag} measures one engine's bundle: name an engine in place of auto")
+
+
+def _settled(
+    source: TorchModel, recipe: Recipe, place: Path, *, runs: Path, fresh: bool, listener: Listener, keep_both: bool
+) -> Chosen | None:
+    """Choose the engine where the recipe leaves it open; None where it names one."""
+    from edgepipe.pipeline import check_output
+    from edgepipe.search.engines import choose_engine, engine_of
+
+    if engine_of(recipe) != AUTO:
+        return None
+    for engine in recipe.target.engines if keep_both else ():
+        check_output(_beside(place, engine))
+    return choose_engine(source, recipe, runs=runs, fresh=fresh, listener=listener)
+
+
+def _engines(chosen: Chosen, place: Path, *, keep_both: bool) -> Json:
+    """Return what is said of the choice, once the other bundle lies beside the one at `place` if it is kept."""
+    from edgepipe.pipeline import publish_beside
+
+    said = {key: value for key, value in chosen.record.items() if key != "samples"}
+    if keep_both and chosen.other is not None:
+        beside = _beside(place, chosen.other.manifest["engine"])
+        publish_beside(chosen.other, beside)
+        said["kept"] = str(beside)
+    return said
+
+
+def _beside(bundle: Path, engine: str) -> Path:
+    """Return where the bundle goes that doesn't ship: beside the one that does, named by its engine."""
+    return bundle.with_name(f"{bundle.name}-{engine}")
 
 
 def _summary(result: CompiledModel | Measured, before: str | None) -> Json:

@@ -38,7 +38,7 @@ from edgepipe.store import (
 )
 from edgepipe.weights import WeightStore
 
-_OWN_NAMES = r"\d\d-\w+|run\.json|report\.(html|md|json)"  # what a run puts into its directory, beside the bundle
+_OWN_NAMES = r"\d\d-[\w-]+|run\.json|report\.(html|md|json)"  # what a run puts into its directory, beside the bundle
 _BASELINE_STAGES = ("export", "compile")  # what is left of the river when nothing is compressed
 # Above this a float32 baseline is not built: it would need more memory than the compression itself, on any machine.
 BASELINE_LIMIT_BYTES = 2 << 30
@@ -140,25 +140,29 @@ def run_baseline(model: TorchModel, recipe: Recipe, *, runs: Path, fresh: bool, 
         return _baseline(model, river)
 
 
-def run_stages(model: TorchModel, recipe: Recipe, *, runs: Path, fresh: bool, listener: Listener) -> Artifact:
-    """Run the stages of a recipe that ends before there is a bundle, and return what the last one gives.
+def run_stages(
+    model: TorchModel, recipe: Recipe, *, runs: Path, fresh: bool, listener: Listener, last: str | None = None
+) -> Artifact:
+    """Run the stages of a recipe up to `last` (None: all), publish nothing, and return what the last one gives.
 
     Raises what `run` raises.
     """
     _check(model, recipe)
+    names = [name for name, _ in recipe.stages]
+    stages = recipe.stages if last is None else recipe.stages[: names.index(last) + 1]
     directory = runs / run_name(model, recipe)
     make_directory(directory)
     with alone(directory / ".lock", str(directory)):
         tidy(directory, _OWN_NAMES)
-        numbers = iter(range(1, len(recipe.stages) + 1))
+        numbers = iter(range(1, len(stages) + 1))
         river = _River(
             recipe=recipe,
-            stages=recipe.stages,
+            stages=stages,
             directory=directory,
             label="",
             fresh=fresh,
             listener=listener,
-            step=lambda: (next(numbers), len(recipe.stages)),
+            step=lambda: (next(numbers), len(stages)),
         )
         return _flow(model, river, None, "")
 
@@ -269,7 +273,8 @@ def _flow(model: TorchModel, river: _River, baseline: CompiledModel | None, with
         target = dataclasses.asdict(river.recipe.target)
         key = cache_key(key, name, stage_options(stage), read, target, river.recipe.seed)
         river.listener.begin(river.label + name, *river.step())
-        directory = river.directory / f"{number:02d}-{name}"
+        apart = getattr(stage, "apart", "")  # what keeps a result beside others of the same stage
+        directory = river.directory / (f"{number:02d}-{name}" + (f"-{apart}" if apart else ""))
         started = time.perf_counter()
         kept = None if river.fresh else _read_back(directory, key, source, compiled)
         if kept is None:
@@ -416,6 +421,27 @@ def make_directory(path: Path) -> None:
         raise ConfigError(
             f"{path} can't be written: {error.strerror}; name another place or change its rights"
         ) from error
+
+
+def publish_beside(compiled: CompiledModel, target: Path) -> None:
+    """Put a finished bundle at a second place; StageError when it can't be written there."""
+    place = _real(target)
+    with alone(place.with_name(f".{place.name}.lock"), str(target)):
+        tidy(place.parent, re.escape(place.name))
+        _publish_bundle(compiled, target)
+
+
+def forget_stages(model: TorchModel, recipe: Recipe, *, runs: Path) -> None:
+    """Remove the finished stages of earlier runs in the run's directory."""
+    directory = runs / run_name(model, recipe)
+    if not directory.is_dir():
+        return
+    with alone(directory / ".lock", str(directory)):
+        for folder in (directory, directory / "baseline"):
+            for stage in folder.glob("[0-9][0-9]-*"):
+                shutil.rmtree(stage)
+            for kept in folder.glob(".[0-9][0-9]-*.kept-*"):
+                shutil.rmtree(kept)
 
 
 def _publish_bundle(compiled: CompiledModel, target: Path) -> None:

@@ -10,7 +10,8 @@ from typing import Literal
 from edgepipe.errors import ConfigError
 from edgepipe.package_data import did_you_mean, find_named, list_names, read_record
 
-ENGINES = ("onnxruntime",)
+ENGINES = ("onnxruntime", "tvm")
+AUTO = "auto"  # in place of an engine: the faster one of those the target has
 _MAX_THREADS = 1024  # beyond any machine: a larger number is a typing error, and each thread costs a stack
 
 

@@ -40,7 +40,7 @@ def test_every_shipped_target_loads(name: str) -> None:
 def test_the_cpu_target_is_this_machine() -> None:
     """The default target runs on onnxruntime with int8 activations and can be measured here."""
     cpu = load_target("cpu")
-    assert cpu.engines == ("onnxruntime",) and cpu.measurable == "here"
+    assert cpu.engines == ("onnxruntime", "tvm") and cpu.measurable == "here"
     assert cpu.onnxruntime == OnnxruntimeSettings(accuracy_level=0, threads=0)
     assert cpu.budgets == Budgets()
 

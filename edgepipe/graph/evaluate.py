@@ -27,7 +27,7 @@ def evaluate(graph: bytes, weights: WeightStore, feeds: Mapping[str, np.ndarray]
     left = Counter(name for node in model.graph.node for name in node.input)
     for node in model.graph.node:
         inputs = {name: _value(name, values, weights) for name in node.input if name}
-        results = _run_node(node, inputs)
+        results = run_node(node, inputs)
         del inputs  # or this node's weight would still be there while the next one is read
         for name, result in zip(node.output, results, strict=True):
             if name:
@@ -86,7 +86,8 @@ def _value(name: str, values: Mapping[str, np.ndarray], weights: WeightStore) ->
     return value.T if transposed else value
 
 
-def _run_node(node: onnx.NodeProto, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+def run_node(node: onnx.NodeProto, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """Return a node's outputs for its inputs by name."""
     if node.op_type == "MatMul":  # the bulk of the work: straight to BLAS
         return [np.matmul(inputs[node.input[0]], inputs[node.input[1]])]
     if node.op_type == "GatherElements":  # onnx's reference takes no indices that are shorter than the data

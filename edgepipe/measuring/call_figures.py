@@ -25,12 +25,12 @@ def call_figures(manifest: Mapping[str, Any], blocks: Sequence[Json], peaks: Jso
     spreads, intervals, indexed, rows, limits = {}, {}, {}, [], {}
     for batch, tokens in shapes:
         name = call_name(batch, tokens)
-        turns = [[median(times) for times in _whole(block, name)] for block in blocks]
+        turns = [[median(times) for times in whole_calls(block, name)] for block in blocks]
         found = median_over_blocks(turns, seed=_SEED)
         spreads[name] = spread(turns)
         intervals[name] = {"low": found.low, "high": found.high}
         quotients = [
-            [t / i for t, i in zip(_flat(_whole(block, name)), _flat(block["index_ms"][name]), strict=True)]
+            [t / i for t, i in zip(_flat(whole_calls(block, name)), _flat(block["index_ms"][name]), strict=True)]
             for block in blocks
         ]
         indexed[name] = median_over_blocks(quotients, seed=_SEED).to_json()
@@ -71,8 +71,8 @@ def call_ratios(ours: Sequence[Json], theirs: Sequence[Json]) -> Json:
     """Return ours ÷ theirs of every shape, over calls that stood side by side, with interval and verdict."""
     return {
         name: ratio_over_blocks(
-            [_flat(_whole(block, name)) for block in ours],
-            [_flat(_whole(block, name)) for block in theirs],
+            [_flat(whole_calls(block, name)) for block in ours],
+            [_flat(whole_calls(block, name)) for block in theirs],
             seed=_SEED,
         ).to_json(bigger_is_better=False)
         for name in ours[0]["calls"]
@@ -84,7 +84,7 @@ def call_index(blocks: Sequence[Json]) -> list[list[list[float]]]:
     return [[_flat(turn) for turn in zip(*block["index_ms"].values(), strict=True)] for block in blocks]
 
 
-def _whole(block: Json, name: str) -> list[list[float]]:
+def whole_calls(block: Json, name: str) -> list[list[float]]:
     """Return the ms of whole calls of one shape, a list per turn."""
     parts = block["calls"][name]
     return [

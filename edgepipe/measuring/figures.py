@@ -18,7 +18,7 @@ from statistics import median
 import numpy as np
 
 from edgepipe.artifacts import Json
-from edgepipe.measuring.call_figures import call_figures, call_index, call_ratios
+from edgepipe.measuring.call_figures import call_figures, call_index, call_ratios, whole_calls
 from edgepipe.measuring.intervals import FLAG_ABOVE, median_over_blocks, ratio_over_blocks, spread
 from edgepipe.measuring.limits import (
     Limit,
@@ -45,7 +45,6 @@ def side_figures(bundle: Path, blocks: Sequence[Json], alone: Mapping[str, Json]
     """Return the figures of one bundle from its blocks and from what processes of their own found, by their kind."""
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
     weights = manifest["weights"]
-    graphs = [(bundle / file).read_bytes() for file in manifest["graphs"].values()]
     starts = [name for name in _STARTS if name in blocks[0]]
     figures: Json = {
         "manifest_sha256": hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest(),
@@ -59,7 +58,7 @@ def side_figures(bundle: Path, blocks: Sequence[Json], alone: Mapping[str, Json]
         "memory_peak_bytes": max(block["memory_peak_bytes"] for block in blocks),
         "memory_without_model_bytes": alone["memory"]["memory_bytes"],
     }
-    arithmetic = precision(b"".join(graphs))
+    arithmetic = _arithmetic(bundle, manifest)
     if takes_calls(blocks):
         figures |= call_figures(manifest, blocks, alone["limits"], arithmetic)
     else:
@@ -69,6 +68,13 @@ def side_figures(bundle: Path, blocks: Sequence[Json], alone: Mapping[str, Json]
         if manifest["task"] == "text-generation" or has_source(manifest):
             figures["limits"] = _limits(manifest, arithmetic, alone["limits"], figures, blocks[0])
     return figures | {"samples": list(blocks)}
+
+
+def _arithmetic(bundle: Path, manifest: Json) -> str:
+    """Return the arithmetic of most of a bundle's products: a library's manifest says it, ONNX graphs show it."""
+    if "library" in manifest:
+        return str(manifest["library"]["arithmetic"])
+    return precision(b"".join((bundle / file).read_bytes() for file in manifest["graphs"].values()))
 
 
 def takes_calls(blocks: Sequence[Json]) -> bool:
@@ -126,11 +132,24 @@ def per_index(blocks: Sequence[Json]) -> Json:
 
 def fastest_of_bursts(block: Json) -> list[float]:
     """Return the fastest token of every burst of a block, ms, in the order they were taken."""
-    return [
-        min(times)
-        for turn, index in zip(block["token_ms"], block["index_ms"], strict=True)
-        for times in np.array(turn).reshape(len(index), -1).tolist()
-    ]
+    return list(chain.from_iterable(_fastest_by_turn(block)))
+
+
+def whole_ms(block: Json) -> list[float]:
+    """Return one figure per turn for all that it did, ms: a prompt and the tokens after it, the fastest of every burst
+    standing for its burst; of calls the geometric mean over their shapes, so that each counts the same.
+    """
+    if "calls" in block:
+        shapes = [[median(times) for times in whole_calls(block, name)] for name in block["calls"]]
+        return [float(np.exp(np.mean(np.log(turn)))) for turn in zip(*shapes, strict=True)]
+    tokens = block["burst_tokens"]
+    pairs = zip(block["ttft_ms"], _fastest_by_turn(block), strict=True)
+    return [ttft + tokens * sum(fastest) for ttft, fastest in pairs]
+
+
+def _fastest_by_turn(block: Json) -> list[list[float]]:
+    pairs = zip(block["token_ms"], block["index_ms"], strict=True)
+    return [np.array(turn).reshape(len(index), -1).min(axis=1).tolist() for turn, index in pairs]
 
 
 def index_figures(blocks: Sequence[Json]) -> Json:

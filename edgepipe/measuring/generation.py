@@ -167,11 +167,17 @@ def cut_ids(ids: list[int], number: int, of: int, length: int) -> list[int]:
 def memory_without_model(bundle: Path) -> Json:
     """Import what a process with a model imports and open the tokenizer; return the memory of that alone."""
     import edgepipe.runtime
-    import edgepipe.runtime.onnxruntime  # noqa: F401
     from edgepipe.runtime.bundle import read_bundle
     from edgepipe.runtime.tokenizer import Tokenizer
 
-    file = read_bundle(bundle).tokenizer
+    opened = read_bundle(bundle)
+    if opened.manifest["engine"] == "tvm":
+        from edgepipe.runtime.tvm import open_package
+
+        open_package()
+    else:
+        import edgepipe.runtime.onnxruntime  # noqa: F401
+    file = opened.tokenizer
     if file is not None:
         Tokenizer(file).encode("A first text makes the tokenizer build what it needs.")
     return {"memory_bytes": peak_memory_bytes()}

@@ -13,7 +13,7 @@ import dataclasses
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -29,6 +29,7 @@ from edgepipe.measuring.intervals import CONFIDENCE, FLAG_ABOVE
 from edgepipe.runtime.bundle import GENERATION, read_manifest
 
 _PACKAGES = ("edgepipe", "numpy", "onnxruntime", "tokenizers")  # what a measured process runs on
+_OF_ENGINE = {"tvm": ("apache-tvm", "apache-tvm-ffi")}  # and that of another engine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,10 +57,7 @@ def measure_bundles(
     `work_dir` is where temporary files go (None: the system's folder). Raises StageError when a process fails.
     """
     task = _task(bundles)
-    if task in GENERATION:  # a first token is compared with one after as many tokens
-        models = [read_manifest(path)["model"] for path in bundles.values()]
-        prompt = shared_prompt(models, Lengths(prompt=plan.prompt, output=plan.output))
-        plan = dataclasses.replace(plan, prompt=prompt)
+    plan = fitting(bundles, plan)
     with tempfile.TemporaryDirectory(dir=work_dir) as folder:
         file = Path(folder) / "text.txt"
         file.write_text(text, encoding="utf-8")
@@ -78,7 +76,7 @@ def measure_bundles(
         "schema": 1,
         "task": task,
         "taken_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": describe_machine(plan.threads),
+        "machine": describe_machine(plan.threads, _engines(bundles)),
         "method": {
             "blocks": plan.blocks,
             "turns": plan.turns,
@@ -92,6 +90,21 @@ def measure_bundles(
         "ratios": ratios(samples["bundle"], samples["baseline"]) if "baseline" in samples else None,
         "since": None,
     }
+
+
+def fitting(bundles: Mapping[str, Path], plan: Plan) -> Plan:
+    """Return the plan with a prompt that all bundles have room for: a first token is compared with one after as many
+    tokens.
+    """
+    if _task(bundles) not in GENERATION:
+        return plan
+    models = [read_manifest(path)["model"] for path in bundles.values()]
+    prompt = shared_prompt(models, Lengths(prompt=plan.prompt, output=plan.output))
+    return dataclasses.replace(plan, prompt=prompt)
+
+
+def _engines(bundles: Mapping[str, Path]) -> set[str]:
+    return {str(read_manifest(path)["engine"]) for path in bundles.values()}
 
 
 def _task(bundles: Mapping[str, Path]) -> str:
@@ -244,8 +257,9 @@ def _block(ready: Json, turns: list[Json]) -> Json:
     }
 
 
-def describe_machine(threads: int) -> Json:
-    """Return what the figures were taken on, and with which versions."""
+def describe_machine(threads: int, engines: Iterable[str] = ()) -> Json:
+    """Return what the figures were taken on, and with which versions, those of further `engines` among them."""
+    more = [name for engine in sorted(engines) for name in _OF_ENGINE.get(engine, ())]
     model = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -258,5 +272,5 @@ def describe_machine(threads: int) -> Json:
         "threads": threads,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in _PACKAGES},
+        "versions": {name: metadata.version(name) for name in (*_PACKAGES, *more)},
     }

@@ -12,6 +12,7 @@ from edgepipe.artifacts import Json
 from edgepipe.measuring.intervals import FLAG_ABOVE
 from edgepipe.report.budgets import over_budget
 from edgepipe.report.compare import compare
+from edgepipe.report.engines import engines_of
 from edgepipe.report.guards import agreement_of
 from edgepipe.report.plans import search_of
 from edgepipe.report.record import BundleReport, Latency, Limit, Material, Measurement, Phase, Report, Time, Training
@@ -69,6 +70,7 @@ def _bundle_report(material: Material) -> BundleReport:
         search=None if material.search is None else search_of(material.search),
         agreement=agreement_of(material.history or ()),
         products=tuple(material.products),
+        engines=None if material.engines is None else engines_of(material.engines),
         stages=tuple(_stages(material.history or manifest["history"])),
         recipe={"target": target, "seed": recipe["seed"]},
         source={

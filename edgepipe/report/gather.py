@@ -24,7 +24,7 @@ RUN = "run.json"
 _RUN_ABOVE = 3  # a run's baseline lies at baseline/NN-compile/bundle, below its run.json
 _BESIDE = "the other bundle"  # what a baseline is called that `edgepipe measure --against` measured
 _SIDES = ("bundle", "baseline")
-_COMPILED = re.compile(r"\d\d-compile")  # the stage's directory, whose bundle is the one that was published
+_COMPILED = re.compile(r"\d\d-compile(-\w+)?")  # the stage's directory, whose bundle is the one that was published
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +118,7 @@ def _material(
         budgets=run.get("budgets"),
         search=run.get("search"),
         products=run.get("products") or (),
+        engines=run.get("engines"),
     )
 
 
@@ -132,7 +133,7 @@ def bundle_in(path: Path) -> Path:
     """Return the bundle that is meant: `path` itself, or that of the run in it. The bundle is checked."""
     places = [path]
     if not (path / MANIFEST).exists() and (path / RUN).is_file():
-        places = [path / "bundle", *sorted(path.glob("[0-9][0-9]-compile/bundle"))]
+        places = [path / "bundle", *sorted(path.glob("[0-9][0-9]-compile*/bundle"))]
     bundle = next((place for place in places if (place / MANIFEST).exists()), path)
     read_bundle(bundle)
     return bundle

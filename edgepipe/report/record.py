@@ -32,6 +32,7 @@ class Material:
     budgets: Mapping[str, Any] | None = None  # of the target
     search: Json | None = None  # as a run recorded how its grids were found
     products: Sequence[Json] = ()  # as a run recorded which of them are faster than floats
+    engines: Json | None = None  # as a run recorded how its engine was chosen
     remarks: tuple[str, ...] = ()
 
 
@@ -170,6 +171,7 @@ class BundleReport:
     search: Search | None  # None: its grids were given
     agreement: Json | None  # how its greedy answers agree with the float model's; None: nobody asked
     products: tuple[Json, ...]  # each kind of matrix timed beside floats; empty: nobody asked
+    engines: Json | None  # how its engine was chosen, with the figures of both; None: it was given
     stages: tuple[Json, ...]  # stage, options, notes
     recipe: Json  # target and seed
     source: Json  # model, licence, lineage

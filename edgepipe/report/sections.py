@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from edgepipe.artifacts import Json
 from edgepipe.report.compare import compared_cells
+from edgepipe.report.engines import engine_rows, engine_sentences
 from edgepipe.report.guards import agreement_rows, agreement_sentences, product_rows, product_sentences
 from edgepipe.report.plans import budget_sentences, more_bits, tried
 from edgepipe.report.record import BundleReport, Comparison, Search, Time, Training
@@ -80,6 +81,8 @@ def _choices(one: BundleReport) -> Iterator[Section]:
         yield Section(title="Token agreement", key="agreement", table=table, sentences=sentences)
     if one.products:
         yield _products(one.products)
+    if one.engines is not None:
+        yield _engines(one.engines)
 
 
 def search_sections(search: Search) -> Iterator[Section]:
@@ -113,6 +116,13 @@ def _products(products: Sequence[Json]) -> Section:
         ),
         sentences=tuple(product_sentences(products)),
     )
+
+
+def _engines(found: Json) -> Section:
+    sides = list(found["sides"])
+    rows = tuple(engine_rows(found))
+    table = Table(header=("", *sides, found["compared"]), rows=rows) if sides else None
+    return Section(title="Engine", key="engines", table=table, sentences=tuple(engine_sentences(found)))
 
 
 def comparison_section(found: Comparison) -> Section:

@@ -8,6 +8,13 @@ from edgepipe.artifacts import Json
 from edgepipe.report.rows import MISSING, cells, measured_rows
 from edgepipe.report.sentences import intervals, limit_sentences, spread_note
 
+_QUESTIONS = {  # what a new bundle may be asked, by its task; others read no text, or answer with arrays
+    "text-generation": "What is the capital of France?",
+    "text2text-generation": "A text to answer.",
+    "feature-extraction": "A text to embed.",
+    "text-classification": "A text to classify.",
+}
+
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Lay out rows under a header; columns after the first are right-aligned unless they hold words."""
@@ -70,3 +77,17 @@ def _estimate_row(title: str, found: Json) -> list[str]:
 
 def _is_figure(cell: str) -> bool:
     return cell == MISSING or not cell or cell[0].isdigit() or cell[0] in "+-−"
+
+
+def finished_lines(summary: Json) -> list[str]:
+    """Return what a person is told when a bundle is there: figures, where it is, how to try it, what it replaced."""
+    lines = [f"\n{measured_table(summary['figures'])}\n"] if "figures" in summary else []
+    bundle, question = summary["bundle"], _QUESTIONS.get(summary["task"])
+    lines.append(f"bundle: {bundle}" + (f'    try it: edgepipe run {bundle} "{question}"' if question else ""))
+    if summary["replaced"]:
+        lines.append("It replaced the earlier bundle there, which was another one; --out keeps several.")
+    if "engines" in summary:
+        lines.append(f"engine: {summary['engines']['why']}")
+    if "report" in summary:
+        lines.append(f"report: {summary['report']}")
+    return lines

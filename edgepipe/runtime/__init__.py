@@ -61,11 +61,14 @@ def open_graphs(bundle: Bundle, threads: int | None) -> Any:
     Raises TargetError when the engine isn't there or can't load them, ContractError when the manifest describes others.
     """
     manifest = bundle.manifest
+    # Engines are imported only now: reading and checking bundles needs none.
+    if manifest["engine"] == "tvm":
+        return _open_library(bundle, threads)
     if manifest["engine"] != "onnxruntime":
         raise TargetError(
-            f"this edgepipe runs onnxruntime bundles, but {bundle.path} is for {manifest['engine']!r}: build it again"
+            f"this edgepipe runs onnxruntime and tvm bundles, but {bundle.path} is for {manifest['engine']!r}: "
+            "build it again"
         )
-    # Imported only now: reading and checking bundles needs no engine.
     from edgepipe.runtime import onnxruntime as engine
     from edgepipe.runtime.growing import GrowingDecoder
     from edgepipe.runtime.packed import unpack_weights
@@ -80,3 +83,18 @@ def open_graphs(bundle: Bundle, threads: int | None) -> Any:
     if manifest["task"] in GENERATION:
         return GrowingDecoder(graphs["decoder"], graphs.get("encoder"), manifest["model"])
     return graphs["model"]
+
+
+def _open_library(bundle: Bundle, threads: int | None) -> Any:
+    """Open the functions of a bundle's library."""
+    from edgepipe.runtime.growing import GrowingDecoder
+    from edgepipe.runtime.tvm import Decoder, open_library
+
+    manifest = bundle.manifest
+    library = open_library(bundle.path, manifest, threads)
+    if not manifest["ends"]:
+        return Decoder(library, manifest)
+    functions = {role: library.function(role) for role in manifest["ends"]}
+    if manifest["task"] in GENERATION:
+        return GrowingDecoder(functions["decoder"], functions.get("encoder"), manifest["model"])
+    return functions["model"]

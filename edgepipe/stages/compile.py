@@ -16,9 +16,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgepipe.artifacts import ActivationPlan, CompiledModel, Context, Json, ModelInfo, OnnxModel, TorchModel
-from edgepipe.errors import ConfigError, ContractError
+from edgepipe.compiling.checks import EXACT, TINY, Asked, in_steps, portable, rms, within, worst_error, worst_loss
+from edgepipe.errors import ConfigError, TargetError
+from edgepipe.target import AUTO, ENGINES
 
 if TYPE_CHECKING:
+    from edgepipe.compiling.library import Wanted
     from edgepipe.engines.onnxruntime.cache_scales import CacheScales
     from edgepipe.engines.onnxruntime.integer_products import Range
     from edgepipe.engines.onnxruntime.planned import WeightsFile
@@ -32,16 +35,15 @@ _CACHE_TOLERANCES = {"float32": _TOLERANCE, "float16": 2e-2, "int8": 0.2}
 # What lies above is broken: outputs that have nothing to do with each other differ by 1.4. Rounded to 16 levels, a
 # model that was trained with that is far from itself in floats, and still right: its quality is what must be looked at.
 _SHIPPED_TOLERANCE, _PLANNED_TOLERANCE, _FOUR_BIT_TOLERANCE = 0.1, 0.5, 1.2
-_TINY = 1e-30  # an output of zeros has no size to compare with
 _DEFLATES = ("auto", "always", "never")
 _WORTH_IT = 0.9  # share of the bytes: a file that has to be unpacked when it is opened must be smaller than this
-_EXACT = 0  # MatMulNBits accuracy level: float32 arithmetic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compile:
     """Options of the stage `compile`."""
 
+    engine: str = ""  # onnxruntime; tvm: a compiled library (docs/tvm.md); auto: the faster; "": the target's first
     accuracy_level: int = -1  # of MatMulNBits: 0 float32, 4 int8 activations (faster, noisier); −1 takes the target's
     cache_dtype: str = "float16"  # of the KV cache: float16; float32: twice its bytes; int8: half, ranges from texts
     calibration: str = ""  # texts that an int8 cache takes its ranges from: a set's name or a file; empty: everyday
@@ -52,6 +54,8 @@ class Compile:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
+        if self.engine and self.engine not in (*ENGINES, AUTO):
+            raise ConfigError(f"compile.engine: expected {', '.join(ENGINES)} or {AUTO}, got {self.engine!r}")
         if not -1 <= self.accuracy_level <= 4:
             raise ConfigError(
                 f"compile.accuracy_level: expected 0 to 4, or -1 for the target's, got {self.accuracy_level}"
@@ -65,6 +69,11 @@ class Compile:
         if self.check_tokens < 0 or self.exact_tolerance < 0 or self.shipped_tolerance < 0:
             raise ConfigError("compile.check_tokens and the tolerances must not be negative")
 
+    @property
+    def apart(self) -> str:
+        """Return what keeps a finished bundle beside that of another engine: the engine that was asked for."""
+        return self.engine
+
     def reads(self) -> Json:
         """Return what identifies the texts of an int8 cache: the stage's key changes with them."""
         if self.cache_dtype != "int8":
@@ -74,9 +83,24 @@ class Compile:
         return fingerprint(self._texts())
 
     def check(self, model: TorchModel) -> None:
-        """Refuse, before any work, an int8 cache of a model that keeps none, or that has no texts to find ranges on."""
+        """Refuse, before any work, packages that aren't here, and an int8 cache that has no use or no texts."""
+        self.check_engine()
         if self.cache_dtype == "int8":
             self._check_cache(model.info)
+
+    def check_engine(self) -> None:
+        """Refuse an engine that isn't here, or can't do what is asked."""
+        if self.engine == AUTO:
+            raise ConfigError("compile.engine=auto is for `edgepipe compress` alone: name an engine")
+        if self.engine == "tvm":
+            from edgepipe.compiling.library import check_tvm
+
+            check_tvm(self.cache_dtype)
+            if self.deflate == "always":
+                raise ConfigError(
+                    "compile.deflate=always: a compiled library reads its weights as they lie; leave it out, or take "
+                    "onnxruntime"
+                )
 
     def _check_cache(self, info: ModelInfo) -> None:
         from edgepipe.graph.tasks import GENERATION
@@ -98,32 +122,61 @@ class Compile:
 
     def __call__(self, model: OnnxModel, ctx: Context) -> CompiledModel:
         """Return the bundle, written to a directory of its own."""
-        from edgepipe.bundle import write_bundle
-        from edgepipe.engines import onnxruntime as engine
-        from edgepipe.engines.onnxruntime.planned import WeightsFile
         from edgepipe.graph.parts import used_weights
 
+        chosen = self.engine or ctx.target.engines[0]
+        if chosen not in ctx.target.engines:
+            raise TargetError(
+                f"the target {ctx.target.name} runs {', '.join(ctx.target.engines)}, and the recipe asks for {chosen}"
+            )
         level = self.accuracy_level if self.accuracy_level >= 0 else ctx.target.onnxruntime.accuracy_level
         path = ctx.work_dir / "bundle"
         path.mkdir()
         model = replace(model, weights=model.weights.only(used_weights(model.graphs)))
+        if chosen == "tvm":
+            from edgepipe.compiling.library import build_library
+
+            manifest = build_library(model, self._wanted(model, level), path, ctx)
+        else:
+            manifest = self._with_onnxruntime(model, level, path, ctx)
+        return CompiledModel(info=model.info, path=path, manifest=manifest, history=model.history)
+
+    def _wanted(self, model: OnnxModel, level: int) -> Wanted:
+        """Say what a compiled library must be like."""
+        from edgepipe.compiling.library import Wanted
+
+        whole = "ends" in model.spec  # such a model keeps no cache, or a float32 one
+        exact = _TOLERANCE if whole else _CACHE_TOLERANCES[self.cache_dtype]
+        return Wanted(
+            accuracy_level=level,
+            cache_dtype=self.cache_dtype,
+            check_tokens=self.check_tokens,
+            exact_tolerance=self.exact_tolerance or exact,
+            shipped_tolerance=self._allowed(model),
+        )
+
+    def _with_onnxruntime(self, model: OnnxModel, level: int, path: Path, ctx: Context) -> Json:
+        """Write graphs of fused operators and their weights; return the manifest."""
+        from edgepipe.bundle import write_bundle
+        from edgepipe.engines import onnxruntime as engine
+        from edgepipe.engines.onnxruntime.planned import WeightsFile
+
         # All lowerings of a model share one layout, so that each runs on the file that ships
         file = WeightsFile()
         seen = self._cache_scales(model, file, path, ctx)
         scales = None if seen is None else seen.scales
         lower = partial(engine.lower, model, cache_dtype=self.cache_dtype, scales=scales, file=file)
-        exact, _ = lower(accuracy_level=_EXACT, exact=True)
+        exact, _ = lower(accuracy_level=EXACT, exact=True)
         ranges = self._observe(model, exact, file, path, ctx)
         graphs, _ = lower(accuracy_level=level, ranges=ranges)
         engine.write(graphs, file, path, lambda done, total: ctx.progress("writing weights", done, total))
-        shipped = level != _EXACT or model.activations is not None
+        shipped = level != EXACT or model.activations is not None
         if self.check_tokens and "ends" in model.spec:
             self._check_traced(model, exact, path, ctx, shipped=shipped)
         elif self.check_tokens:
             self._check_decoder(model, exact, path, ctx, shipped=shipped, seen=seen)
         self._deflate(model, path, ctx)
-        manifest = write_bundle(model, path, file, ctx.recipe, self.cache_dtype)
-        return CompiledModel(info=model.info, path=path, manifest=manifest, history=model.history)
+        return write_bundle(model, path, file, ctx.recipe, self.cache_dtype)
 
     def _deflate(self, model: OnnxModel, path: Path, ctx: Context) -> None:
         """Store the weights deflated where that is asked for, or where there are masks, and it pays."""
@@ -157,7 +210,7 @@ class Compile:
                 "stays float32: leave it out"
             )
         rows = rows_of(model.info, self._texts(), seed=ctx.seed)
-        exact, _ = engine.lower(model, accuracy_level=_EXACT, exact=True, file=file)  # with a float32 cache
+        exact, _ = engine.lower(model, accuracy_level=EXACT, exact=True, file=file)  # with a float32 cache
         engine.write({}, file, path, lambda done, total: ctx.progress("writing weights", done, total))
         files = _write_exact(exact, path)
         tell = partial(ctx.progress, "ranges of the cache")
@@ -218,13 +271,13 @@ class Compile:
             exact_graph = path / _write_exact({name: exact[name]}, path)[name]  # beside its weights
             got = _run_graph(exact_graph, feeds)
             exact_graph.unlink()
-            exact_errors += [float(np.abs(got[n] - e).max() / max(np.abs(e).max(), _TINY)) for n, e in expected.items()]
+            exact_errors += [float(np.abs(got[n] - e).max() / max(np.abs(e).max(), TINY)) for n, e in expected.items()]
             if shipped:
                 got = _run_graph(path / f"{name}.onnx", feeds)
-                shipped_errors += [_rms(got[n] - e) / max(_rms(e), _TINY) for n, e in expected.items()]
+                shipped_errors += [rms(got[n] - e) / max(rms(e), TINY) for n, e in expected.items()]
         worst, loss = (float(np.max(errors)) for errors in (exact_errors, shipped_errors))  # NaN stays NaN: refused
-        found = f"agrees with the portable graphs: {_within('exact', worst, self.exact_tolerance or _TOLERANCE)}"
-        ctx.note(found + (f", {_within('as shipped', loss, self._allowed(model))}" if shipped else ""))
+        found = f"agrees with the portable graphs: {within('exact', worst, self.exact_tolerance or _TOLERANCE)}"
+        ctx.note(found + (f", {within('as shipped', loss, self._allowed(model))}" if shipped else ""))
 
     def _check_decoder(
         self,
@@ -238,7 +291,7 @@ class Compile:
     ) -> None:
         """Compare the lowered decoder, and what stands before it, with the portable graphs."""
         count = min(self.check_tokens, model.spec["context"])
-        asked = _Asked.seeded(model.spec, count, ctx.seed + 1)
+        asked = Asked.seeded(model.spec, count, ctx.seed + 1)
         ids = _with_texts({"input_ids": asked.ids}, model.activations, answers=True)["input_ids"]
         asked = replace(asked, ids=ids, sources=_with_texts(asked.sources, model.activations, answers=False))
         if seen is not None:  # ranges are those of such texts
@@ -246,57 +299,22 @@ class Compile:
             sources = {**asked.sources, "input_ids": np.resize(source, asked.sources["input_ids"].shape)}
             asked = replace(asked, ids=np.resize(ids, asked.ids.shape), sources=sources)
         ctx.progress("the portable graph's logits", 0, 3)
-        expected = _portable(model, asked)
+        expected = portable(model, asked)
         exact_graphs = _write_exact(exact, path)
         ctx.progress("the lowered graph's logits, exact", 1, 3)
         scales = {} if seen is None else seen.scales
-        got = _run_in_steps(path, exact_graphs, model, asked, self.cache_dtype, scales)
+        got = _runin_steps(path, exact_graphs, model, asked, self.cache_dtype, scales)
         for file in exact_graphs.values():
             (path / file).unlink()
-        worst = float(np.max([np.abs(g - e).max() / np.abs(e).max() for g, e in zip(got, expected, strict=True)]))
+        worst = worst_error(got, expected)
         allowed = self.exact_tolerance or _CACHE_TOLERANCES[self.cache_dtype]
-        found = f"agrees with the portable graph on {count} tokens: {_within('exact', worst, allowed)}"
+        found = f"agrees with the portable graph on {count} tokens: {within('exact', worst, allowed)}"
         if shipped:
             ctx.progress("the lowered graph's logits, as shipped", 2, 3)
             files = {name: f"{name}.onnx" for name in exact}
-            got = _run_in_steps(path, files, model, asked, self.cache_dtype, scales)
-            loss = float(np.max([_rms(g - e) / _rms(e) for g, e in zip(got, expected, strict=True)]))
-            found += f", {_within('as shipped', loss, self._allowed(model))}"
+            got = _runin_steps(path, files, model, asked, self.cache_dtype, scales)
+            found += f", {within('as shipped', worst_loss(got, expected), self._allowed(model))}"
         ctx.note(found)
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """Hold the seeded ids of a check: an answer, and what an encoder and a scorer are asked where there are such."""
-
-    ids: np.ndarray  # [1, n] int64
-    sources: dict[str, np.ndarray]  # input_ids, attention_mask [rows, n] int64, the first row whole
-    tokens: np.ndarray  # [5] int64
-
-    @classmethod
-    def seeded(cls, spec: Json, count: int, seed: int) -> _Asked:
-        from edgepipe.graph.parts import padding
-
-        rng, shape = np.random.default_rng(seed), (2, count)
-        ids = rng.integers(0, spec["vocab_size"], (1, count), dtype=np.int64)
-        sources = {"input_ids": rng.integers(0, spec["vocab_size"], shape), "attention_mask": padding([*shape])}
-        return cls(ids, sources, rng.integers(0, spec["vocab_size"], 5))
-
-    @property
-    def source(self) -> dict[str, np.ndarray]:
-        """Return the one source that is answered."""
-        return {name: value[:1] for name, value in self.sources.items()}
-
-
-def _portable(model: OnnxModel, asked: _Asked) -> list[np.ndarray]:
-    """Return the portable logits [1, n, vocab], and behind an encoder those of the scorer and the encoder's outputs."""
-    from edgepipe.graph.evaluate import evaluate, logits_in_pieces, prompt_logits
-
-    if "encoder" not in model.graphs:
-        return [prompt_logits(model, asked.ids)]
-    logits = logits_in_pieces(model, asked.ids, [asked.ids.shape[1]], asked.source)
-    crossed = evaluate(model.graphs["encoder"], model.weights, asked.sources)
-    return [logits, logits[0, 0, asked.tokens], *crossed.values()]
 
 
 def _with_texts(feeds: dict[str, np.ndarray], plan: ActivationPlan | None, *, answers: bool) -> dict[str, np.ndarray]:
@@ -338,20 +356,6 @@ def _write_exact(graphs: Mapping[str, bytes], path: Path) -> dict[str, str]:
     return files
 
 
-def _within(kind: str, error: float, allowed: float) -> str:
-    """Return an error as a note says it; ContractError when it is larger than allowed."""
-    if not error <= allowed:
-        raise ContractError(
-            f"the lowered graph ({kind}) differs from the portable one by {error:.1e} of the logits; "
-            f"allowed {allowed:.0e}"
-        )
-    return f"{error:.0e} {kind}"
-
-
-def _rms(values: np.ndarray) -> float:
-    return float(np.sqrt(np.square(values, dtype=np.float64).mean()))
-
-
 def _run_graph(graph: Path, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Run a lowered graph once through the runtime that ships."""
     from edgepipe.runtime.onnxruntime import open_graph
@@ -359,34 +363,24 @@ def _run_graph(graph: Path, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarra
     return open_graph(graph, None).run(feeds)
 
 
-def _run_in_steps(
+def _runin_steps(
     path: Path,
     graphs: dict[str, str],
     model: OnnxModel,
-    asked: _Asked,
+    asked: Asked,
     cache_dtype: str,
     scales: Mapping[str, np.ndarray],
 ) -> list[np.ndarray]:
     """Run the answer as a prompt of n − n//4 tokens and then one by one, through the runtime that ships.
 
-    → what `_portable` returns; the scorer's logits are those after the answer's first token.
+    → what `portable` returns; the scorer's logits are those after the answer's first token.
     """
     from edgepipe.runtime.onnxruntime import open_decoder
 
     manifest = {"graphs": graphs, "model": model.spec, "cache": {"dtype": cache_dtype}}
-    decoder = open_decoder(path, manifest, None)
-    cache = decoder.new_cache(1)
-    found = []
-    if "encoder" in graphs:
-        decoder.read_source(cache, 0, asked.source["input_ids"])
-        found.append(decoder.score(asked.source["input_ids"], asked.ids[:, :1], asked.tokens))
-        crossed = _run_graph(path / graphs["encoder"], asked.sources)
-        found += [array * scales[name] if name in scales else array for name, array in crossed.items()]
-    count = asked.ids.shape[1]
-    prompt = count - count // 4
-    pieces = []
-    for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, count))]:
-        positions = np.arange(end - start, dtype=np.int64)[None]
-        logits = decoder.run(cache, asked.ids[:, start:end], np.array([start]), np.array([end - start]), positions)
-        pieces.append(logits.copy())
-    return [np.concatenate(pieces, axis=1), *found]
+
+    def encoder(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        crossed = _run_graph(path / graphs["encoder"], feeds)
+        return {name: array * scales[name] if name in scales else array for name, array in crossed.items()}
+
+    return in_steps(open_decoder(path, manifest, None), encoder if "encoder" in graphs else None, asked)

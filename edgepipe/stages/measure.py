@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgepipe.artifacts import CompiledModel, Context, Json, Measured
 from edgepipe.calibration import describe_set
 from edgepipe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from edgepipe.measuring.run import Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,10 +65,17 @@ class Measure:
     ) -> Json:
         """Measure the directory called "bundle", and the one called "baseline" beside it where there is one."""
         from edgepipe.calibration import open_text
-        from edgepipe.measuring.run import Plan, measure_bundles
+        from edgepipe.measuring.run import measure_bundles
 
         text = open_text(self.text, purpose="evaluation")
-        plan = Plan(
+        plan = self.plan(default_threads)
+        return measure_bundles(bundles, text, plan, progress=progress, work_dir=work_dir) | {"text": self.text}
+
+    def plan(self, default_threads: int) -> Plan:
+        """Return how much is measured."""
+        from edgepipe.measuring.run import Plan
+
+        return Plan(
             threads=self.threads or default_threads,
             blocks=self.blocks,
             turns=self.turns,
@@ -72,4 +83,3 @@ class Measure:
             prompt=self.prompt_tokens,
             output=self.output_tokens,
         )
-        return measure_bundles(bundles, text, plan, progress=progress, work_dir=work_dir) | {"text": self.text}

@@ -1,0 +1,131 @@
+"""Compile the graphs into a library of TVM's, check it through the runtime that ships, and write the bundle."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgepipe.artifacts import Context, Json, OnnxModel
+from edgepipe.bundle import write_bundle
+from edgepipe.compiling.checks import EXACT, Asked, in_steps, portable, within, worst_error, worst_loss
+from edgepipe.errors import TargetError
+
+_EXACT_LIBRARY = "exact.so"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """Say what a library must be like."""
+
+    accuracy_level: int  # of products of codes, as MatMulNBits has it
+    cache_dtype: str
+    check_tokens: int  # 0 leaves the check out
+    exact_tolerance: float  # largest error of exact arithmetic, in largest outputs
+    shipped_tolerance: float  # RMS difference as shipped, in RMS
+
+
+def check_tvm(cache_dtype: str) -> None:
+    """Refuse what the engine can't do, or can't do here, before any work."""
+    if importlib.util.find_spec("tvm") is None:
+        raise TargetError("the tvm engine needs packages that aren't here: pip install 'edgepipe[tvm]'")
+    if cache_dtype == "int8":
+        raise TargetError("the tvm engine keeps caches of float16 or float32: take one of these, or onnxruntime")
+
+
+def build_library(model: OnnxModel, wanted: Wanted, path: Path, ctx: Context) -> Json:
+    """Compile a library and write it beside its weights in `path`; return the bundle's manifest."""
+    check_tvm(wanted.cache_dtype)
+    from edgepipe.engines import tvm as engine
+
+    here, cache_dtype = engine.level_here(), wanted.cache_dtype
+    exact = engine.lower(model, here, accuracy_level=EXACT, cache_dtype=cache_dtype, exact=True)
+    library = engine.lower(model, here, accuracy_level=wanted.accuracy_level, cache_dtype=cache_dtype, file=exact.file)
+    engine.write(library, path, lambda done, total: ctx.progress("writing weights", done, total))
+    start = time.perf_counter()
+    ctx.progress("compiling the library", 0, 1)
+    engine.build(library, path / engine.LIBRARY_NAME)
+    seconds = time.perf_counter() - start
+    facts = engine.describe(library)
+    if wanted.check_tokens:
+        checked = {"exact": facts}
+        if library.integers:  # its structure is checked in exact arithmetic, as onnxruntime's is
+            engine.build(exact, path / _EXACT_LIBRARY)
+            checked = {"exact": engine.describe(exact) | {"file": _EXACT_LIBRARY}, "as shipped": facts}
+        _check(model, wanted, checked, path, ctx)
+        (path / _EXACT_LIBRARY).unlink(missing_ok=True)
+    code, weights = (path / engine.LIBRARY_NAME).stat().st_size, library.file.nbytes
+    ctx.note(f"a library of {code / 1024:,.0f} KiB for {here.name}, and {weights / 1024:,.0f} KiB of weights")
+    ctx.figures({"compile_s": seconds, "code_bytes": code, "weight_bytes": weights})
+    return write_bundle(model, path, library.file, ctx.recipe, cache_dtype, library=facts)
+
+
+def _check(model: OnnxModel, wanted: Wanted, checked: Mapping[str, Json], path: Path, ctx: Context) -> None:
+    """Compare the functions of libraries with the portable graphs."""
+    ctx.progress("the portable graphs' outputs", 0, 2)
+    expected, runs = (_whole if "ends" in model.spec else _stepwise)(model, wanted, ctx.seed + 1)
+    said = []
+    for kind, facts in checked.items():
+        ctx.progress(f"the library's outputs, {kind}", 1, 2)
+        got = runs(path, facts)
+        if kind == "exact":
+            said.append(within(kind, worst_error(got, expected), wanted.exact_tolerance))
+        else:
+            said.append(within(kind, worst_loss(got, expected), wanted.shipped_tolerance))
+    ctx.note(f"agrees with the portable graphs: {', '.join(said)}")
+
+
+_Expected = tuple[list[np.ndarray], Callable[[Path, Json], list[np.ndarray]]]
+
+
+def _stepwise(model: OnnxModel, wanted: Wanted, seed: int) -> _Expected:
+    """Return what a decoder's portable graphs give for seeded ids, and what runs a library on the same in steps."""
+    from edgepipe.runtime.tvm import Decoder
+
+    asked = Asked.seeded(model.spec, min(wanted.check_tokens, model.spec["context"]), seed)
+
+    def run(path: Path, facts: Json) -> list[np.ndarray]:
+        library, manifest = _opened(model, path, facts, wanted.cache_dtype)
+        encoder = library.function("encoder").run if "encoder" in model.graphs else None
+        return in_steps(Decoder(library, manifest), encoder, asked)
+
+    return portable(model, asked), run
+
+
+def _whole(model: OnnxModel, wanted: Wanted, seed: int) -> _Expected:
+    """Return what graphs without a preallocated cache give for seeded inputs, and what runs a library on the same."""
+    from edgepipe.graph.evaluate import evaluate
+    from edgepipe.graph.parts import seeded_feeds
+
+    ends, vocab = model.spec["ends"], model.spec["vocab_size"]
+    feeds = {name: seeded_feeds(ends[name]["inputs"], vocab, seed) for name in model.graphs}
+
+    def run(path: Path, facts: Json) -> list[np.ndarray]:
+        library, _ = _opened(model, path, facts, wanted.cache_dtype)
+        return [value for name in model.graphs for value in library.function(name).run(feeds[name]).values()]
+
+    expected: list[np.ndarray] = []
+    for name, graph in model.graphs.items():
+        expected += evaluate(graph, model.weights, feeds[name]).values()
+    return expected, run
+
+
+def _opened(model: OnnxModel, path: Path, facts: Json, cache_dtype: str) -> tuple[Any, Json]:
+    """Load a library as the runtime does, before there is a manifest; return it and what the manifest will say."""
+    from edgepipe.runtime.tvm import open_library
+
+    files = {name: {"bytes": (path / name).stat().st_size} for name in (facts["file"], "weights.bin")}
+    manifest = {
+        "files": files,
+        "weights": {"file": "weights.bin"},
+        "library": facts,
+        "model": model.spec,
+        "cache": {"dtype": cache_dtype},
+        "graphs": dict.fromkeys(model.graphs, facts["file"]),
+    }
+    return open_library(path, manifest, None), manifest

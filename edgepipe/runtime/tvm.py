@@ -1,0 +1,285 @@
+"""Load a compiled library with TVM's runtime alone, and run its functions over numpy's arrays.
+
+The compiler is never imported: `libtvm_runtime` is opened from where the package (or TVM_LIBRARY_PATH) has it, and
+`tvm_ffi` calls into it. Weights are views of the mapped file. Rows of a batch run one after the other, each over a
+cache of its own. TVM's virtual machine serves one call at a time, so callers of one bundle take turns.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import mmap
+import os
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgepipe.errors import ContractError, TargetError
+from edgepipe.runtime.library import STORED, FunctionFacts, LibraryFacts, check_processor, read_library
+
+_CPU, _POOLED = 1, 2  # DLPack's device type; TVM's allocator that keeps freed blocks
+_BIG_CORES = 1  # TVM's mode of a thread pool
+_ALIGNMENT = 64  # of an array that kernels load vectors from
+_RUNTIME = "libtvm_runtime.so"
+_SOURCE_MASK = "encoder_attention_mask"
+
+
+def open_package() -> Any:
+    """Return `tvm_ffi` with TVM's runtime opened; TargetError where they aren't installed."""
+    # Or tvm_ffi imports torch, where that is installed: 170 MB for conversions that nobody asks for here.
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        import tvm_ffi
+    except ImportError as error:
+        raise TargetError(
+            f"the bundle runs on TVM's runtime, which isn't here ({error}): pip install 'edgepipe[tvm]'"
+        ) from error
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    _open_runtime()
+    return tvm_ffi
+
+
+def _open_runtime() -> None:
+    """Open libtvm_runtime for all that is loaded later; opening it again costs nothing."""
+    folders = [Path(value) for value in (os.environ.get("TVM_LIBRARY_PATH"),) if value]
+    found = importlib.util.find_spec("tvm")  # looks the package up, and doesn't import it
+    if found is not None and found.origin is not None:
+        folders.append(Path(found.origin).parent / "lib")
+    for folder in folders:
+        if (folder / _RUNTIME).is_file():
+            try:
+                ctypes.CDLL(os.fspath(folder / _RUNTIME), ctypes.RTLD_GLOBAL)
+            except OSError as error:
+                raise TargetError(f"TVM's runtime can't be opened: {error}") from error
+            return
+    raise TargetError(
+        f"the bundle runs on TVM's {_RUNTIME}, which isn't here: pip install 'edgepipe[tvm]', or name its folder in "
+        "TVM_LIBRARY_PATH"
+    )
+
+
+def _aligned(array: np.ndarray, dtype: str | np.dtype | None = None) -> np.ndarray:
+    """Return an array that begins where kernels may load a vector; a copy only where it doesn't."""
+    array = np.ascontiguousarray(array, dtype)
+    if array.ctypes.data % _ALIGNMENT == 0 and array.flags.writeable:
+        return array
+    copy = _room(array.shape, array.dtype)
+    copy[...] = array
+    return copy
+
+
+def _room(shape: Sequence[int], dtype: Any) -> np.ndarray:
+    """Return zeros that begin where kernels may load a vector; pages are made when they are written."""
+    nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    memory = np.zeros(nbytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    room: np.ndarray = memory[start : start + nbytes].view(dtype).reshape(shape)
+    return room
+
+
+class Library:
+    """Hold a loaded library and the weights of its functions. Safe for concurrent callers, who take turns."""
+
+    def __init__(self, path: Path, facts: LibraryFacts, weights: Path, threads: int | None) -> None:
+        self._ffi = open_package()
+        self._facts = facts
+        self._threads = threads
+        self._lock = threading.Lock()
+        self._configured = threading.local()
+        try:
+            self._module = self._ffi.load_module(os.fspath(path / facts.file))
+            self._machine = self._module["vm_load_executable"]()
+            self._machine["vm_initialization"](_CPU, 0, _POOLED)
+        except Exception as error:  # tvm_ffi raises what the C++ side named
+            raise TargetError(f"TVM could not load {facts.file}: {str(error).splitlines()[0]}") from error
+        self._mapped = _mapped(weights)
+        self._tensors: dict[str, Any] = {}
+        self._prepared: dict[str, list[Any]] = {}
+
+    def function(self, name: str) -> Function:
+        """Return a function of the library; ContractError when it isn't what the manifest says."""
+        facts = self._facts.functions.get(name)
+        if facts is None:
+            raise ContractError(f"the manifest describes no function {name!r}: build the bundle again")
+        prepared = [] if facts.prepared is None else self._prepare(facts.prepared)
+        expected = len(facts.inputs) + len(facts.caches) + len(prepared) + len(facts.weights)
+        try:
+            call, found = self._machine[name], int(self._machine["get_function_arity"](name))
+        except Exception as error:
+            raise ContractError(f"the library has no function {name!r}: build the bundle again") from error
+        if found != expected:
+            raise ContractError(
+                f"the library's function {name!r} should take {expected} values, but takes {found}: build it again"
+            )
+        return Function(self, call, facts, [*prepared, *(self._tensor(key) for key in facts.weights)])
+
+    def _prepare(self, name: str) -> list[Any]:
+        if name not in self._prepared:
+            self._prepared[name] = list(self.function(name).call([]))
+        return self._prepared[name]
+
+    def _tensor(self, key: str) -> Any:
+        if key not in self._tensors:
+            facts = self._facts.tensors[key]
+            array = self._mapped[facts.offset : facts.offset + facts.nbytes].view(STORED[facts.dtype])
+            self._tensors[key] = self._ffi.from_dlpack(array.reshape(facts.shape))
+        return self._tensors[key]
+
+    def wrap(self, array: np.ndarray) -> Any:
+        """Return an array as TVM sees it, without a copy where it is aligned."""
+        return self._ffi.from_dlpack(_aligned(array))
+
+    def run(self, call: Any, arguments: Sequence[Any]) -> Any:
+        """Call a function of the virtual machine, one caller at a time, with the threads that were asked for."""
+        with self._lock:
+            if self._threads is not None and not hasattr(self._configured, "done"):  # a pool per calling thread
+                self._ffi.get_global_func("runtime.config_threadpool")(_BIG_CORES, self._threads)
+                self._configured.done = True
+            try:
+                return call(*arguments)
+            except Exception as error:
+                raise ContractError(f"the library refused its arguments: {str(error).splitlines()[0]}") from error
+
+
+def _mapped(file: Path) -> np.ndarray:
+    """Map a file so that a write would not reach it: numpy hands on only arrays that may be written."""
+    if not file.stat().st_size:
+        return np.zeros(0, np.uint8)
+    with file.open("rb") as opened:
+        return np.frombuffer(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
+
+
+class Function:
+    """Call one function of a library on arrays by name. Safe for concurrent calls."""
+
+    def __init__(self, library: Library, call: Any, facts: FunctionFacts, rest: list[Any]) -> None:
+        self._library = library
+        self._call = call
+        self._rest = rest
+        self.facts = facts
+
+    def call(self, caches: Sequence[Any], feeds: Mapping[str, np.ndarray] | None = None) -> Sequence[Any]:
+        """Return the outputs as TVM's tensors."""
+        inputs = [self._library.wrap((feeds or {})[name]) for name in self.facts.inputs]
+        found: Sequence[Any] = self._library.run(self._call, [*inputs, *caches, *self._rest])
+        return found
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the outputs by name."""
+        found = self.call([], feeds)
+        return {name: np.from_dlpack(value) for name, value in zip(self.facts.outputs, found, strict=True)}
+
+
+class Row:
+    """Hold the cache of one row, and what the encoder gave for its source."""
+
+    def __init__(self, caches: list[Any]) -> None:
+        self.caches = caches
+        self.source: dict[str, np.ndarray] | None = None
+
+
+class Decoder:
+    """Run the decoder of a bundle over preallocated caches, behind its encoder if there is one."""
+
+    def __init__(self, library: Library, manifest: Mapping[str, Any]) -> None:
+        model, cache = manifest["model"], manifest["cache"]
+        self._library = library
+        self._prefill = library.function("decoder_prefill")
+        self._step = library.function("decoder_step")
+        self._has_source = "encoder" in manifest["graphs"] and "source_context" in model
+        self._encoder = library.function("encoder") if self._has_source else None
+        self._source_context = int(model.get("source_context", 0))
+        self._open_scorer = partial(library.function, "scorer") if "scorer" in manifest["graphs"] else None
+        self._dtype = cache["dtype"]
+        self._shape = (1, int(model["kv_heads"]), int(model["context"]), int(model["head_dim"]))
+        self.context = int(model["context"])
+        self.vocab_size = int(model["vocab_size"])
+        one = int(np.prod(self._shape)) * np.dtype(self._dtype).itemsize
+        self.cache_bytes = 2 * int(model["layers"]) * one
+        if len(self._step.facts.caches) != 2 * int(model["layers"]):
+            raise ContractError(f"the library should keep {2 * int(model['layers'])} caches: build the bundle again")
+
+    def new_cache(self, batch: int) -> list[Row]:
+        """Make an empty cache for `batch` sequences."""
+        count = len(self._step.facts.caches)
+        return [Row([self._library.wrap(_room(self._shape, self._dtype)) for _ in range(count)]) for _ in range(batch)]
+
+    def read_source(self, cache: list[Row], row: int, ids: np.ndarray) -> None:
+        """Run the encoder over ids [1, tokens] int64 and keep what the decoder reads of it for one row of the cache."""
+        cache[row].source = self._read(ids)
+
+    def _read(self, ids: np.ndarray) -> dict[str, np.ndarray]:
+        if self._encoder is None:
+            raise ContractError("this decoder continues its prompt and reads no source")
+        if ids.shape[1] > self._source_context:
+            raise ContractError(
+                f"a source of {ids.shape[1]} tokens does not fit the {self._source_context} it may have"
+            )
+        mask = np.ones(ids.shape, np.int64)
+        crossed = self._encoder.run({"input_ids": np.asarray(ids, np.int64), "attention_mask": mask})
+        return {**crossed, _SOURCE_MASK: mask}
+
+    def score(self, ids: np.ndarray, prefix: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Return the logits [C] float32 of `tokens` [C] as the next after `prefix` [1, S], for a source [1, N]."""
+        feeds = {"input_ids": prefix, "token_ids": tokens, **self._read(ids)}
+        logits: np.ndarray = self.scorer().run(feeds)["logits"][0]
+        return logits
+
+    def scorer(self) -> Function:
+        """Return the graph `scorer`; ContractError when the bundle has none."""
+        if self._open_scorer is None:
+            raise ContractError("the bundle has no graph `scorer`: build it again")
+        return self._open_scorer()
+
+    def run(
+        self, cache: list[Row], input_ids: np.ndarray, past: np.ndarray, lengths: np.ndarray, positions: np.ndarray
+    ) -> np.ndarray:
+        """Append tokens to the cache and return logits [batch, P, vocab] float32.
+
+        input_ids [batch, sequence] int64, rows right-padded; past [batch]: tokens of each row already in the cache, a
+        smaller number rewinds it; lengths [batch]: valid new tokens; positions [batch, P]: the new positions to score.
+        """
+        longest = int((past + lengths).max())
+        if longest > self.context:
+            raise ContractError(f"{longest} tokens do not fit the context of {self.context}")
+        found = []
+        for number, row in enumerate(cache):
+            count = int(lengths[number])
+            ids = input_ids[number : number + 1, :count]
+            found.append(self._run_row(row, ids, int(past[number]), positions[number : number + 1]))
+        return np.concatenate(found) if len(found) > 1 else found[0]
+
+    def _run_row(self, row: Row, ids: np.ndarray, past: int, wanted: np.ndarray) -> np.ndarray:
+        """Append ids [1, n] to one row; return logits [1, P, vocab]."""
+        if self._has_source and row.source is None:
+            raise ContractError("a row has no source: read one first")
+        places = np.arange(past, past + ids.shape[1], dtype=np.int64)[None]
+        feeds = {
+            "input_ids": np.asarray(ids, np.int64),
+            "position_ids": places,
+            "logits_positions": np.asarray(wanted, np.int64),
+            **(row.source or {}),
+        }
+        function = self._step if ids.shape[1] == 1 and wanted.shape[1] == 1 else self._prefill
+        (logits,) = function.call(row.caches, feeds)
+        return np.from_dlpack(logits)
+
+
+def open_library(path: Path, manifest: Mapping[str, Any], threads: int | None) -> Library:
+    """Load the library of a bundle in directory `path`; `threads` None takes TVM's choice.
+
+    Raises ConfigError for a manifest that describes none, TargetError where processor or TVM are lacking.
+    """
+    facts = read_library(manifest)
+    check_processor(facts)
+    return Library(path, facts, path / manifest["weights"]["file"], threads)
