@@ -202,3 +202,20 @@ def test_what_is_refused(model: OnnxModel, tmp_path: Path) -> None:
     plan = ActivationPlan(kind="static", ranges="minmax", calibration="none")
     with pytest.raises(TargetError, match=r"rounds activations as they come: take quantize.activations=dynamic"):
         built(dataclasses.replace(model, activations=plan), tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "sentence"),
+    [
+        ({"cache_dtype": "int8"}, TargetError, "the tvm engine keeps caches of float16 or float32"),
+        (
+            {"deflate": "always"},
+            ConfigError,
+            "compile.deflate=always: a compiled library reads its weights as they lie",
+        ),
+    ],
+)
+def test_options_of_the_other_engine_are_refused(options: dict[str, str], kind: type, sentence: str) -> None:
+    with pytest.raises(kind, match=sentence):
+        Compile(engine="tvm", **options).check_engine()
+    Compile(engine="tvm").check_engine()
