@@ -331,9 +331,9 @@ def test_chat_without_template_is_refused(tiny_bundle: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("key", "value", "error", "words"),
     [
-        ("engine", "tvm", TargetError, "is for 'tvm'"),
+        ("engine", "llvm", TargetError, "is for 'llvm'"),
         ("task", "feature-extraction", ConfigError, "graphs must name model"),
-        ("schema", 3, ConfigError, "update edgepipe"),
+        ("schema", 4, ConfigError, "update edgepipe"),
     ],
 )
 def test_bundles_for_something_else_are_refused(
