@@ -38,6 +38,9 @@ _IDS = ("input_ids", "decoder_input_ids", "token_ids")  # inputs that choose row
 
 def open_package() -> Any:
     """Return `tvm_ffi` with TVM's runtime opened; TargetError where they aren't installed."""
+    # Or every caller's thread would be moved to the first cores for good, whatever an app or taskset has set: two
+    # bundles with a thread each would share one core. Read when the first pool of threads is made.
+    os.environ.setdefault("TVM_BIND_THREADS", "0")
     # Or tvm_ffi imports torch, where that is installed: 170 MB for conversions that nobody asks for here.
     hidden = "torch" not in sys.modules
     if hidden:

@@ -118,12 +118,18 @@ def test_no_float_copy_ships(model: OnnxModel, bundle: CompiledModel) -> None:
 
 
 def test_the_bundle_runs_without_the_compiler(bundle: CompiledModel) -> None:
-    """Loading and answering import neither the compiler nor torch, wherever they are installed."""
+    """Loading and answering import neither the compiler nor torch, wherever they are installed.
+
+    The caller's thread stays on the cores it had.
+    """
     code = (
-        "import sys, edgepipe.runtime\n"
+        "import os, sys, edgepipe.runtime\n"
+        "cores = {max(os.sched_getaffinity(0))}\n"
+        "os.sched_setaffinity(0, cores)\n"
         f"model = edgepipe.runtime.load({str(bundle.path)!r}, threads=1)\n"
         "answer = model.generate('The river', max_new_tokens=4, ignore_eos=True)\n"
         "assert len(answer.token_ids) == 4\n"
+        "assert os.sched_getaffinity(0) == cores\n"
         "print(sorted({'tvm', 'torch', 'onnx', 'onnxruntime', 'transformers'} & set(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
