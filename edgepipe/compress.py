@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -160,13 +161,14 @@ def _settled(
     source: TorchModel, recipe: Recipe, place: Path, *, runs: Path, fresh: bool, listener: Listener, keep_both: bool
 ) -> Chosen | None:
     """Choose the engine where the recipe leaves it open; None where it names one."""
-    from edgepipe.pipeline import check_output
+    from edgepipe.pipeline import check_apart, check_output, run_name
     from edgepipe.search.engines import choose_engine, engine_of
 
     if engine_of(recipe) != AUTO:
         return None
+    check_apart(place, runs / run_name(source, recipe))  # before both are built
     for engine in recipe.target.engines if keep_both else ():
-        check_output(_beside(place, engine))
+        check_output(place_beside(place, engine))
     return choose_engine(source, recipe, runs=runs, fresh=fresh, listener=listener)
 
 
@@ -176,15 +178,16 @@ def _engines(chosen: Chosen, place: Path, *, keep_both: bool) -> Json:
 
     said = {key: value for key, value in chosen.record.items() if key != "samples"}
     if keep_both and chosen.other is not None:
-        beside = _beside(place, chosen.other.manifest["engine"])
-        publish_beside(chosen.other, beside)
-        said["kept"] = str(beside)
+        kept = place_beside(place, chosen.other.manifest["engine"])
+        publish_beside(chosen.other, kept)
+        said["kept"] = str(kept)
     return said
 
 
-def _beside(bundle: Path, engine: str) -> Path:
+def place_beside(bundle: Path, engine: str) -> Path:
     """Return where the bundle goes that doesn't ship: beside the one that does, named by its engine."""
-    return bundle.with_name(f"{bundle.name}-{engine}")
+    named = bundle if bundle.name not in ("", "..") else Path(os.path.realpath(bundle))  # --out .
+    return named.with_name(f"{named.name}-{engine}")
 
 
 def _summary(result: CompiledModel | Measured, before: str | None) -> Json:

@@ -94,7 +94,7 @@ def run(
     directory = runs / run_name(model, recipe)
     target = out if out is not None else directory / "bundle"
     check_output(target)
-    _check_apart(target, directory)
+    check_apart(target, directory)
     make_directory(directory)
     place = _real(target)
     lock = place.with_name(f".{place.name}.lock")
@@ -397,7 +397,7 @@ def _strangers(path: Path) -> list[str]:
     return [name for name in names if name not in ours]
 
 
-def _check_apart(target: Path, directory: Path) -> None:
+def check_apart(target: Path, directory: Path) -> None:
     """Refuse an output that would replace the run's own stages."""
     place, home = _real(target), _real(directory)
     inside = place.relative_to(home).parts[:1] if place.is_relative_to(home) else ("bundle",)

@@ -15,6 +15,7 @@ from edgepipe.artifacts import Context, Json, OnnxModel
 from edgepipe.bundle import write_bundle
 from edgepipe.compiling.checks import EXACT, Asked, in_steps, portable, within, worst_error, worst_loss
 from edgepipe.errors import TargetError
+from edgepipe.store import file_sha256
 
 _EXACT_LIBRARY = "exact.so"
 
@@ -32,10 +33,14 @@ class Wanted:
 
 def check_tvm(cache_dtype: str) -> None:
     """Refuse what the engine can't do, or can't do here, before any work."""
-    if importlib.util.find_spec("tvm") is None:
+    if any(importlib.util.find_spec(name) is None for name in ("tvm", "tvm_ffi")):
         raise TargetError("the tvm engine needs packages that aren't here: pip install 'edgepipe[tvm]'")
     if cache_dtype == "int8":
         raise TargetError("the tvm engine keeps caches of float16 or float32: take one of these, or onnxruntime")
+    from edgepipe.engines.native import level_here, linker
+
+    level_here()
+    linker()
 
 
 def build_library(model: OnnxModel, wanted: Wanted, path: Path, ctx: Context) -> Json:
@@ -119,12 +124,14 @@ def _opened(model: OnnxModel, path: Path, facts: Json, cache_dtype: str) -> tupl
     """Load a library as the runtime does, before there is a manifest; return it and what the manifest will say."""
     from edgepipe.runtime.tvm import open_library
 
-    files = {name: {"bytes": (path / name).stat().st_size} for name in (facts["file"], "weights.bin")}
+    files: Json = {name: {"bytes": (path / name).stat().st_size} for name in (facts["file"], "weights.bin")}
+    files[facts["file"]]["sha256"] = file_sha256(path / facts["file"])
+    spec = {**model.spec, "context": None} if "model" in model.graphs else model.spec  # a check may be longer than it
     manifest = {
         "files": files,
         "weights": {"file": "weights.bin"},
         "library": facts,
-        "model": model.spec,
+        "model": spec,
         "cache": {"dtype": cache_dtype},
         "graphs": dict.fromkeys(model.graphs, facts["file"]),
     }

@@ -27,6 +27,7 @@ from edgepipe.measuring.figures import index_figures, ratios, side_figures
 from edgepipe.measuring.generation import Lengths, shared_prompt
 from edgepipe.measuring.intervals import CONFIDENCE, FLAG_ABOVE
 from edgepipe.runtime.bundle import GENERATION, read_manifest
+from edgepipe.store import versions
 
 _PACKAGES = ("edgepipe", "numpy", "onnxruntime", "tokenizers")  # what a measured process runs on
 _OF_ENGINE = {"tvm": ("apache-tvm", "apache-tvm-ffi")}  # and that of another engine
@@ -259,7 +260,7 @@ def _block(ready: Json, turns: list[Json]) -> Json:
 
 def describe_machine(threads: int, engines: Iterable[str] = ()) -> Json:
     """Return what the figures were taken on, and with which versions, those of further `engines` among them."""
-    more = [name for engine in sorted(engines) for name in _OF_ENGINE.get(engine, ())]
+    more = tuple(name for engine in sorted(engines) for name in _OF_ENGINE.get(engine, ()))
     model = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -272,5 +273,5 @@ def describe_machine(threads: int, engines: Iterable[str] = ()) -> Json:
         "threads": threads,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in (*_PACKAGES, *more)},
+        "versions": {**{name: metadata.version(name) for name in _PACKAGES}, **versions(more)},
     }

@@ -131,10 +131,14 @@ def _how_to_measure(bundle: Path, own: _Taken | None) -> tuple[str, ...]:
 
 def bundle_in(path: Path) -> Path:
     """Return the bundle that is meant: `path` itself, or that of the run in it. The bundle is checked."""
-    places = [path]
-    if not (path / MANIFEST).exists() and (path / RUN).is_file():
+    bundle = path
+    if not (path / MANIFEST).exists() and (run := _read_run(path / RUN)) is not None:
         places = [path / "bundle", *sorted(path.glob("[0-9][0-9]-compile*/bundle"))]
-    bundle = next((place for place in places if (place / MANIFEST).exists()), path)
+        there = [place for place in places if (place / MANIFEST).exists()]
+        # Of several engines' bundles the one that was measured
+        measured = [place for place in there if _side_of(run, _manifest_sha256(place)) == "bundle"]
+        own = [place for place in there if place == path / "bundle"]
+        bundle = next(iter([*own, *measured, *there]), path)
     read_bundle(bundle)
     return bundle
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from edgepipe.errors import ConfigError, TargetError
+from edgepipe.errors import ConfigError, ContractError, TargetError
 from edgepipe.runtime.bundle import GENERATION, Bundle, read_bundle, verify_hashes
 from edgepipe.runtime.encoder import Encoder
 from edgepipe.runtime.prompts import Message
@@ -95,6 +95,12 @@ def _open_library(bundle: Bundle, threads: int | None) -> Any:
     if not manifest["ends"]:
         return Decoder(library, manifest)
     functions = {role: library.function(role) for role in manifest["ends"]}
+    for role, ends in manifest["ends"].items():
+        facts = functions[role].facts
+        if wrong := sorted((set(facts.inputs) - set(ends["inputs"])) | (set(ends["outputs"]) - set(facts.outputs))):
+            raise ContractError(
+                f"the library's function {role!r} and the ends of the manifest differ in {wrong[0]!r}: build it again"
+            )
     if manifest["task"] in GENERATION:
         return GrowingDecoder(functions["decoder"], functions.get("encoder"), manifest["model"])
     return functions["model"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -100,10 +100,14 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     return _check_manifest(manifest)
 
 
-def verify_hashes(path: str | Path, manifest: Mapping[str, Any]) -> None:
-    """Read every file of the bundle and compare its sha256 with the manifest; raise ContractError when one differs."""
+def verify_hashes(path: str | Path, manifest: Mapping[str, Any], names: Collection[str] | None = None) -> None:
+    """Read files of the bundle, by default all, and compare their sha256 with the manifest.
+
+    Raises ContractError when one differs.
+    """
     path = Path(path)
-    for name, facts in manifest["files"].items():
+    for name in manifest["files"] if names is None else names:
+        facts = manifest["files"][name]
         with _inside(path, name).open("rb") as opened:
             found = hashlib.file_digest(opened, "sha256").hexdigest()
         if found != facts["sha256"]:

@@ -6,6 +6,7 @@ loaded. Nothing here needs the engine.
 
 from __future__ import annotations
 
+import math
 import platform
 import re
 from collections.abc import Mapping
@@ -53,7 +54,7 @@ class TensorFacts:
     @property
     def nbytes(self) -> int:
         """Return its bytes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(STORED[self.dtype]).itemsize
+        return math.prod(self.shape) * np.dtype(STORED[self.dtype]).itemsize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +73,8 @@ def read_library(manifest: Mapping[str, Any]) -> LibraryFacts:
     """Return what a manifest says of its library; ConfigError for what is missing, of another type or out of range."""
     found = _object(manifest, "library", "")
     tensors = {}
+    if "unpacked" in manifest["weights"]:
+        raise _wrong("weights", "stored as they are where there is a library")
     size = manifest["files"][manifest["weights"]["file"]]["bytes"]
     described = _object(found, "tensors", "library.")
     for name in described:
@@ -83,8 +86,11 @@ def read_library(manifest: Mapping[str, Any]) -> LibraryFacts:
     for name, function in functions.items():
         if missing := sorted(set(function.weights) - set(tensors)):
             raise _wrong(f"library.functions.{name}.weights", f"tensors that are listed, but has {missing[0]!r}")
-        if function.prepared is not None and function.prepared not in functions:
-            raise _wrong(f"library.functions.{name}.prepared", "the name of a function")
+        if function.prepared is None:
+            continue
+        before = functions.get(function.prepared)
+        if before is None or before.inputs or before.caches or before.prepared is not None:
+            raise _wrong(f"library.functions.{name}.prepared", "the name of a function that takes weights alone")
     flags = _texts(found, "flags", "library.")
     if not all(_PLAIN_FLAG.fullmatch(flag) for flag in flags):
         raise _wrong("library.flags", "names of processor features")

@@ -3,6 +3,9 @@
 The compiler is never imported: `libtvm_runtime` is opened from where the package (or TVM_LIBRARY_PATH) has it, and
 `tvm_ffi` calls into it. Weights are views of the mapped file. Rows of a batch run one after the other, each over a
 cache of its own. TVM's virtual machine serves one call at a time, so callers of one bundle take turns.
+
+Kernels check no sizes of their own, so what they are given is checked here: ids against the vocabulary, tokens against
+the context. A library is hashed before it is opened, since what is damaged in it would run.
 """
 
 from __future__ import annotations
@@ -14,13 +17,15 @@ import os
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgepipe.errors import ContractError, TargetError
+from edgepipe.errors import ConfigError, ContractError, TargetError
+from edgepipe.runtime.bundle import verify_hashes
 from edgepipe.runtime.library import STORED, FunctionFacts, LibraryFacts, check_processor, read_library
 
 _CPU, _POOLED = 1, 2  # DLPack's device type; TVM's allocator that keeps freed blocks
@@ -28,10 +33,14 @@ _BIG_CORES = 1  # TVM's mode of a thread pool
 _ALIGNMENT = 64  # of an array that kernels load vectors from
 _RUNTIME = "libtvm_runtime.so"
 _SOURCE_MASK = "encoder_attention_mask"
+_IDS = ("input_ids", "decoder_input_ids", "token_ids")  # inputs that choose rows of the embedding
 
 
 def open_package() -> Any:
     """Return `tvm_ffi` with TVM's runtime opened; TargetError where they aren't installed."""
+    # Or every caller's thread would be moved to the first cores for good, whatever an app or taskset has set: two
+    # bundles with a thread each would share one core. Read when the first pool of threads is made.
+    os.environ.setdefault("TVM_BIND_THREADS", "0")
     # Or tvm_ffi imports torch, where that is installed: 170 MB for conversions that nobody asks for here.
     hidden = "torch" not in sys.modules
     if hidden:
@@ -87,11 +96,20 @@ def _room(shape: Sequence[int], dtype: Any) -> np.ndarray:
     return room
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Say what the tables of a model have rows for; None: not known."""
+
+    vocab_size: int | None
+    tokens: int | None  # of a text that a graph without a cache reads
+
+
 class Library:
     """Hold a loaded library and the weights of its functions. Safe for concurrent callers, who take turns."""
 
-    def __init__(self, path: Path, facts: LibraryFacts, weights: Path, threads: int | None) -> None:
+    def __init__(self, path: Path, facts: LibraryFacts, weights: Path, threads: int | None, limits: Limits) -> None:
         self._ffi = open_package()
+        self.limits = limits
         self._facts = facts
         self._threads = threads
         self._lock = threading.Lock()
@@ -169,14 +187,38 @@ class Function:
         self.facts = facts
 
     def call(self, caches: Sequence[Any], feeds: Mapping[str, np.ndarray] | None = None) -> Sequence[Any]:
-        """Return the outputs as TVM's tensors."""
-        inputs = [self._library.wrap((feeds or {})[name]) for name in self.facts.inputs]
+        """Return the outputs as TVM's tensors.
+
+        Raises ConfigError for ids or tokens beyond what the model has, ContractError when the manifest names inputs
+        that nobody gives.
+        """
+        feeds = feeds or {}
+        if missing := [name for name in self.facts.inputs if name not in feeds]:
+            raise ContractError(f"the library reads {missing[0]!r}, which the model hasn't: build the bundle again")
+        self._check_ids(feeds)
+        inputs = [self._library.wrap(feeds[name]) for name in self.facts.inputs]
         found: Sequence[Any] = self._library.run(self._call, [*inputs, *caches, *self._rest])
         return found
+
+    def _check_ids(self, feeds: Mapping[str, np.ndarray]) -> None:
+        """Refuse ids and places that no row of a table has: a kernel would not."""
+        size, tokens = self._library.limits.vocab_size, self._library.limits.tokens
+        for name in _IDS:
+            ids = feeds.get(name)
+            if ids is None or not ids.size:
+                continue
+            if size is not None and (ids.min() < 0 or ids.max() >= size):
+                raise ConfigError(f"{name} should be from 0 to {size - 1}, but go from {ids.min()} to {ids.max()}")
+            if tokens is not None and ids.shape[-1] > tokens:
+                raise ConfigError(f"{name} should have {tokens} tokens at most, but have {ids.shape[-1]}: cut the text")
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return the outputs by name."""
         found = self.call([], feeds)
+        if len(found) != len(self.facts.outputs):
+            raise ContractError(
+                f"the library should give {', '.join(self.facts.outputs)}, but gives {len(found)}: build it again"
+            )
         return {name: np.from_dlpack(value) for name, value in zip(self.facts.outputs, found, strict=True)}
 
 
@@ -278,8 +320,12 @@ class Decoder:
 def open_library(path: Path, manifest: Mapping[str, Any], threads: int | None) -> Library:
     """Load the library of a bundle in directory `path`; `threads` None takes TVM's choice.
 
-    Raises ConfigError for a manifest that describes none, TargetError where processor or TVM are lacking.
+    Raises ConfigError for a manifest that describes none, TargetError where processor or TVM are lacking, ContractError
+    for a library that isn't the one that was built.
     """
     facts = read_library(manifest)
     check_processor(facts)
-    return Library(path, facts, path / manifest["weights"]["file"], threads)
+    verify_hashes(path, manifest, [facts.file])
+    model, alone = manifest["model"], "model" in manifest["graphs"]
+    limits = Limits(vocab_size=model.get("vocab_size"), tokens=model.get("context") if alone else None)
+    return Library(path, facts, path / manifest["weights"]["file"], threads, limits)

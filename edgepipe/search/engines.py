@@ -20,7 +20,7 @@ from pathlib import Path
 
 from edgepipe.artifacts import CompiledModel, Json, TorchModel
 from edgepipe.calibration import open_text
-from edgepipe.errors import EdgepipeError, StageError, TargetError
+from edgepipe.errors import ConfigError, EdgepipeError, StageError, TargetError
 from edgepipe.measuring.call_figures import whole_calls
 from edgepipe.measuring.figures import ratios, whole_ms
 from edgepipe.measuring.intervals import median_over_blocks, ratio_over_blocks
@@ -90,7 +90,7 @@ def _build(
     for engine, own in recipes.items():
         try:
             dict(own.stages)[_COMPILE].check_engine()
-        except TargetError as error:
+        except (TargetError, ConfigError) as error:  # an option of the other engine too
             failed[engine] = error
     usable = [engine for engine in recipes if engine not in failed]
     names = [name for name, _ in recipe.stages]

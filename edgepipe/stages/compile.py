@@ -75,7 +75,16 @@ class Compile:
         return self.engine
 
     def reads(self) -> Json:
-        """Return what identifies the texts of an int8 cache: the stage's key changes with them."""
+        """Return what identifies the texts of an int8 cache, or the instructions that a library is built for.
+
+        The stage's key changes with them: a library that another machine left here is not taken for this one's. An
+        engine that isn't here is refused now too, before a student is trained.
+        """
+        if self.engine == "tvm":
+            from edgepipe.engines.native import level_here
+
+            self.check_engine()
+            return {"level": level_here().name}
         if self.cache_dtype != "int8":
             return {}
         from edgepipe.quantizers.texts import fingerprint

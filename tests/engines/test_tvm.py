@@ -16,12 +16,13 @@ import onnx_ir as ir
 import pytest
 
 from edgepipe.artifacts import ActivationPlan, CompiledModel, OnnxModel
-from edgepipe.errors import ConfigError, TargetError
+from edgepipe.errors import ConfigError, ContractError, TargetError
 from edgepipe.graph.dialect import GraphBuilder
 from edgepipe.graph.evaluate import prompt_logits
 from edgepipe.sources import open_model
 from edgepipe.stages.compile import Compile
 from edgepipe.stages.export import Export
+from edgepipe.store import file_sha256
 from edgepipe.verify import verify_bundle
 from tests.decoders import all_on, context, difference, random_ids
 from tests.engines.tvm_bundles import NOTE, built, decoder
@@ -31,6 +32,7 @@ from tests.students.tiny import save_tiny_student
 
 pytest.importorskip("tvm", reason="TVM isn't here: pip install 'edgepipe[tvm]'")
 
+from edgepipe.engines import native
 from edgepipe.engines import tvm as engine
 
 
@@ -116,12 +118,18 @@ def test_no_float_copy_ships(model: OnnxModel, bundle: CompiledModel) -> None:
 
 
 def test_the_bundle_runs_without_the_compiler(bundle: CompiledModel) -> None:
-    """Loading and answering import neither the compiler nor torch, wherever they are installed."""
+    """Loading and answering import neither the compiler nor torch, wherever they are installed.
+
+    The caller's thread stays on the cores it had.
+    """
     code = (
-        "import sys, edgepipe.runtime\n"
+        "import os, sys, edgepipe.runtime\n"
+        "cores = {max(os.sched_getaffinity(0))}\n"
+        "os.sched_setaffinity(0, cores)\n"
         f"model = edgepipe.runtime.load({str(bundle.path)!r}, threads=1)\n"
         "answer = model.generate('The river', max_new_tokens=4, ignore_eos=True)\n"
         "assert len(answer.token_ids) == 4\n"
+        "assert os.sched_getaffinity(0) == cores\n"
         "print(sorted({'tvm', 'torch', 'onnx', 'onnxruntime', 'transformers'} & set(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -142,6 +150,41 @@ def test_instructions_are_checked_before_loading(bundle: CompiledModel, tmp_path
     file.write_text(json.dumps(manifest), encoding="utf-8")
     with pytest.raises(TargetError, match=r"this processor has no avx4096: build a bundle for it"):
         load(copy)
+
+
+def test_a_damaged_library_is_not_opened(bundle: CompiledModel, tmp_path: Path) -> None:
+    """Its hash is compared first: what is damaged in it would run."""
+    from edgepipe.runtime import load
+
+    copy = shutil.copytree(bundle.path, tmp_path / "copy")
+    content = bytearray((copy / "library.so").read_bytes())
+    content[len(content) // 2] ^= 1
+    (copy / "library.so").write_bytes(content)
+    with pytest.raises(ContractError, match=r"library\.so should have sha256 .*: the bundle was changed or damaged"):
+        load(copy)
+
+
+def test_a_slice_beyond_its_table(model: OnnxModel, tmp_path: Path) -> None:
+    """More places than a table has read its last row, and nothing beyond it; fewer are exact."""
+    from edgepipe.runtime.tvm import open_library
+
+    g = GraphBuilder("model")
+    x = g.input("x", ir.DataType.FLOAT, ["tokens"])
+    table = g.constant(np.arange(4, dtype=np.float32))
+    y = g.op("Add", [x, g.op("Slice", [table, g.constant(np.array([0])), g.op("Shape", [x])])])
+    g.output("y", y, ir.DataType.FLOAT, ["tokens"])
+    kind = {"dtype": "float32", "shape": ["tokens"]}
+    spec = {**model.spec, "ends": {"model": {"inputs": {"x": kind}, "outputs": {"y": kind}}}}
+    small = dataclasses.replace(model, graphs={"model": g.finish()}, spec=spec)
+    library = engine.lower(small, engine.level_here(), accuracy_level=0)
+    engine.build(library, tmp_path / "library.so")
+    (tmp_path / "weights.bin").touch()
+    files = {name: {"bytes": 0, "sha256": file_sha256(tmp_path / name)} for name in ("library.so", "weights.bin")}
+    manifest = {"files": files, "weights": {"file": "weights.bin"}, "library": engine.describe(library), "model": {}}
+    function = open_library(tmp_path, {**manifest, "graphs": {}}, 1).function("model")
+    for count in (3, 6):
+        found = function.run({"x": np.zeros(count, np.float32)})["y"]
+        assert found.tolist() == [0.0, 1.0, 2.0, 3.0, 3.0, 3.0][:count]
 
 
 def test_an_encoder_decoder(tmp_path: Path) -> None:
@@ -168,6 +211,14 @@ def test_an_encoder(tmp_path: Path) -> None:
     assert isinstance(encoder, Encoder)
     found = encoder.embed(["The river", "carried"])
     assert np.isfinite(found).all() and found.shape[0] == 2
+    vocabulary = encoder.manifest["model"]["vocab_size"]
+    for ids, sentence in (
+        (np.full((1, 3), vocabulary), rf"input_ids should be from 0 to {vocabulary - 1}, but go from {vocabulary} to"),
+        (np.full((1, 3), -1), r"but go from -1 to -1"),
+        (np.zeros((1, 65), np.int64), r"input_ids should have 64 tokens at most, but have 65"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            encoder.run({"input_ids": ids, "attention_mask": np.ones_like(ids)})
 
 
 def test_a_traced_encoder(family_dir: Callable[[str], Path], tmp_path: Path) -> None:
@@ -219,3 +270,16 @@ def test_options_of_the_other_engine_are_refused(options: dict[str, str], kind: 
     with pytest.raises(kind, match=sentence):
         Compile(engine="tvm", **options).check_engine()
     Compile(engine="tvm").check_engine()
+
+
+def test_what_a_machine_lacks_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What links a library, and instructions there is a level for; another level is another key."""
+    stage = Compile(engine="tvm")
+    assert stage.reads() == {"level": engine.level_here().name}
+    with monkeypatch.context() as patched:
+        patched.setattr(native, "processor_flags", frozenset)
+        with pytest.raises(TargetError, match=r"the tvm engine builds for x86-64-v3 and newer"):
+            stage.reads()
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(TargetError, match=r"links its library with g\+\+ or clang\+\+, and neither is here"):
+        stage.reads()

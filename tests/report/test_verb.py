@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 
 from edgepipe.cli import main
 from edgepipe.measure import measure
+from edgepipe.report.gather import bundle_in
 from edgepipe.stages.measure import Measure
 from tests.listener import Silent
 from tests.report.conftest import as_older, measured_run
@@ -69,6 +70,15 @@ def test_a_run_whose_bundle_went_elsewhere(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("bundle", "baseline"))
     shutil.copytree(run / "bundle", copy / "03-compile" / "bundle", dirs_exist_ok=True)
     assert document(cli(copy))["bundles"][0]["measured"] is not None
+
+
+def test_a_run_of_two_engines_whose_bundle_went_elsewhere(run: Path, tmp_path: Path) -> None:
+    """Of what both left in the run's directory, the one that was measured is meant."""
+    copy = tmp_path / "kept"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("bundle", "baseline", "03-compile"))
+    shutil.copytree(run / "baseline" / "02-compile" / "bundle", copy / "03-compile-onnxruntime" / "bundle")
+    shutil.copytree(run / "bundle", copy / "03-compile-tvm" / "bundle")
+    assert bundle_in(copy) == copy / "03-compile-tvm" / "bundle"
 
 
 def test_a_run_s_baseline_has_its_figures(run: Path) -> None:

@@ -56,7 +56,9 @@ def test_a_library_is_read() -> None:
         (("tensors", "w", "shape"), [512, 2], r"must be inside the 1024 bytes"),
         (("tensors", "w", "dtype"), "object", r"dtype must be one of float32"),
         (("functions", "model", "weights"), ["v"], r"must be tensors that are listed, but has 'v'"),
+        (("tensors", "w", "shape"), [512] * 8, r"must be inside the 1024 bytes"),  # 2 ** 72 elements
         (("functions", "model", "prepared"), "other", r"prepared must be the name of a function"),
+        (("functions", "model", "prepared"), "model", r"prepared must be the name of a function that takes weights"),
         (("functions", "model", "inputs"), "x", r"inputs must be a list of texts"),
         (("functions", "model"), 3, r"library\.functions\.model must be an object"),
         (("flags",), ["sse; rm"], r"flags must be names of processor features"),
@@ -67,6 +69,13 @@ def test_a_library_is_read() -> None:
 def test_a_damaged_one_is_refused(where: tuple[str, ...], to: Any, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         read_library(changed(*where, to=to))
+
+
+def test_deflated_weights_are_refused() -> None:
+    """A library reads them as they lie."""
+    weights = {"file": "weights.bin", "unpacked": {"file": "weights.bin", "bytes": 4096}}
+    with pytest.raises(ConfigError, match=r"weights must be stored as they are where there is a library"):
+        read_library({**MANIFEST, "weights": weights})
 
 
 def test_another_machine_is_refused() -> None:

@@ -14,7 +14,8 @@ from click.testing import CliRunner, Result
 
 from edgepipe.artifacts import Json
 from edgepipe.cli import main
-from edgepipe.compress import compress
+from edgepipe.compiling import library
+from edgepipe.compress import compress, place_beside
 from edgepipe.recipe import Recipe, resolve
 from edgepipe.report.engines import engine_rows, engine_sentences, engines_of
 from edgepipe.search import engines
@@ -125,6 +126,23 @@ def test_without_tvm_the_other_engine_ships(
     assert engines["left_out"]["tvm"].endswith("pip install 'edgepipe[tvm]'")
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["engine"] == "onnxruntime"
+
+
+def test_an_engine_without_an_option_is_left_out(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What only one engine does is no reason to build none."""
+    monkeypatch.setattr(library, "check_tvm", lambda cache_dtype: None)  # as where it is installed
+    recipe = auto(tmp_path, ("compile", "deflate", "always"))
+    made = compress(str(tiny_model_dir), recipe, listener=Silent(), out=tmp_path / "out", runs=tmp_path / "runs")
+    assert made["engines"]["chosen"] == "onnxruntime"
+    assert made["engines"]["left_out"]["tvm"].startswith("compile.deflate=always: a compiled library reads")
+
+
+def test_where_the_other_bundle_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert place_beside(Path("out"), "tvm") == Path("out-tvm")
+    assert place_beside(Path(), "tvm") == tmp_path.with_name(f"{tmp_path.name}-tvm")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ library would hold them as floats.
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,10 +18,10 @@ import tvm
 from tvm import relax
 
 from edgepipe.artifacts import Json, OnnxModel
+from edgepipe.engines.native import Level, level_here, linker
 from edgepipe.engines.onnxruntime.planned import FILE_NAME, WeightsFile
 from edgepipe.engines.tvm.convert import Function, Library
 from edgepipe.engines.tvm.heads import Cached
-from edgepipe.engines.tvm.instructions import Level, level_here
 from edgepipe.errors import TargetError
 from edgepipe.graph.dialect import weight_name
 
@@ -123,13 +122,11 @@ def build(library: Library, path: Path) -> None:
     with target:
         lowered = tvm.transform.Sequential(passes)(module)
     built: Any = relax.build(lowered, target=target, relax_pipeline=None)
-    linker = shutil.which("g++") or shutil.which("clang++")
-    if linker is None:
-        raise TargetError("the tvm engine links its library with g++ or clang++, and neither is here: install one")
+    program = linker()
     try:
-        built.export_library(str(path), cc=linker, options=["-Wl,-s", "-Wl,--build-id=none"])
+        built.export_library(str(path), cc=program, options=["-Wl,-s", "-Wl,--build-id=none"])
     except (RuntimeError, subprocess.SubprocessError) as error:
-        raise TargetError(f"{linker} could not link the library: {str(error).strip().splitlines()[-1]}") from error
+        raise TargetError(f"{program} could not link the library: {str(error).strip().splitlines()[-1]}") from error
 
 
 def write(library: Library, directory: Path, progress: Callable[[int, int], None]) -> None:

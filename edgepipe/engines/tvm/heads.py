@@ -12,7 +12,7 @@ from tvm import te, tirx
 from edgepipe.artifacts import Json
 from edgepipe.engines.tvm import attention as attentions
 from edgepipe.engines.tvm.convert import Function
-from edgepipe.engines.tvm.moves import joined, transposed
+from edgepipe.engines.tvm.moves import inside, joined, transposed
 from edgepipe.engines.tvm.values import Value, attribute
 
 
@@ -122,7 +122,7 @@ def rotary(f: Function, node: ir.Node) -> Sequence[Value]:
             first = tirx.EQ(d % 2, 0) if interleaved else d < half
             column = d // 2 if interleaved else d % half
             other = last + tirx.Select(first, 1 if interleaved else half, -1 if interleaved else -half)
-            place = (where[0](row, step), column) if where else (row, step, column)
+            place = (inside(where[0](row, step), cosine.shape[0]), column) if where else (row, step, column)
             turned = tirx.Select(first, tirx.const(-1.0, "float32"), tirx.const(1.0, "float32"))
             found = value(*index) * cosine(*place) + turned * value(*index[:-1], other) * sine(*place)
             return found if rotated == head_dim else tirx.if_then_else(d < rotated, found, value(*index))

@@ -10,7 +10,7 @@ from tvm import relax, te, tirx, topi
 
 from edgepipe.engines.tvm import packed, products
 from edgepipe.engines.tvm.convert import Function
-from edgepipe.engines.tvm.moves import cast, product, widen
+from edgepipe.engines.tvm.moves import cast, inside, product, widen
 from edgepipe.engines.tvm.values import Known, Size, Tensor, Value, Weight, attribute
 
 
@@ -38,8 +38,7 @@ def _gather_tiles(f: Function, w: products.Floats, name: str, ids: Tensor) -> Te
 
     def over(data: Any, index: Any) -> Any:
         def at(i: Any, j: Any) -> Any:
-            row = index(i)
-            row = tirx.Select(row < 0, row + w.shape[0], row)
+            row = inside(index(i), w.shape[0])
             return products.widened(data(row // w.width, j, row % w.width), w.dtype, 1)
 
         return te.compute((*index.shape, w.shape[1]), at, name="gather")
@@ -52,8 +51,7 @@ def _gather_plain(f: Function, table: Tensor, ids: Tensor, dtype: str) -> Tensor
 
     def over(data: Any, index: Any) -> Any:
         def at(i: Any, *rest: Any) -> Any:
-            row = index(i)
-            return products.widened(data(tirx.Select(row < 0, row + rows, row), *rest), dtype, 1)
+            return products.widened(data(inside(index(i), rows), *rest), dtype, 1)
 
         return te.compute((*index.shape, *data.shape[1:]), at, name="gather")
 
@@ -91,7 +89,7 @@ def gather(f: Function, node: ir.Node) -> Sequence[Value]:
     def over(value: Any, index: Any) -> Any:
         def at(*place: Any) -> Any:
             row = index(*place[axis : axis + rank])
-            return value(*place[:axis], tirx.Select(row < 0, row + value.shape[axis], row), *place[axis + rank :])
+            return value(*place[:axis], inside(row, value.shape[axis]), *place[axis + rank :])
 
         return te.compute((*value.shape[:axis], *index.shape, *value.shape[axis + 1 :]), at, name="gather")
 

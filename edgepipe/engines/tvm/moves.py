@@ -9,10 +9,19 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from tvm import relax, te, tirx, topi
+from tvm.sym import Analyzer
 
 from edgepipe.engines.tvm import products
 from edgepipe.engines.tvm.convert import Function
 from edgepipe.engines.tvm.values import Known, Size, Tensor, Value, attribute, size
+
+
+def inside(index: Any, extent: Size) -> Any:
+    """Return an index that lies inside an axis: negative ones count from its end, what is beyond is cut.
+
+    A library checks nothing: an id beyond a table would read whatever lies there.
+    """
+    return tirx.max(tirx.min(tirx.Select(index < 0, index + extent, index), extent - 1), 0)
 
 
 def cast(f: Function, x: Tensor, dtype: str) -> Tensor:
@@ -119,21 +128,36 @@ def slice_(f: Function, node: ir.Node) -> Sequence[Value]:
     steps = f.sizes(node, 4) or [1] * len(starts)
     first: list[Size] = [0] * len(x.shape)
     stride, shape = [1] * len(x.shape), list(x.shape)
+    loose: set[int] = set()  # axes whose slice may end beyond them, for all that is known of its sizes
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         axis = int(axis) % len(x.shape)
         if not isinstance(step, int) or step < 1:
             return [f.emit(relax.op.strided_slice(x.expr, [axis], [start], [end], [step]))]
         first[axis], stop = _bounds(start, end, x.shape[axis])
         stride[axis] = step
+        if not (_at_most(0, first[axis]) and _at_most(stop, x.shape[axis])):
+            loose.add(axis)
         shape[axis] = size((stop - first[axis] + (step - 1)) // step)
 
     def over(value: Any, first: list[Size], shape: list[Size]) -> Any:
         def at(*index: Any) -> Any:
-            return value(*(a + i * s for a, i, s in zip(first, index, stride, strict=True)))
+            places = [a + i * s for a, i, s in zip(first, index, stride, strict=True)]
+            return value(*(inside(p, value.shape[i]) if i in loose else p for i, p in enumerate(places)))
 
         return te.compute(shape, at, name="slice")
 
     return [f.te(over, x.expr, first, shape, name="slice")]
+
+
+def _at_most(least: Size, most: Size) -> bool:
+    """Say whether a size is known to be no larger than another, whatever the sizes of the inputs."""
+    if isinstance(least, int) and isinstance(most, int):
+        return least <= most
+    return bool(Analyzer().can_prove(_expression(least) <= _expression(most)))
+
+
+def _expression(value: Size) -> Any:
+    return tirx.const(value, "int64") if isinstance(value, int) else value
 
 
 def _bounds(start: Size, end: Size, extent: Size) -> tuple[Size, Size]:
@@ -199,7 +223,7 @@ def gather_nd(f: Function, node: ir.Node) -> Sequence[Value]:
             chosen = []
             for i in range(depth):
                 row = index(*place[:outer], i)
-                chosen.append(tirx.Select(row < 0, row + value.shape[batch + i], row))
+                chosen.append(inside(row, value.shape[batch + i]))
             return value(*place[:batch], *chosen, *place[outer:])
 
         return te.compute((*index.shape[:-1], *value.shape[batch + depth :]), at, name="gather_nd")
@@ -215,8 +239,7 @@ def gather_elements(f: Function, node: ir.Node) -> Sequence[Value]:
     def over(value: Any, index: Any) -> Any:
         def at(*place: Any) -> Any:
             row = index(*place)
-            row = tirx.Select(row < 0, row + value.shape[axis], row)
-            return value(*place[:axis], row, *place[axis + 1 :])
+            return value(*place[:axis], inside(row, value.shape[axis]), *place[axis + 1 :])
 
         return te.compute(index.shape, at, name="gather_elements")
 

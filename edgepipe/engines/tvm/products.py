@@ -377,7 +377,8 @@ def gather_codes(w: Codes, count: int | None) -> Any:
             codes, scales, other = _match_codes(w, handles[1:-1])
             y = T.match_buffer(handles[-1], [n, w.shape[1]], "float32")
             with T.serial(0, n) as i, T.serial(0, w.shape[1]) as column:
-                row = T.Bind(tirx.Select(ids[i] < 0, ids[i] + w.shape[0], ids[i]))
+                counted = T.Bind(tirx.Select(ids[i] < 0, ids[i] + w.shape[0], ids[i]))
+                row = T.Bind(tirx.max(tirx.min(counted, w.shape[0] - 1), 0))  # nothing else checks an id
                 tile, lane = T.Bind(row // LANES), T.Bind(row % LANES)
                 word, inner = column // w.per_word, column % w.per_word
                 byte = codes[tile, word, lane * WORD + inner % WORD].astype("uint32")

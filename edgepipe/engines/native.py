@@ -1,12 +1,14 @@
-"""Which instructions a library is built for: levels of a processor family, the best that this machine has.
+"""What this machine offers a compiled library: the instructions it is built for, and what links it.
 
 A level names LLVM's target and the flags that /proc/cpuinfo must show, so that the runtime can refuse a library before
 it dies of an illegal instruction. Sources: the x86-64 psABI for v2 to v4; Arm's feature registers as Linux names them.
+Nothing here needs the compiler: it is asked before any work, and for the key of a stage.
 """
 
 from __future__ import annotations
 
 import platform
+import shutil
 from dataclasses import dataclass
 
 from edgepipe.errors import TargetError
@@ -63,7 +65,7 @@ LEVELS = (
         machine="aarch64",
         triple=_LINUX_ARM,
         mcpu="cortex-a76",
-        flags=("asimd", "asimdhp", "asimddp", "atomics", "crc32", "fphp"),
+        flags=("asimd", "asimdhp", "asimddp", "asimdrdm", "atomics", "crc32", "fphp", "lrcpc"),
     ),
     Level(name="armv8-a", machine="aarch64", triple=_LINUX_ARM, mcpu="cortex-a72", flags=("asimd",)),
 )
@@ -79,3 +81,11 @@ def level_here() -> Level:
         f"the tvm engine builds for x86-64-v3 and newer and for 64-bit Arm under Linux, and this machine "
         f"({platform.system()} on {platform.machine()}) shows neither: take --engine onnxruntime"
     )
+
+
+def linker() -> str:
+    """Return the path of what links a library; TargetError when there is none."""
+    found = shutil.which("g++") or shutil.which("clang++")
+    if found is None:
+        raise TargetError("the tvm engine links its library with g++ or clang++, and neither is here: install one")
+    return found
