@@ -410,7 +410,8 @@ def said(result: Json) -> str:
         f"{trained}Speed: "
         f"{THREADS} thread, encoders 8 texts of 128 tokens a call, others the tokens behind a prompt, float32 in turn; "
         "where it is missing, it isn't taken yet. Minutes from source to bundle on a busy machine: a "
-        f"bound. {rows[0]['machine']['cpu']}, load average {min(load):.1f} to {max(load):.1f}, {', '.join(packages)}; "
+        "bound; of a row that was stopped, those since it went on. "
+        f"{rows[0]['machine']['cpu']}, load average {min(load):.1f} to {max(load):.1f}, {', '.join(packages)}; "
         + ", ".join(f"{date} at `{commit}`" for date, commit in made)
         + "."
     )
