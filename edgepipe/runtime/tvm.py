@@ -33,6 +33,7 @@ _BIG_CORES = 1  # TVM's mode of a thread pool
 _ALIGNMENT = 64  # of an array that kernels load vectors from
 _RUNTIME = "libtvm_runtime.so"
 _SOURCE_MASK = "encoder_attention_mask"
+_POOL = threading.local()  # what the calling thread's pool is set to: TVM has one per thread, for all libraries
 _IDS = ("input_ids", "decoder_input_ids", "token_ids")  # inputs that choose rows of the embedding
 
 
@@ -41,6 +42,8 @@ def open_package() -> Any:
     # Or every caller's thread would be moved to the first cores for good, whatever an app or taskset has set: two
     # bundles with a thread each would share one core. Read when the first pool of threads is made.
     os.environ.setdefault("TVM_BIND_THREADS", "0")
+    # Or TVM takes half of the processors of an x86 for twins on shared cores, and never uses more, whoever asks.
+    os.environ.setdefault("TVM_NUM_THREADS", str(_processors()))
     # Or tvm_ffi imports torch, where that is installed: 170 MB for conversions that nobody asks for here.
     hidden = "torch" not in sys.modules
     if hidden:
@@ -77,6 +80,11 @@ def _open_runtime() -> None:
     )
 
 
+def _processors() -> int:
+    """Return how many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _aligned(array: np.ndarray, dtype: str | np.dtype | None = None) -> np.ndarray:
     """Return an array that begins where kernels may load a vector; a copy only where it doesn't."""
     array = np.ascontiguousarray(array, dtype)
@@ -111,9 +119,8 @@ class Library:
         self._ffi = open_package()
         self.limits = limits
         self._facts = facts
-        self._threads = threads
+        self._threads = _processors() if threads is None else threads
         self._lock = threading.Lock()
-        self._configured = threading.local()
         try:
             self._module = self._ffi.load_module(os.fspath(path / facts.file))
             self._machine = self._module["vm_load_executable"]()
@@ -160,9 +167,9 @@ class Library:
     def run(self, call: Any, arguments: Sequence[Any]) -> Any:
         """Call a function of the virtual machine, one caller at a time, with the threads that were asked for."""
         with self._lock:
-            if self._threads is not None and not hasattr(self._configured, "done"):  # a pool per calling thread
+            if getattr(_POOL, "threads", None) != self._threads:
                 self._ffi.get_global_func("runtime.config_threadpool")(_BIG_CORES, self._threads)
-                self._configured.done = True
+                _POOL.threads = self._threads
             try:
                 return call(*arguments)
             except Exception as error:
@@ -318,7 +325,7 @@ class Decoder:
 
 
 def open_library(path: Path, manifest: Mapping[str, Any], threads: int | None) -> Library:
-    """Load the library of a bundle in directory `path`; `threads` None takes TVM's choice.
+    """Load the library of a bundle in directory `path`; `threads` None takes all processors.
 
     Raises ConfigError for a manifest that describes none, TargetError where processor or TVM are lacking, ContractError
     for a library that isn't the one that was built.

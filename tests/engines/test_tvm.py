@@ -139,6 +139,22 @@ def test_the_bundle_runs_without_the_compiler(bundle: CompiledModel) -> None:
     assert next(check for check in checks if check["name"] == "graph")["ok"], checks
 
 
+def test_a_bundle_takes_the_threads_asked_for(bundle: CompiledModel) -> None:
+    """A pool belongs to a calling thread, not to a bundle: two bundles in one process each get their own number."""
+    code = (
+        "import os, edgepipe.runtime, tvm_ffi\n"
+        f"load = lambda threads: edgepipe.runtime.load({str(bundle.path)!r}, threads=threads)\n"
+        "def used(model):\n"
+        "    model.generate('The river', max_new_tokens=2, ignore_eos=True)\n"
+        "    return tvm_ffi.get_global_func('runtime.NumThreads')()\n"
+        "one, two, whole = load(1), load(2), load(None)\n"
+        "most = len(os.sched_getaffinity(0))\n"
+        "assert [used(m) for m in (one, two, whole, one)] == [1, min(2, most), most, 1]\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_instructions_are_checked_before_loading(bundle: CompiledModel, tmp_path: Path) -> None:
     from edgepipe.runtime import load
 
