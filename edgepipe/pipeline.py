@@ -70,6 +70,20 @@ class _River:
     step: Callable[[], tuple[int, int]]  # numbers the stages of the whole run
 
 
+def _river(recipe: Recipe, directory: Path, total: int, *, fresh: bool, listener: Listener) -> _River:
+    """Return the river of a recipe, `total` stages long with all that flows beside it."""
+    numbers = iter(range(1, total + 1))
+    return _River(
+        recipe=recipe,
+        stages=recipe.stages,
+        directory=directory,
+        label="",
+        fresh=fresh,
+        listener=listener,
+        step=lambda: (next(numbers), total),
+    )
+
+
 def run(
     model: TorchModel,
     recipe: Recipe,
@@ -127,17 +141,7 @@ def run_baseline(model: TorchModel, recipe: Recipe, *, runs: Path, fresh: bool, 
     with alone(directory / ".lock", str(directory)):
         for folder in (directory, directory / "baseline"):
             tidy(folder, _OWN_NAMES)
-        numbers = iter(range(1, len(_BASELINE_STAGES) + 1))
-        river = _River(
-            recipe=recipe,
-            stages=recipe.stages,
-            directory=directory,
-            label="",
-            fresh=fresh,
-            listener=listener,
-            step=lambda: (next(numbers), len(_BASELINE_STAGES)),
-        )
-        return _baseline(model, river)
+        return _baseline(model, _river(recipe, directory, len(_BASELINE_STAGES), fresh=fresh, listener=listener))
 
 
 def run_stages(
@@ -154,17 +158,8 @@ def run_stages(
     make_directory(directory)
     with alone(directory / ".lock", str(directory)):
         tidy(directory, _OWN_NAMES)
-        numbers = iter(range(1, len(stages) + 1))
-        river = _River(
-            recipe=recipe,
-            stages=stages,
-            directory=directory,
-            label="",
-            fresh=fresh,
-            listener=listener,
-            step=lambda: (next(numbers), len(stages)),
-        )
-        return _flow(model, river, None, "")
+        river = _river(recipe, directory, len(stages), fresh=fresh, listener=listener)
+        return _flow(model, dataclasses.replace(river, stages=stages), None, "")
 
 
 def _check(model: TorchModel, recipe: Recipe) -> None:
@@ -189,16 +184,7 @@ def _run(
     without = _no_baseline(weights, recipe)
     wants_baseline = not without and any(name == "measure" for name, _ in recipe.stages)
     total = len(recipe.stages) + (len(_BASELINE_STAGES) if wants_baseline else 0)
-    numbers = iter(range(1, total + 1))
-    river = _River(
-        recipe=recipe,
-        stages=recipe.stages,
-        directory=directory,
-        label="",
-        fresh=fresh,
-        listener=listener,
-        step=lambda: (next(numbers), total),
-    )
+    river = _river(recipe, directory, total, fresh=fresh, listener=listener)
     baseline: CompiledModel | None = None
     if wants_baseline:
         baseline = _baseline(model, river)

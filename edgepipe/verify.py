@@ -239,9 +239,9 @@ def _graph(path: Path, manifest: Json) -> None:
     from edgepipe.runtime import open_graphs
 
     opened = open_graphs(read_bundle(path), 1)
-    behind_encoder = manifest["task"] == "text2text-generation" and not manifest["ends"]
-    if behind_encoder and "scorer" in manifest["graphs"]:
-        opened.scorer()  # opened only when it is used
+    reader = getattr(opened, "reader", None)
+    if reader is not None and "scorer" in manifest["graphs"]:
+        reader.scorer()  # opened only when it is used
 
 
 _CHECKS = (

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,11 @@ import onnxruntime as ort
 
 from edgepipe.errors import ContractError, TargetError
 from edgepipe.runtime.packed import Unpacked, unpack_weights
+from edgepipe.runtime.source_reading import SOURCE_MASK, Source, SourceReader, reads_sources
 
-# cross_key.i, cross_value.i [1, kv_heads, tokens, head_dim]: codes where the cache is int8; the mask [1, tokens] int64
-Source = dict[str, np.ndarray]
 # Add + LayerNormalization → SkipLayerNormalization: 1.93 ms instead of 0.28 on 1,024 rows of 384 (one thread of an AMD
 # EPYC, onnxruntime 1.31), a sixth of an 8-bit encoder's time, and no gain on a single row.
 _NOT_FASTER = ["SkipLayerNormFusion"]
-_SOURCE_MASK = "encoder_attention_mask"
 _TENSORS = {"float32": "tensor(float)", "float16": "tensor(float16)", "int8": "tensor(int8)"}  # onnxruntime's words
 
 
@@ -70,7 +67,7 @@ class Cache:
         """
         names = [f"{kind}.{layer}" for layer, kind, _ in self.layers]
         own = {name: buffer[:, :, :tokens] for name, buffer in zip(names, self._buffers, strict=True)}
-        return own | {n: x for n, x in (self._sources[0] or {}).items() if n != _SOURCE_MASK}
+        return own | {n: x for n, x in (self._sources[0] or {}).items() if n != SOURCE_MASK}
 
     def bind_sources(self) -> None:
         """Bind the sources of all rows to the bindings of this cache, unless they are; ContractError without one."""
@@ -94,12 +91,12 @@ def _joined_sources(sources: Sequence[Source | None]) -> Source:
         raise ContractError(f"{len(sources) - len(read)} of {len(sources)} rows have no source: read one first")
     if len(read) == 1:
         return read[0]
-    longest = max(source[_SOURCE_MASK].shape[1] for source in read)
+    longest = max(source[SOURCE_MASK].shape[1] for source in read)
 
     def padded(array: np.ndarray, axis: int) -> np.ndarray:
         return np.pad(array, [(0, longest - size if a == axis else 0) for a, size in enumerate(array.shape)])
 
-    axes = {name: 1 if name == _SOURCE_MASK else 2 for name in read[0]}  # of the tokens
+    axes = {name: 1 if name == SOURCE_MASK else 2 for name in read[0]}  # of the tokens
     return {name: np.concatenate([padded(source[name], axis) for source in read]) for name, axis in axes.items()}
 
 
@@ -139,16 +136,11 @@ class Decoder:
         session: ort.InferenceSession,
         model: dict[str, Any],
         cache_dtype: str,
-        encoder: Graph | None = None,
-        open_scorer: Callable[[], Graph] | None = None,
+        reader: SourceReader | None = None,
     ) -> None:
-        """Join the opened graphs; `open_scorer` opens the one that only `score` needs, when it is needed."""
+        """Join the opened graph, and what reads sources where there is an encoder."""
         self._session = session
-        self._encoder = encoder
-        self._source_context = 0 if encoder is None else int(model["source_context"])
-        self._open_scorer = open_scorer
-        self._scorer: Graph | None = None
-        self._opening = threading.Lock()
+        self.reader = reader
         self._cache_dtype = cache_dtype
         self._layers = int(model["layers"])
         self._cache_shape = (int(model["kv_heads"]), int(model["context"]), int(model["head_dim"]))
@@ -165,36 +157,11 @@ class Decoder:
 
         Raises ContractError for a source that is too long, or a decoder that has no encoder in front.
         """
-        cache.set_source(row, self._read(ids))
-
-    def _read(self, ids: np.ndarray) -> Source:
-        if self._encoder is None:
-            raise ContractError("this decoder continues its prompt and reads no source")
-        if ids.shape[1] > self._source_context:
-            raise ContractError(
-                f"a source of {ids.shape[1]} tokens does not fit the {self._source_context} it may have"
-            )
-        mask = np.ones(ids.shape, np.int64)
-        crossed = self._encoder.run({"input_ids": np.ascontiguousarray(ids, np.int64), "attention_mask": mask})
-        return {**crossed, _SOURCE_MASK: mask}
+        cache.set_source(row, reads_sources(self.reader).read(ids))
 
     def score(self, ids: np.ndarray, prefix: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """Return the logits [C] float32 of `tokens` [C] int64 as the next after `prefix` [1, S], for a source [1, N].
-
-        Of the output matrix only the rows of those tokens are read.
-        """
-        feeds = {"input_ids": prefix, "token_ids": tokens, **self._read(ids)}
-        logits: np.ndarray = self.scorer().run(feeds)["logits"][0]
-        return logits
-
-    def scorer(self) -> Graph:
-        """Return the graph `scorer`, opened on first use; ContractError when the bundle has none."""
-        if self._open_scorer is None:
-            raise ContractError("the bundle has no graph `scorer`: build it again")
-        with self._opening:
-            if self._scorer is None:
-                self._scorer = self._open_scorer()
-            return self._scorer
+        """Return the logits [C] float32 of `tokens` [C] int64 as the next after `prefix` [1, S], of a source [1, N]."""
+        return reads_sources(self.reader).score(ids, prefix, tokens)
 
     def run(
         self, cache: Cache, input_ids: np.ndarray, past: np.ndarray, lengths: np.ndarray, positions: np.ndarray
@@ -211,7 +178,7 @@ class Decoder:
             raise ContractError(f"{longest + sequence} tokens do not fit the context of {self.context}")
         if batch > 1 and sequence > 1 and past.any():
             raise ContractError("several rows can only take several tokens when all start at past 0")
-        if self._encoder is not None:
+        if self.reader is not None:
             cache.bind_sources()
         if sequence == 1 and positions.shape[1] == 1:
             return self._run_step(cache, input_ids, past)
@@ -262,13 +229,14 @@ def open_decoder(path: Path, manifest: dict[str, Any], threads: int | None) -> D
 
     cross, ids = _cross_ends(model, dtype), ("tensor(int64)", (None, None))
     encoder = opened("encoder", ({"input_ids": ids, "attention_mask": ids}, cross), weights)
-    scored = {"input_ids": ids, "token_ids": ("tensor(int64)", (None,)), **cross, _SOURCE_MASK: ids}
+    scored = {"input_ids": ids, "token_ids": ("tensor(int64)", (None,)), **cross, SOURCE_MASK: ids}
     logits = ("tensor(float)", (None, None))
 
     def open_scorer() -> Graph:  # perhaps never: the weights aren't kept for it
         return opened("scorer", (scored, {"logits": logits}), unpack_weights(path, manifest))
 
-    return Decoder(session, model, dtype, encoder, open_scorer if "scorer" in graphs else None)
+    reader = SourceReader(encoder, int(model["source_context"]), open_scorer if "scorer" in graphs else None)
+    return Decoder(session, model, dtype, reader)
 
 
 def _cross_ends(model: dict[str, Any], cache_dtype: str) -> _Ends:
@@ -404,7 +372,7 @@ def check_ends(
         **{f"past_{layer}": cache for layer in layers},
     }
     if has_source:
-        inputs |= {**_cross_ends(model, cache_dtype), _SOURCE_MASK: ("tensor(int64)", (None, None))}
+        inputs |= {**_cross_ends(model, cache_dtype), SOURCE_MASK: ("tensor(int64)", (None, None))}
     outputs = {
         "logits": ("tensor(float)", (None, None, model["vocab_size"])),
         **{f"present_{layer}": cache for layer in layers},

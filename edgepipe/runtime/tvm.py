@@ -27,12 +27,12 @@ import numpy as np
 from edgepipe.errors import ConfigError, ContractError, TargetError
 from edgepipe.runtime.bundle import verify_hashes
 from edgepipe.runtime.library import STORED, FunctionFacts, LibraryFacts, check_processor, read_library
+from edgepipe.runtime.source_reading import Source, SourceReader, reads_sources
 
 _CPU, _POOLED = 1, 2  # DLPack's device type; TVM's allocator that keeps freed blocks
 _BIG_CORES = 1  # TVM's mode of a thread pool
 _ALIGNMENT = 64  # of an array that kernels load vectors from
 _RUNTIME = "libtvm_runtime.so"
-_SOURCE_MASK = "encoder_attention_mask"
 _POOL = threading.local()  # what the calling thread's pool is set to: TVM has one per thread, for all libraries
 _IDS = ("input_ids", "decoder_input_ids", "token_ids")  # inputs that choose rows of the embedding
 
@@ -234,7 +234,7 @@ class Row:
 
     def __init__(self, caches: list[Any]) -> None:
         self.caches = caches
-        self.source: dict[str, np.ndarray] | None = None
+        self.source: Source | None = None
 
 
 class Decoder:
@@ -245,10 +245,10 @@ class Decoder:
         self._library = library
         self._prefill = library.function("decoder_prefill")
         self._step = library.function("decoder_step")
-        self._has_source = "encoder" in manifest["graphs"] and "source_context" in model
-        self._encoder = library.function("encoder") if self._has_source else None
-        self._source_context = int(model.get("source_context", 0))
-        self._open_scorer = partial(library.function, "scorer") if "scorer" in manifest["graphs"] else None
+        self.reader = None
+        if "encoder" in manifest["graphs"] and "source_context" in model:
+            open_scorer = partial(library.function, "scorer") if "scorer" in manifest["graphs"] else None
+            self.reader = SourceReader(library.function("encoder"), int(model["source_context"]), open_scorer)
         self._dtype = cache["dtype"]
         self._shape = (1, int(model["kv_heads"]), int(model["context"]), int(model["head_dim"]))
         self.context = int(model["context"])
@@ -265,30 +265,11 @@ class Decoder:
 
     def read_source(self, cache: list[Row], row: int, ids: np.ndarray) -> None:
         """Run the encoder over ids [1, tokens] int64 and keep what the decoder reads of it for one row of the cache."""
-        cache[row].source = self._read(ids)
-
-    def _read(self, ids: np.ndarray) -> dict[str, np.ndarray]:
-        if self._encoder is None:
-            raise ContractError("this decoder continues its prompt and reads no source")
-        if ids.shape[1] > self._source_context:
-            raise ContractError(
-                f"a source of {ids.shape[1]} tokens does not fit the {self._source_context} it may have"
-            )
-        mask = np.ones(ids.shape, np.int64)
-        crossed = self._encoder.run({"input_ids": np.asarray(ids, np.int64), "attention_mask": mask})
-        return {**crossed, _SOURCE_MASK: mask}
+        cache[row].source = reads_sources(self.reader).read(ids)
 
     def score(self, ids: np.ndarray, prefix: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """Return the logits [C] float32 of `tokens` [C] as the next after `prefix` [1, S], for a source [1, N]."""
-        feeds = {"input_ids": prefix, "token_ids": tokens, **self._read(ids)}
-        logits: np.ndarray = self.scorer().run(feeds)["logits"][0]
-        return logits
-
-    def scorer(self) -> Function:
-        """Return the graph `scorer`; ContractError when the bundle has none."""
-        if self._open_scorer is None:
-            raise ContractError("the bundle has no graph `scorer`: build it again")
-        return self._open_scorer()
+        """Return the logits [C] float32 of `tokens` [C] as the next after `prefix` [1, S], of a source [1, N]."""
+        return reads_sources(self.reader).score(ids, prefix, tokens)
 
     def run(
         self, cache: list[Row], input_ids: np.ndarray, past: np.ndarray, lengths: np.ndarray, positions: np.ndarray
@@ -310,7 +291,7 @@ class Decoder:
 
     def _run_row(self, row: Row, ids: np.ndarray, past: int, wanted: np.ndarray) -> np.ndarray:
         """Append ids [1, n] to one row; return logits [1, P, vocab]."""
-        if self._has_source and row.source is None:
+        if self.reader is not None and row.source is None:
             raise ContractError("a row has no source: read one first")
         places = np.arange(past, past + ids.shape[1], dtype=np.int64)[None]
         feeds = {
