@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_pipeline import STAGES, command, hashes
+from tests.test_pipeline import STAGES, hashes
+from tests.test_pipeline_faults import command
 
 ROOT = Path(__file__).resolve().parents[2]
 OWN = ["unshare", "--map-root-user", "--mount"]  # a namespace in which anybody may mount, and nobody else sees it

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from tests.faults import Runs
-from tests.test_pipeline import STAGES, assert_one_sentence, assert_tidy, command, hashes, sealed, start_folder
+from tests.test_pipeline import STAGES, hashes
+from tests.test_pipeline_faults import assert_one_sentence, assert_tidy, command, sealed, start_folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reason="kill -9 and forks are POSIX")]
 
