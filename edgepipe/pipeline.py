@@ -430,6 +430,18 @@ def forget_stages(model: TorchModel, recipe: Recipe, *, runs: Path) -> None:
                 shutil.rmtree(kept)
 
 
+def lend_stage(model: TorchModel, recipe: Recipe, stage: str, source: Path, runs: Path) -> None:
+    """Copy what a recipe's first stage made under `source` to its run under `runs`, which then needn't repeat it."""
+    name = f"01-{stage}"
+    made, directory = source / run_name(model, recipe) / name, runs / run_name(model, recipe)
+    make_directory(directory)
+    with alone(directory / ".lock", str(directory)):
+        staged = directory / f".{name}.tmp"
+        shutil.rmtree(staged, ignore_errors=True)
+        shutil.copytree(made, staged)
+        publish(staged, directory / name)
+
+
 def _publish_bundle(compiled: CompiledModel, target: Path) -> None:
     """Copy the finished bundle to where the user wants it; an earlier one there stays until the copy is whole."""
     manifest = target / MANIFEST

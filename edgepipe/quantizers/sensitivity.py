@@ -106,12 +106,25 @@ def measure(
     for unit, choice in left:
         values = {name: WeightStore({name: w}).float32(name) for name, w in unit.choices[choice].items()}
         with swapped(slots, values):
-            parts = [
-                distances(kind_of(info), rows_of(module, info, batch)[::step], rows)
-                for batch, rows in zip(batches, reference, strict=True)
-            ]
-        loss = float(torch.cat(parts).mean())
+            loss = _distance(module, info, batches, (reference, step))
         found[unit.name, choice] = loss
         keep((unit.name, choice), loss)
         progress("sensitivity", len(found), len(wanted))
     return found
+
+
+def apart(module: Any, whole: Any, info: ModelInfo, batches: Sequence[Batch]) -> float:
+    """Return how far a module's outputs are from those of the one it was pruned from: the same mean distance."""
+    return _distance(module, info, batches, reference_rows(whole, info, batches))
+
+
+def _distance(
+    module: Any, info: ModelInfo, batches: Sequence[Batch], reference: tuple[Sequence[torch.Tensor], int]
+) -> float:
+    """Return the mean distance of a module's rows from reference rows, of which every `step`-th was kept."""
+    expected, step = reference
+    parts = [
+        distances(kind_of(info), rows_of(module, info, batch)[::step], rows)
+        for batch, rows in zip(batches, expected, strict=True)
+    ]
+    return float(torch.cat(parts).mean())

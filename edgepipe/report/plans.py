@@ -16,11 +16,10 @@ _SHOWN = 12  # matrices in the table; a sentence counts the others
 def search_of(record: Json) -> Search:
     """Return the search that a run recorded."""
     examples = record["data"]["examples"]
-    fixed = record["fixed_bytes"]
     points = tuple(
         {
-            **{key: point[key] for key in ("cost", "loss", "value", "drop", "limit", "bundle_bytes")},
-            "bytes": fixed + point["bytes"],
+            **{key: point[key] for key in ("cost", "bytes", "loss", "value", "drop", "limit", "bundle_bytes")},
+            "prune_ratio": point.get("prune_ratio", 0.0),
             "example_ms": None if point["seconds"] is None else 1000 * point["seconds"] / examples,
         }
         for point in record["frontier"]
@@ -41,6 +40,7 @@ def tried(search: Search) -> Iterator[tuple[str, ...]]:
             continue
         within = point["limit"] is not None and point["limit"] <= search.max_drop
         yield (
+            *((f"{100 * point['prune_ratio']:.3g} %",) if search.prunes else ()),
             f"{point['bytes'] / 1e6:,.2f}",
             f"{point['bundle_bytes'] / 1e6:,.1f}",
             f"{point['loss']:.2g}",
@@ -71,6 +71,11 @@ def budget_sentences(search: Search) -> Iterator[str]:
         "The loss is a sum over the matrices, each rounded alone; it only says in which order plans stand. The time is "
         "that of one pass, not taken in turn."
     )
+    if search.prunes:
+        yield (
+            "Pruned: the share of FFN channels and heads that was asked for. Each such model is measured by itself; "
+            "how far pruning alone moved its outputs is part of the loss."
+        )
     left = sum(point["value"] is None for point in search.points)
     if left:
         yield f"{left} more plans of the frontier weren't built: each lies between two that were."

@@ -123,11 +123,15 @@ class Search:
     data: Json  # name, sha256, examples
     loss_unit: str
     float_value: float
-    points: tuple[
-        Json, ...
-    ]  # the costliest first: cost, bytes, loss, and of tried ones value, drop, limit, example_ms …
+    # the costliest first: prune_ratio, cost, bytes, loss, and of tried ones value, drop, limit, example_ms …
+    points: tuple[Json, ...]
     chosen: int
     units: tuple[Json, ...]  # matrices that got one choice: name, tensors, choice, bytes, and their other choices
+
+    @property
+    def prunes(self) -> bool:
+        """Say whether models that are pruned were weighed too."""
+        return any(point["prune_ratio"] for point in self.points)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -87,16 +87,17 @@ def _choices(one: BundleReport) -> Iterator[Section]:
 
 def search_sections(search: Search) -> Iterator[Section]:
     """Yield how a budget was kept, and which matrices got more bits for it."""
+    first = ("pruned",) if search.prunes else ()
     yield Section(
         title="Quality, bytes and time",
         key="search",
         table=Table(
             header=(
-                *("matrices, MB", "bundle, MB", f"loss, {search.loss_unit}", search.metric, "drop", "at most"),
+                *(*first, "matrices, MB", "bundle, MB", f"loss, {search.loss_unit}", search.metric, "drop", "at most"),
                 *("ms an example", ""),
             ),
             rows=tuple(tried(search)),
-            words=frozenset({7}),
+            words=frozenset({7 + len(first)}),
         ),
         sentences=tuple(budget_sentences(search)),
     )

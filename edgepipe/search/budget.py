@@ -2,7 +2,8 @@
 
     float        the uncompressed baseline, scored on the data
     sensitivity  what each matrix loses on each grid, once (quantizers/sensitivity.py)
-    frontier     the plans that no other beats in cost and summed loss (numerics/knapsack.py)
+    frontier     the plans that no other beats in cost and summed loss (numerics/knapsack.py); where the recipe prunes,
+                 over models pruned by none, half and all of `prune.ratio` (branches.py)
     candidates   real bundles of some of them, scored on the same data: halving the frontier between one that keeps the
                  budget and one that doesn't, until they are neighbours
 
@@ -13,7 +14,6 @@ the same bundle without a search.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,26 +23,29 @@ import numpy as np
 
 from edgepipe.artifacts import CompiledModel, Json, Measured, TorchModel
 from edgepipe.errors import BudgetError, ConfigError, ContractError
-from edgepipe.graph.tasks import GENERATION
 from edgepipe.lock import alone
 from edgepipe.measuring.evaluation import score_bundle
-from edgepipe.numerics.knapsack import Point, frontier
 from edgepipe.pipeline import Listener, make_directory, run, run_baseline, run_name
 from edgepipe.quantizers.row_options import TERNARY, by_token
-from edgepipe.quantizers.sensitivity import Key, Unit
-from edgepipe.quantizers.texts import Calibration, check_calibration, fingerprint
-from edgepipe.recipe import Recipe, Stage
+from edgepipe.quantizers.texts import check_calibration
+from edgepipe.recipe import Recipe
 from edgepipe.rows import Data, open_data
 from edgepipe.search.asked import Wanted
-from edgepipe.search.costs import bytes_of, times_of
-from edgepipe.search.kept import open_losses, read_score, write_score
+from edgepipe.search.branches import (
+    PRUNE,
+    Branch,
+    Plan,
+    Search,
+    branches,
+    check_pruning,
+    clear_away,
+    hand_over,
+    plans_of,
+    texts_of,
+)
+from edgepipe.search.kept import read_score, write_score
 from edgepipe.search.promise import Drop, check_enough, drop_of
-from edgepipe.search.units import overrides_of, that_count, units_of
 from edgepipe.store import cache_key, write_json
-
-POINTS = 33  # of the frontier, at equal steps of cost: halving them takes five bundles, beside those at both ends
-# Calibration rows, of a model that predicts at every token and of one that answers once a text; each choice runs them
-_WRITTEN, _ANSWERED, _TOKENS = 16, 64, 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +63,7 @@ class Found:
         point = self.record["frontier"][self.record["chosen"]]
         return {name: self.record[name] for name in names} | {
             "float_value": self.record["float"]["value"],
-            **{name: point[name] for name in ("value", "drop", "limit")},
+            **{name: point[name] for name in ("prune_ratio", "value", "drop", "limit")},
             "bundles_tried": sum(one["value"] is not None for one in self.record["frontier"]),
         }
 
@@ -81,33 +84,9 @@ class _Scored:
     record: Json  # value, bundle_bytes, seconds, files
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Search:
-    """Hold what stays the same during one search."""
-
-    model: TorchModel
-    recipe: Recipe
-    wanted: Wanted
-    data: Data
-    directory: Path
-    runs: Path
-    fresh: bool
-    listener: Listener
-
-    @property
-    def stage(self) -> Stage:
-        """Return the recipe's stage `quantize`."""
-        return dict(self.recipe.stages)["quantize"]
-
-    def with_overrides(self, overrides: Sequence[str]) -> Recipe:
-        """Return the recipe with a plan behind its own overrides, which a plan knows of."""
-        stage = replace(self.stage, overrides=tuple(overrides))
-        return replace(self.recipe, stages=tuple((n, stage if n == "quantize" else s) for n, s in self.recipe.stages))
-
-
 def check_search(model: TorchModel, recipe: Recipe, wanted: Wanted) -> None:
     """Refuse, before any work, what a search can't do."""
-    first, stage = recipe.stages[0]
+    first, stage = next(one for one in recipe.stages if one[0] != PRUNE)
     if first != "quantize":
         raise ConfigError(
             f"--max-drop: it searches how MODEL itself is quantized, but the recipe has {first} first: run that by "
@@ -120,9 +99,11 @@ def check_search(model: TorchModel, recipe: Recipe, wanted: Wanted) -> None:
         raise ConfigError(
             f"--max-drop: it searches grids of 2 to 16 bits, and trains nothing: leave quantize.bits={TERNARY} out"
         )
-    check_calibration(model.info, _texts(stage, model.info.task))
+    check_calibration(model.info, texts_of(stage, model.info.task))
+    data = _data(wanted)
+    check_pruning(recipe, data)
     if wanted.options.described.columns:
-        wanted.options.places(_data(wanted).suffix)
+        wanted.options.places(data.suffix)
 
 
 def _data(wanted: Wanted) -> Data:
@@ -142,7 +123,7 @@ def search_plan(
     directory = runs / run_name(model, recipe) / "search"
     make_directory(directory)
     with alone(directory / ".lock", str(directory)):
-        search = _Search(
+        search = Search(
             model=model,
             recipe=recipe,
             wanted=wanted,
@@ -155,7 +136,7 @@ def search_plan(
         return _search(search)
 
 
-def _search(search: _Search) -> Found:
+def _search(search: Search) -> Found:
     listener, wanted = search.listener, search.wanted
     listener.begin("float model", 1, 3)
     started = time.perf_counter()
@@ -167,9 +148,9 @@ def _search(search: _Search) -> Found:
 
     listener.begin("sensitivity", 2, 3)
     started = time.perf_counter()
-    units, losses = _sensitivity(search)
-    points = _thinned(frontier(_costs(search, units), [[losses[u.name, c] for c in u.choices] for u in units]))
-    said = f"{len(units)} matrices or groups of them, {len(losses)} losses; {len(points)} plans on the frontier"
+    found = branches(search, Inner(listener))
+    plans = plans_of(search, found)
+    said = _measured(found, len(plans))
     listener.end("sensitivity", time.perf_counter() - started, reused=False, notes=(said,))
 
     listener.begin("candidates", 3, 3)
@@ -177,33 +158,42 @@ def _search(search: _Search) -> Found:
     tried: dict[int, tuple[_Scored, Drop]] = {}
 
     def holds(place: int) -> bool:
-        listener.progress("candidates", len(tried), most_asked(len(points)))
-        found = _candidate(search, overrides_of(units, _choices(units, points[place])))
-        drop = drop_of(wanted.options, wanted.budget, found.rows, reference.rows)
-        tried[place] = found, drop
+        listener.progress("candidates", len(tried), most_asked(len(plans)))
+        scored = _candidate(search, plans[place])
+        drop = drop_of(wanted.options, wanted.budget, scored.rows, reference.rows)
+        tried[place] = scored, drop
         return drop.limit <= wanted.budget.amount
 
-    last = furthest(len(points), holds)
-    shutil.rmtree(search.directory / "work", ignore_errors=True)  # the last candidate's stages; scores are kept
-    record = _record(search, units, losses, points, tried, reference)
+    last = furthest(len(plans), holds)
+    clear_away(found)
+    record = _record(search, plans, tried, reference)
     path = search.directory / "search.json"
     if last is None:
         write_json(path, record)
         raise BudgetError(_nothing_holds(search, tried[0][1], path))
     chosen = min(
         (place for place, (_, drop) in tried.items() if drop.limit <= wanted.budget.amount),
-        key=lambda place: (points[place].cost, tried[place][0].record["bundle_bytes"]),
+        key=lambda place: (plans[place].cost, tried[place][0].record["bundle_bytes"]),
     )
-    record |= {"chosen": chosen, "units": _units(units, losses, points[chosen])}
+    record |= {"chosen": chosen, "units": _units(plans[chosen])}
     write_json(path, record)
-    found, drop = tried[chosen]
+    hand_over(search, plans[chosen])
+    scored, drop = tried[chosen]
+    size, value = scored.record["bundle_bytes"] / 1e6, scored.record["value"]
     said = (
-        f"{found.record['bundle_bytes'] / 1e6:,.1f} MB at {wanted.options.metric} {found.record['value']:.4g}: a drop "
-        f"of {wanted.budget.said(drop.value)}, at most {wanted.budget.said(drop.limit)} on new data"
+        f"{size:,.1f} MB at {wanted.options.metric} {value:.4g}: a drop of {wanted.budget.said(drop.value)}, "
+        f"at most {wanted.budget.said(drop.limit)} on new data"
     )
     listener.end("candidates", time.perf_counter() - started, reused=False, notes=(said,))
-    plan = overrides_of(units, _choices(units, points[chosen]))
-    return Found(recipe=search.with_overrides(plan), record=record, files=found.record["files"])
+    return Found(recipe=plans[chosen].recipe, record=record, files=scored.record["files"])
+
+
+def _measured(found: Sequence[Branch], plans: int) -> str:
+    """Say what was measured of the branches."""
+    ways = ", ".join(f"{one.ratio:.3g}" for one in found if one.ratio)
+    pruned = f"prune.ratio 0, {ways}; " if ways else ""
+    units, losses = found[0].units, sum(len(one.losses) for one in found)
+    return f"{pruned}{len(units)} matrices or groups of them, {losses} losses; {plans} plans on the frontier"
 
 
 def furthest(count: int, holds: Callable[[int], bool]) -> int | None:
@@ -227,66 +217,13 @@ def most_asked(count: int) -> int:
     return min(count, 2 + max(0, count - 2).bit_length())
 
 
-def _texts(stage: Stage, task: str) -> Calibration:
-    samples = min(stage.samples, _WRITTEN if task in GENERATION else _ANSWERED)
-    return Calibration(source=stage.calibration, samples=samples, tokens=min(stage.tokens, _TOKENS))
-
-
-def _sensitivity(search: _Search) -> tuple[list[Unit], dict[Key, float]]:
-    """Return the units on which the outputs depend, and the loss of each of their choices."""
-    from edgepipe.quantizers.modules import module_of
-    from edgepipe.quantizers.sensitivity import measure
-    from edgepipe.quantizers.texts import batches
-
-    model, stage, listener = search.model, search.stage, search.listener
-    texts = _texts(stage, model.info.task)
-    module = module_of(model)
-    found = batches(model, texts, seed=search.recipe.seed, module=module, progress=listener.progress)
-    units = units_of(model, stage, module, found[0])
-    grids = {name: getattr(stage, name) for name in ("symmetric", "import_", "method")}
-    key = cache_key(
-        model.info.fingerprint, model.info.task, grids, asdict(texts), fingerprint(texts), search.recipe.seed
-    )
-    known, keep = open_losses(search.directory / "sensitivity.jsonl", key, fresh=search.fresh)
-    losses = measure(
-        module, model.info, model.weights, units, found, known=known, keep=keep, progress=listener.progress
-    )
-    counted = that_count(units, losses)
-    names = {unit.name for unit in counted}
-    return counted, {of: loss for of, loss in losses.items() if of[0] in names}
-
-
-def _costs(search: _Search, units: Sequence[Unit]) -> list[list[float]]:
-    """Return what the search makes small: bytes, or ms."""
-    if search.wanted.goal == "smallest":
-        return bytes_of(units)
-    key = cache_key(asdict(search.recipe.target), dict(search.recipe.stages)["compile"].accuracy_level)
-    known, keep = open_losses(search.directory / "times.jsonl", key, fresh=search.fresh)
-    return times_of(search.model, search.recipe, units, known=known, keep=keep, progress=search.listener.progress)
-
-
-def _thinned(points: Sequence[Point]) -> list[Point]:
-    """Return at most POINTS points at about equal steps of cost, both ends among them."""
-    if len(points) <= POINTS:
-        return list(points)
-    costs = np.array([point.cost for point in points])
-    wanted = np.linspace(costs[0], costs[-1], POINTS)
-    places = sorted({int(np.abs(costs - cost).argmin()) for cost in wanted})
-    return [points[place] for place in places]
-
-
-def _choices(units: Sequence[Unit], point: Point) -> list[str]:
-    return [list(unit.choices)[number] for unit, number in zip(units, point.chosen, strict=True)]
-
-
-def _candidate(search: _Search, overrides: Sequence[str]) -> _Scored:
+def _candidate(search: Search, plan: Plan) -> _Scored:
     """Build and score the bundle of a plan; one that was scored before isn't built again."""
-    recipe = unchecked(search.with_overrides(overrides))
+    recipe = unchecked(plan.recipe)
     key = _score_key(search, recipe.to_json())
     if not search.fresh and (kept := read_score(search.directory / "scores", key)) is not None:
         return _Scored(rows=kept[0], record=kept[1])
-    work = search.directory / "work"
-    compiled = run(search.model, recipe, out=None, runs=work, fresh=False, listener=Inner(search.listener))
+    compiled = run(search.model, recipe, out=None, runs=plan.branch.runs, fresh=False, listener=Inner(search.listener))
     assert not isinstance(compiled, Measured)
     return _score(search, compiled.path, _files(compiled), recipe.to_json())
 
@@ -300,7 +237,7 @@ def unchecked(recipe: Recipe) -> Recipe:
     )
 
 
-def _score(search: _Search, bundle: Path, files: Mapping[str, str], recipe: Json) -> _Scored:
+def _score(search: Search, bundle: Path, files: Mapping[str, str], recipe: Json) -> _Scored:
     """Score a bundle on the data, and keep what came out."""
     key = _score_key(search, recipe)
     if not search.fresh and (kept := read_score(search.directory / "scores", key)) is not None:
@@ -318,10 +255,10 @@ def _score(search: _Search, bundle: Path, files: Mapping[str, str], recipe: Json
     return _Scored(rows=rows, record=record)
 
 
-def _score_key(search: _Search, recipe: Json) -> str:
+def _score_key(search: Search, recipe: Json) -> str:
     info, wanted = search.model.info, search.wanted
     target = asdict(search.recipe.target)
-    read = search.stage.reads()  # contents of calibration texts, which the recipe only names
+    read = {name: stage.reads() for name, stage in search.recipe.stages if hasattr(stage, "reads")}  # texts, data
     return cache_key(info.fingerprint, info.task, recipe, read, target, search.data.sha256, asdict(wanted.options))
 
 
@@ -336,18 +273,12 @@ def _differing(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:
 
 
 def _record(
-    search: _Search,
-    units: Sequence[Unit],
-    losses: Mapping[Key, float],
-    points: Sequence[Point],
-    tried: Mapping[int, tuple[_Scored, Drop]],
-    reference: _Scored,
+    search: Search, plans: Sequence[Plan], tried: Mapping[int, tuple[_Scored, Drop]], reference: _Scored
 ) -> Json:
     """Return what the report shows of a search."""
     from edgepipe.quantizers.outputs import UNITS, kind_of
 
     wanted, metric = search.wanted, search.wanted.options.described
-    fixed = search.model.weights.nbytes - sum(search.model.weights[n].nbytes for unit in units for n in unit.tensors)
     return {
         "max_drop": wanted.budget.amount,
         "relative": wanted.budget.relative,
@@ -356,18 +287,16 @@ def _record(
         "better": metric.better,
         "data": {"name": search.data.name, "sha256": search.data.sha256, "examples": len(reference.rows)},
         "loss_unit": UNITS[kind_of(search.model.info)],
-        "fixed_bytes": fixed,
         "float": {key: reference.record[key] for key in ("value", "bundle_bytes", "seconds")},
-        "frontier": [_shown(units, point, tried.get(place)) for place, point in enumerate(points)],
+        "frontier": [_shown(plan, tried.get(place)) for place, plan in enumerate(plans)],
         "chosen": None,
         "units": [],
     }
 
 
-def _shown(units: Sequence[Unit], point: Point, tried: tuple[_Scored, Drop] | None) -> Json:
+def _shown(plan: Plan, tried: tuple[_Scored, Drop] | None) -> Json:
     """Return a point of the frontier: what it costs, what it may lose, and what its bundle was found to be."""
-    nbytes = sum(unit.nbytes(choice) for unit, choice in zip(units, _choices(units, point), strict=True))
-    shown: Json = {"cost": point.cost, "loss": point.loss, "bytes": nbytes}
+    shown: Json = {"prune_ratio": plan.branch.ratio, "cost": plan.cost, "loss": plan.loss, "bytes": plan.nbytes}
     if tried is None:
         return shown | dict.fromkeys(("value", "drop", "limit", "bundle_bytes", "seconds"))
     scored, drop = tried
@@ -379,7 +308,7 @@ def _number(value: float) -> float | None:
     return value if np.isfinite(value) else None
 
 
-def _units(units: Sequence[Unit], losses: Mapping[Key, float], point: Point) -> list[Json]:
+def _units(plan: Plan) -> list[Json]:
     """Return what each unit got, and what it would lose at its other choices."""
     return [
         {
@@ -388,15 +317,15 @@ def _units(units: Sequence[Unit], losses: Mapping[Key, float], point: Point) -> 
             "choice": choice,
             "bytes": unit.nbytes(choice),
             "choices": [
-                {"choice": other, "bytes": unit.nbytes(other), "loss": losses[unit.name, other]}
+                {"choice": other, "bytes": unit.nbytes(other), "loss": plan.branch.losses[unit.name, other]}
                 for other in unit.choices
             ],
         }
-        for unit, choice in zip(units, _choices(units, point), strict=True)
+        for unit, choice in zip(plan.branch.units, plan.chosen, strict=True)
     ]
 
 
-def _nothing_holds(search: _Search, best: Drop, path: Path) -> str:
+def _nothing_holds(search: Search, best: Drop, path: Path) -> str:
     budget, options = search.wanted.budget, search.wanted.options
     return (
         f"no bundle keeps {options.metric} within {budget.said(budget.amount)} of the float model's: that with the "

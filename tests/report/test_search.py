@@ -23,7 +23,7 @@ def tried(cost: int, loss: float, drop: float, limit: float) -> dict[str, Any]:
     """Return a point whose bundle was scored, as search/budget.py records it."""
     return {
         "cost": cost,
-        "bytes": cost,
+        "bytes": cost + 500_000,
         "loss": loss,
         "value": 0.8 * (1 - drop),
         "drop": drop,
@@ -49,11 +49,10 @@ SEARCH: dict[str, Any] = {
     "better": "higher",
     "data": {"name": "pairs|.tsv", "sha256": "0" * 64, "examples": 500},
     "loss_unit": "1 − cosine",
-    "fixed_bytes": 500_000,
     "float": {"value": 0.8, "bundle_bytes": 9_000_000, "seconds": 4.0},
     "frontier": [
         tried(6_000_000, 0.0, 0.0, 0.0001),
-        {"cost": 4_000_000, "bytes": 4_000_000, "loss": 0.001, **UNTRIED},
+        {"cost": 4_000_000, "bytes": 4_500_000, "loss": 0.001, **UNTRIED},
         tried(2_000_000, 0.002, 0.004, 0.008),
         tried(1_000_000, 0.5, 0.2, 0.3),
     ],
@@ -132,6 +131,19 @@ def test_the_bundles_that_were_tried(searched: Path) -> None:
         "examples of pairs|.tsv."
     )
     assert found.sentences[-1].startswith("1 more plans of the frontier weren't built")
+
+
+def test_models_that_were_pruned_have_a_column(change_run: Callable[..., Path]) -> None:
+    ratios = (0.0, 0.0, 0.25, 0.5)
+    pruned = [{**one, "prune_ratio": ratio} for one, ratio in zip(SEARCH["frontier"], ratios, strict=True)]
+    found = section(change_run(lambda record: record.update(search={**SEARCH, "frontier": pruned})), "search")
+    assert found.table is not None and found.table.header[:2] == ("pruned", "matrices, MB")
+    assert [(row[0], row[-1]) for row in found.table.rows] == [
+        ("0 %", "within the budget"),
+        ("25 %", "chosen"),
+        ("50 %", "over"),
+    ]
+    assert any(sentence.startswith("Pruned: the share of") for sentence in found.sentences)
 
 
 def test_who_got_more_bits_and_why(searched: Path) -> None:
