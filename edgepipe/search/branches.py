@@ -115,6 +115,8 @@ def check_pruning(recipe: Recipe, data: Data) -> None:
     stage = dict(recipe.stages).get(PRUNE)
     if stage is None:
         return
+    if recipe.stages[0][0] != PRUNE:
+        raise ConfigError("--max-drop: it prunes before quantize: put prune first in the recipe's stages")
     for name in ("ffn", "ffn_widths", "kv_heads", "hidden", "layers", "decoder_layers", "sparsity", "pattern"):
         if getattr(stage, name):
             raise ConfigError(f"--max-drop: of pruning it searches the ratio alone: leave prune.{name} out")

@@ -136,7 +136,15 @@ def test_what_cannot_be_searched_is_refused(
     assert not (folder / "refused").exists()
 
 
-def test_no_plan_beats_another(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pruning_behind_quantize_is_refused(model: Path, folder: Path, data: Path) -> None:
+    file = folder / "behind.toml"
+    file.write_text('stages = ["quantize", "prune", "export", "compile"]\n', encoding="utf-8")
+    asked = Asked(max_drop="1%", data=str(data), options=COLUMNS)
+    with pytest.raises(ConfigError, match="put prune first in the recipe's stages"):
+        compress(str(model), resolve(target="cpu", file=file), listener=Silent(), runs=folder / "no", asked=asked)
+
+
+def test_no_plan_beats_another() -> None:
     """The frontier of two branches is that of all their plans, by asking every pair."""
     random = np.random.default_rng(0)
     plans: list[Any] = []
