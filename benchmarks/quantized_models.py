@@ -110,9 +110,17 @@ MODELS = (
 
 
 def _codes(bits: int, method: str, models: tuple[str, ...] = ()) -> Form:
-    options = {"method": method, "bits": bits, "group": GROUP, "symmetric": True}
+    options: dict[str, object] = {"method": method, "bits": bits, "group": GROUP, "symmetric": True}
     label = f"{bits}-bit, {method}" + (" (zero points)" if method == "hqq" else "")
     return Form(name=f"{method} {bits}", label=label, options=options, models=models)
+
+
+def _with_zero_points(method: str) -> Form:
+    """Return 4 bits on the grid that HQQ has by nature: does it, or the method, make the difference?"""
+    options = {**(_codes(4, method).options or {}), "symmetric": False}
+    return Form(
+        name=f"{method} 4, zero points", label=f"4-bit, {method} (zero points)", options=options, models=("pair",)
+    )
 
 
 def _sampled(shown: str, more: dict[str, object], *, own_texts: bool = False) -> Form:
@@ -144,6 +152,7 @@ FORMS = (
     _activations("static", "static, min-max", {"activations": "static"}),
     _activations("smooth", f"static, SmoothQuant {ALPHA}", {"activations": "static", "smooth": ALPHA}),
     *(_codes(4, method) for method in METHODS),
+    *(_with_zero_points(method) for method in ("rtn", "awq")),
     _SMALLEST,
     *(_codes(2, method, ("minilm",)) for method in METHODS),
     *(_sampled(f"{count} texts", {"samples": count}) for count in (4, 16, 32)),
