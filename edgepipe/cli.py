@@ -140,7 +140,7 @@ def compress_command(
     flags += [("distill", "student", student), ("distill", "data", data)]
     flags += [("distill", "steps", steps), ("distill", "minutes", minutes), ("prune", "ratio", prune)]
     room = room_of(budget_bytes, budget_ms)
-    chosen: list[tuple[str, str, object]] = [] if room is None else [("prune", "ratio", 0.0)]  # what is given wins
+    chosen: list[tuple[str, str, object]] = [] if room is None else [("prune", "importance", "nested")]
     chosen += [parse_setting(text) for text in settings]
     chosen += [(stage, option, value) for stage, option, value in flags if value is not None]
     before = [stage for stage, asked in (("trim", trim_vocab), ("distill", student)) if asked is not None]

@@ -29,6 +29,7 @@ _RECOVERY = (  # options that mean something to recovery alone
 _GENERATORS = ("own_texts", "alpha", "match_hidden", "max_target")  # of these, what encoders have no use for
 _TRAINERS = ("accelerate",)  # whose version decides a trained model's bytes, beside those that decide all results'
 _IMPORTANCE = ("activations", "magnitude", "nested")
+_QUARTER = 0.25
 _LAYERS_BY = ("contribution", "spread")
 
 
@@ -36,7 +37,9 @@ _LAYERS_BY = ("contribution", "spread")
 class Prune:
     """Options of the stage `prune`."""
 
-    ratio: float = 0.25  # share of FFN channels and key/value groups (their query heads too) removed, below 1
+    # share of FFN channels and key/value groups (their query heads too) removed, below 1; -1: 0.25, and 0 beside other
+    # sizes, zeros or nested widths
+    ratio: float = -1.0
     ffn: int = 0  # FFN channels kept in each layer; 0: as ratio says
     ffn_widths: tuple[int, ...] = ()  # the same layer by layer, an encoder's layers first; students alone
     kv_heads: int = 0  # key/value groups kept in each layer; 0: as ratio says
@@ -70,6 +73,8 @@ class Prune:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
+        if self.ratio == -1:
+            object.__setattr__(self, "ratio", 0.0 if self._other_cuts else _QUARTER)
         if not 0 <= self.ratio <= 1:  # 1 is refused with the nearest possible, once the model is known
             raise ConfigError(f"prune.ratio: expected a share from 0 to below 1, got {self.ratio:g}")
         for name in ("ffn", "kv_heads", "hidden", "layers", "decoder_layers"):
@@ -87,6 +92,12 @@ class Prune:
         if self.ffn and self.ffn_widths:
             raise ConfigError("prune.ffn and prune.ffn_widths: give one of them")
         self._check_recovery_options()
+
+    @property
+    def _other_cuts(self) -> bool:
+        """Say whether something else than the ratio says what is cut, or set to zero."""
+        sizes = self.ffn or self.ffn_widths or self.kv_heads or self.hidden or self.layers or self.decoder_layers
+        return bool(sizes or self.sparsity or self.pattern or self.importance == "nested")
 
     def _check_mask(self) -> None:
         """Refuse masks that can't be, and a choice of weights without one."""

@@ -126,7 +126,11 @@ def test_masks_that_cannot_be(options: dict[str, Any], sentence: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "sentence"),
     [
-        ("llama grouped", {"pattern": "4:8"}, "8 divides, but 75 columns .*: the nearest possible is prune.ffn=72, or"),
+        (
+            "llama grouped",
+            {"pattern": "4:8", "ratio": 0.25},
+            "8 divides, but 75 columns .*: the nearest possible is prune.ffn=72, or",
+        ),
         ("llama grouped", {"pattern": "4:8", "ffn": 99}, "99 columns .* the nearest possible is prune.ffn=96"),
         ("llama grouped", {"pattern": "3:7", "ffn": 98}, "96 columns .* prune.hidden counts: .* prune.hidden=91"),
         ("llama grouped", {"pattern": "5:64", "ffn": 64, "hidden": 64}, "96 columns .* prune.kv_heads counts: take"),

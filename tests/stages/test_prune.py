@@ -298,8 +298,11 @@ def test_what_cannot_be_is_refused_with_the_nearest_that_can(
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"hidden": 50}, "hidden: 50 isn't possible .* multiple of its heads' 16 .* the nearest possible is 48"),
-        ({"hidden": 32}, "takes the 3 heads that are kept: the nearest possible is 48"),
+        (
+            {"hidden": 50, "ratio": 0.25},
+            "hidden: 50 isn't possible .* multiple of its heads' 16 .* the nearest possible is 48",
+        ),
+        ({"hidden": 32, "ratio": 0.25}, "takes the 3 heads that are kept: the nearest possible is 48"),
         ({"calibration": "prose-eval"}, "evaluation"),
     ],
 )
@@ -328,3 +331,18 @@ def test_a_family_without_a_table_is_refused_with_those_that_work(folder: Path) 
     path = save_encoder(folder / "albert", "albert", embedding_size=32)
     with pytest.raises(ConfigError, match=r"no table for 'albert' .*llama, .*bert, .*edgepipe_encoder_decoder"):
         Prune().check(open_model(str(path)))
+
+
+@pytest.mark.parametrize(
+    ("options", "ratio"),
+    [
+        ({}, 0.25),
+        ({"importance": "magnitude"}, 0.25),
+        ({"pattern": "2:4"}, 0.0),
+        ({"layers": 2}, 0.0),
+        ({"importance": "nested", "ffn": 64}, 0.0),
+        ({"layers": 2, "ratio": 0.5}, 0.5),
+    ],
+)
+def test_a_quarter_is_cut_where_nothing_else_is_asked_for(options: dict[str, Any], ratio: float) -> None:
+    assert Prune(**options).ratio == ratio
