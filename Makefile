@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 SETUP := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench optimum clean
+.PHONY: help demo test test-slow test-cross lint bench optimum clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -22,6 +22,10 @@ test: $(VENV)/.dev ## run the fast tests: what CI runs
 
 test-slow: $(VENV)/.dev ## run the tests that take longer
 	$(BIN)/python -m pytest -m slow  # one at a time: some measure time and memory
+
+test-cross: $(VENV)/.cross ## run bundles for other machines under qemu (Debian; a download of 230 MB the first time)
+	$(BIN)/python -m tests.slow.cross_machine
+	$(BIN)/python -m pytest -m slow tests/slow/test_cross.py -rs
 
 lint: $(VENV)/.dev ## check style, formatting, types and the Dockerfile
 	$(BIN)/ruff check .
@@ -36,7 +40,7 @@ bench: $(VENV)/.bench ## run edgepipe beside its peers on the same model (an hou
 optimum: .venv-optimum/.stamp ## set up optimum's exporter in .venv-optimum, for --set export.exporter=optimum
 
 clean: ## remove environments, caches and builds; runs/ stays
-	rm -rf $(VENV) .venv-peers .venv-optimum build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-peers .venv-optimum .cross build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp per set of extras: later ones hold the earlier ones, so no set-up takes away what another brought.
@@ -50,12 +54,17 @@ $(VENV)/.dev: $(VENV)/bin/python
 	$(PIP) --editable ".[compress,eval,train,tvm,dev]"
 	@touch $@ $(VENV)/.compress
 
+$(VENV)/.cross: $(VENV)/.dev
+	@echo "Adding [cross] to $(VENV): Zig"
+	$(PIP) --editable ".[compress,eval,train,tvm,dev,cross]"
+	@touch $@
+
 $(VENV)/.bench: $(VENV)/bin/python
 	@echo "Setting up $(VENV) with [compress,bench]: torch, transformers and the peers, some minutes the first time"
 	$(PIP) --editable ".[compress,bench]"
 	@touch $@ $(VENV)/.compress
 
-$(VENV)/.compress $(VENV)/.dev $(VENV)/.bench: $(SETUP)
+$(VENV)/.compress $(VENV)/.dev $(VENV)/.cross $(VENV)/.bench: $(SETUP)
 
 # Beside .venv, never in it: optimum-onnx wants an older transformers.
 .venv-optimum/.stamp: pyproject.toml constraints-optimum.txt

@@ -40,17 +40,17 @@ def compress(
     recipe are searched for first (docs/quantize.md): the smallest bundle whose metric stays within a budget. With
     `without_slower` grids whose products are slower than float ones on this machine are undone first. Where the recipe
     leaves the engine open the faster one is chosen (docs/tvm.md), and with `keep_both` the other's bundle stays beside
-    it. `room` cuts the widest member that fits out of a nested student (docs/prune.md). Raises ConfigError before any
-    work begins, StageError or TargetError when a stage fails, BudgetError when no bundle keeps the budget: none is
-    written then. Of several processes that a launcher started the first one does this; the others help it train, and
-    end here.
+    it. A bundle that can't run on this machine isn't measured, and the summary says why. `room` cuts the widest member
+    that fits out of a nested student (docs/prune.md). Raises ConfigError before any work begins, StageError or
+    TargetError when a stage fails, BudgetError when no bundle keeps the budget: none is written then. Of several
+    processes that a launcher started the first one does this; the others help it train, and end here.
     """
     from edgepipe.pipeline import run, run_name
-    from edgepipe.report.budgets import over_budget
     from edgepipe.sources import open_model
     from edgepipe.training.processes import dismiss_the_others, follow, follows
 
     _check_flags(recipe, asked, room, out, without_slower=without_slower, keep_both=keep_both)
+    recipe, unmeasured = _without_measuring(recipe)
     source = open_model(model, task)
     if follows():
         follow(source, recipe.stages, recipe.target, recipe.seed)
@@ -83,10 +83,7 @@ def compress(
             summary["engines"] = _engines(chosen, place, keep_both=keep_both)
         if without_slower:
             summary["undone"] = [name for one in beside["products"] if one["undone"] for name in one["tensors"]]
-        if isinstance(result, Measured):
-            budgets, name = dataclasses.asdict(recipe.target.budgets), recipe.target.name
-            summary["over_budget"] = over_budget(result.figures, budgets, name)
-            summary["report"] = str(_write_report(directory, result.model.path))
+        summary.update(_reported(result, recipe, directory, beside, unmeasured))
 
     def accept(bundle: CompiledModel) -> None:
         """Let nothing be written that isn't the bundle whose drop was measured."""
@@ -155,6 +152,38 @@ def _check_flags(
     if engine == AUTO and (asked is not None or room is not None):
         flag = "--max-drop" if room is None else "a budget of bytes or time"
         raise ConfigError(f"{flag} measures one engine's bundle: name an engine in place of auto")
+    _check_measured_here(recipe, timed or ("--max-drop" if asked else "--budget-ms" if room and room.ms else None))
+
+
+def _check_measured_here(recipe: Recipe, flag: str | None) -> None:
+    """Refuse a flag that measures bundles, and a choice between engines, where this machine can't."""
+    from edgepipe.search.engines import engine_of
+
+    if flag is None and engine_of(recipe) == AUTO and len(recipe.target.engines) > 1:
+        flag = "--engine auto"
+    if flag and (reason := why_not_measured(recipe)):
+        raise ConfigError(f"{flag} measures on this machine, and {reason}: leave it out")
+
+
+def _without_measuring(recipe: Recipe) -> tuple[Recipe, str]:
+    """Return the recipe without `measure` where this machine can't, and why; else as it is, and an empty text."""
+    stages = tuple(one for one in recipe.stages if one[0] != "measure")
+    reason = why_not_measured(recipe) if len(stages) < len(recipe.stages) else ""
+    return (dataclasses.replace(recipe, stages=stages), reason) if reason else (recipe, "")
+
+
+def why_not_measured(recipe: Recipe) -> str:
+    """Say why this machine can't measure what a recipe builds; empty where it can."""
+    from edgepipe.engines.native import runs_here
+    from edgepipe.search.engines import engine_of
+
+    target = recipe.target
+    if target.measurable != "here":
+        return f"the target {target.name} can't be measured from here"
+    level = target.tvm.elsewhere if engine_of(recipe) != "onnxruntime" else None
+    if level is not None and not runs_here(level):
+        return f"this machine has not all instructions of {level.name}"
+    return ""
 
 
 def _settled(
@@ -216,12 +245,29 @@ def _manifest_sha256(bundle: Path) -> str | None:
     return file_sha256(manifest) if manifest.is_file() else None
 
 
-def _write_report(directory: Path, bundle: Path) -> Path:
-    """Write the run's report; StageError when the disk doesn't take it: the bundle is there all the same."""
+def _reported(result: CompiledModel | Measured, recipe: Recipe, directory: Path, beside: Json, unmeasured: str) -> Json:
+    """Write the run's report and return where it is, with broken budgets or why nothing was measured."""
+    from edgepipe.report.budgets import over_budget
+
+    if isinstance(result, Measured):
+        broken = over_budget(result.figures, dataclasses.asdict(recipe.target.budgets), recipe.target.name)
+        return {"over_budget": broken, "report": str(_write_report(directory, result.model.path))}
+    if not unmeasured:
+        return {}
+    history = [dataclasses.asdict(one) for one in result.history]
+    record = {"recipe": recipe.to_json(), "history": history, **beside, "not_measured": unmeasured}
+    return {"not_measured": unmeasured, "report": str(_write_report(directory, result.path, record))}
+
+
+def _write_report(directory: Path, bundle: Path, unmeasured: Json | None = None) -> Path:
+    """Write the run's report; StageError when the disk doesn't take it: the bundle is there all the same.
+
+    `unmeasured` is the record of a run that measured nothing, which no file keeps.
+    """
     from edgepipe.report.outputs import write_run_report
 
     try:
-        return write_run_report(directory, bundle)
+        return write_run_report(directory, bundle, unmeasured)
     except OSError as error:
         raise StageError(f"the bundle is at {bundle}, but not its report: {error.strerror}") from error
 

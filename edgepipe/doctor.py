@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgepipe.errors import TargetError
 from edgepipe.machine.children import DIES, REFUSED, WORKS, WRONG, try_in_children
 from edgepipe.machine.executing import execute
 from edgepipe.machine.facts import (
@@ -43,10 +44,12 @@ _BUILD_DISK_BYTES = 2 << 30  # the stages of a model of SmolLM2's size and of it
 def examine(target: str | None = None, *, runs: Path = Path("runs")) -> Json:
     """Return what was found, in the form that docs/doctor.md describes.
 
-    With a target (name or TOML file) only the kernels it needs are tried. `ok` says whether every target asked for can
-    be used here, `problem` is the first sentence why not. Raises ConfigError for an unknown target.
+    With a target (name or TOML file) only the kernels it needs are tried; without one those that are this machine are
+    judged. `ok` says whether each can be used here, `problem` is the first sentence why not. Raises ConfigError for an
+    unknown target.
     """
     targets = [load_target(name) for name in ([target] if target is not None else list_targets())]
+    targets = [one for one in targets if target is not None or not one.tvm.level]
     names = KERNEL_NAMES if target is None else needed_kernels(targets[0].onnxruntime.accuracy_level)
     timing = describe_timing()  # first, while nothing of ours runs beside it
     with ThreadPoolExecutor(1) as other:
@@ -140,7 +143,7 @@ def _judge(target: Target, found: Json) -> Json:
     return {
         "name": target.name,
         "measurable": target.measurable,
-        "build": _verdict(_build_problems(found) + works, _build_warnings(found)),
+        "build": _verdict(_build_problems(found) + _library_problems(target) + works, _build_warnings(found)),
         "run": _verdict(run, _run_warnings(found)),
         "measure": _verdict(measure, _measure_warnings(found) if here else []),
     }
@@ -198,6 +201,19 @@ def _build_problems(found: Json) -> list[str]:
     if not runs["writable"]:
         problems.append(f"{runs['path']} can't be written ({runs['problem']}): change to a folder where it can")
     return problems
+
+
+def _library_problems(target: Target) -> list[str]:
+    """Say why the library of a target can't be compiled and linked here; nothing where its engine needs none."""
+    if target.engines[0] != "tvm":
+        return []
+    from edgepipe.stages.compile import Compile
+
+    try:
+        Compile().meets(target)
+    except TargetError as error:
+        return [str(error)]
+    return []
 
 
 def _build_warnings(found: Json) -> list[str]:

@@ -163,10 +163,13 @@ def run_stages(
 
 
 def _check(model: TorchModel, recipe: Recipe) -> None:
-    """Let every stage look at the model before any work.
+    """Let every stage look at the target and the model before any work.
 
     What comes after another model was made looks at that one; until then it looks at the files that it reads.
     """
+    for _, stage in recipe.stages:
+        if hasattr(stage, "meets"):
+            stage.meets(recipe.target)
     same = True
     for _, stage in recipe.stages:
         if same and hasattr(stage, "check"):
@@ -256,8 +259,9 @@ def _flow(model: TorchModel, river: _River, baseline: CompiledModel | None, with
     compiled: CompiledModel | None = None
     for number, (name, stage) in enumerate(river.stages, start=1):
         read = stage.reads() if hasattr(stage, "reads") else {}  # hashes of files that an option names
+        met = stage.meets(river.recipe.target) if hasattr(stage, "meets") else {}  # what the target makes of it
         target = dataclasses.asdict(river.recipe.target)
-        key = cache_key(key, name, stage_options(stage), read, target, river.recipe.seed)
+        key = cache_key(key, name, stage_options(stage), read | met, target, river.recipe.seed)
         river.listener.begin(river.label + name, *river.step())
         apart = getattr(stage, "apart", "")  # what keeps a result beside others of the same stage
         directory = river.directory / (f"{number:02d}-{name}" + (f"-{apart}" if apart else ""))

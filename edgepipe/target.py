@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from edgepipe.errors import ConfigError
+from edgepipe.levels import LINUX, Level, level_named
 from edgepipe.package_data import did_you_mean, find_named, list_names, read_record
 
 ENGINES = ("onnxruntime", "tvm")
@@ -30,6 +31,26 @@ class OnnxruntimeSettings:
             raise ConfigError(f"onnxruntime.accuracy_level must be 0 to 4, not {self.accuracy_level}")
         if not 0 <= self.threads <= _MAX_THREADS:
             raise ConfigError(f"onnxruntime.threads must be 0 (all cores) to {_MAX_THREADS}, not {self.threads}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TvmSettings:
+    """Hold what a compiled library is built for."""
+
+    level: str = ""  # instructions, a name in edgepipe/levels.py; empty: the best that this machine has
+    system: Literal["linux-gnu", "linux-android"] = "linux-gnu"  # whose C library it calls
+
+    def __post_init__(self) -> None:
+        """Refuse levels that nobody knows, and a system without a level."""
+        if self.level:
+            level_named(self.level)
+        elif self.system != LINUX:
+            raise ConfigError(f"tvm.system={self.system} wants a tvm.level: this machine's is Linux")
+
+    @property
+    def elsewhere(self) -> Level | None:
+        """Return the level that is named; None where this machine's is meant."""
+        return level_named(self.level, self.system) if self.level else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +79,7 @@ class Target:
     measurable: Literal["here", "emulated", "no"]  # whether speed on it can be measured from this machine
     sparse: tuple[str, ...] = ()  # patterns of zeros ("2:4") that its kernels skip; none: a zero takes as long as any
     onnxruntime: OnnxruntimeSettings = field(default_factory=OnnxruntimeSettings)
+    tvm: TvmSettings = field(default_factory=TvmSettings)
     budgets: Budgets = field(default_factory=Budgets)
 
     def __post_init__(self) -> None:

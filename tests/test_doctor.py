@@ -22,6 +22,7 @@ from edgepipe.machine.children import WORKS
 from edgepipe.machine.instructions import InstructionPath, paths_for
 from edgepipe.machine.kernel_names import KERNEL_NAMES, needed_kernels
 from edgepipe.report.findings import finding_lines
+from edgepipe.target import list_targets
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = paths_for(platform.machine())
@@ -108,7 +109,8 @@ def test_the_command_prints_lines_and_one_document(tmp_path: Path, monkeypatch: 
 def test_an_unknown_target_is_a_wrong_request() -> None:
     result = run("--target", "cqu")
     assert result.exit_code == 2
-    assert result.stderr == "edgepipe: unknown target 'cqu' (did you mean 'cpu'?): known are cpu\n"
+    known = ", ".join(list_targets())
+    assert result.stderr == f"edgepipe: unknown target 'cqu' (did you mean 'cpu'?): known are {known}\n"
     with pytest.raises(ConfigError):
         examine("cqu")
 

@@ -19,7 +19,7 @@ MODULES = sorted(path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.
 
 # A module imports from its own floor and from those below it. First part of the dotted name after `edgepipe.`.
 FLOORS = (
-    {"", "errors", "artifacts", "package_data", "lock"},
+    {"", "errors", "artifacts", "package_data", "lock", "levels"},
     {"numerics"},
     {"weights", "target", "calibration", "rows", "sbom"},
     {"store", "sources", "graph", "students", "training", "quantizers", "pruning", "engines", "runtime"},

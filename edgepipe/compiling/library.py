@@ -1,4 +1,8 @@
-"""Compile the graphs into a library of TVM's, check it through the runtime that ships, and write the bundle."""
+"""Compile the graphs into a library of TVM's, check it through the runtime that ships, and write the bundle.
+
+A library for a machine that this one isn't can't run here. Its functions in exact arithmetic are compiled once more
+then, for this machine, and those are checked.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,9 @@ from edgepipe.artifacts import Context, Json, OnnxModel
 from edgepipe.bundle import write_bundle
 from edgepipe.compiling.checks import EXACT, Asked, in_steps, portable, within, worst_error, worst_loss
 from edgepipe.errors import TargetError
+from edgepipe.levels import Level
 from edgepipe.store import file_sha256
+from edgepipe.target import Target
 
 _EXACT_LIBRARY = "exact.so"
 
@@ -24,6 +30,7 @@ _EXACT_LIBRARY = "exact.so"
 class Wanted:
     """Say what a library must be like."""
 
+    level: Level
     accuracy_level: int  # of products of codes, as MatMulNBits has it
     cache_dtype: str
     check_tokens: int  # 0 leaves the check out
@@ -31,26 +38,33 @@ class Wanted:
     shipped_tolerance: float  # RMS difference as shipped, in RMS
 
 
-def check_tvm(cache_dtype: str) -> None:
-    """Refuse what the engine can't do, or can't do here, before any work."""
+def check_tvm(cache_dtype: str, target: Target, *, checked: bool) -> Level:
+    """Refuse what the engine can't do, or can't do here, before any work; return the level of a target's library.
+
+    `checked` says that the library's functions are run here.
+    """
     if any(importlib.util.find_spec(name) is None for name in ("tvm", "tvm_ffi")):
         raise TargetError("the tvm engine needs packages that aren't here: pip install 'edgepipe[tvm]'")
     if cache_dtype == "int8":
         raise TargetError("the tvm engine keeps caches of float16 or float32: take one of these, or onnxruntime")
-    from edgepipe.engines.native import level_here, linker
+    from edgepipe.engines.linking import check_linker
+    from edgepipe.engines.native import level_here, runs_here
 
-    level_here()
-    linker()
+    level = target.tvm.elsewhere or level_here()
+    check_linker(level)
+    if checked and not runs_here(level):
+        check_linker(level_here())
+    return level
 
 
 def build_library(model: OnnxModel, wanted: Wanted, path: Path, ctx: Context) -> Json:
     """Compile a library and write it beside its weights in `path`; return the bundle's manifest."""
-    check_tvm(wanted.cache_dtype)
     from edgepipe.engines import tvm as engine
+    from edgepipe.engines.native import level_here, runs_here
 
-    here, cache_dtype = engine.level_here(), wanted.cache_dtype
-    exact = engine.lower(model, here, accuracy_level=EXACT, cache_dtype=cache_dtype, exact=True)
-    library = engine.lower(model, here, accuracy_level=wanted.accuracy_level, cache_dtype=cache_dtype, file=exact.file)
+    level, cache_dtype = wanted.level, wanted.cache_dtype
+    exact = engine.lower(model, level, accuracy_level=EXACT, cache_dtype=cache_dtype, exact=True)
+    library = engine.lower(model, level, accuracy_level=wanted.accuracy_level, cache_dtype=cache_dtype, file=exact.file)
     engine.write(library, path, lambda done, total: ctx.progress("writing weights", done, total))
     start = time.perf_counter()
     ctx.progress("compiling the library", 0, 1)
@@ -59,13 +73,18 @@ def build_library(model: OnnxModel, wanted: Wanted, path: Path, ctx: Context) ->
     facts = engine.describe(library)
     if wanted.check_tokens:
         checked = {"exact": facts}
-        if library.integers:  # its structure is checked in exact arithmetic, as onnxruntime's is
-            engine.build(exact, path / _EXACT_LIBRARY)
-            checked = {"exact": engine.describe(exact) | {"file": _EXACT_LIBRARY}, "as shipped": facts}
+        native = runs_here(level)
+        if library.integers or not native:  # its structure is checked in exact arithmetic, as onnxruntime's is
+            on = level if native else level_here()
+            engine.build(exact, path / _EXACT_LIBRARY, on)
+            checked = {"exact": engine.describe(exact, on) | {"file": _EXACT_LIBRARY}}
+            checked |= {"as shipped": facts} if native else {}
         _check(model, wanted, checked, path, ctx)
+        if not native:
+            ctx.note(f"those are its functions as compiled for this machine: a library for {level.name} can't run here")
         (path / _EXACT_LIBRARY).unlink(missing_ok=True)
     code, weights = (path / engine.LIBRARY_NAME).stat().st_size, library.file.nbytes
-    ctx.note(f"a library of {code / 1024:,.0f} KiB for {here.name}, and {weights / 1024:,.0f} KiB of weights")
+    ctx.note(f"a library of {code / 1024:,.0f} KiB for {level.name}, and {weights / 1024:,.0f} KiB of weights")
     ctx.figures({"compile_s": seconds, "code_bytes": code, "weight_bytes": weights})
     return write_bundle(model, path, library.file, ctx.recipe, cache_dtype, library=facts)
 

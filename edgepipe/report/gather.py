@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgepipe.artifacts import Json
@@ -71,6 +71,22 @@ def report_of_run(directory: Path, bundle: Path) -> Report:
     assert run is not None
     sha256 = _manifest_sha256(bundle)
     return _checked([_material(bundle, sha256, run, [run], label=directory.name, path=bundle)])
+
+
+def report_of_unmeasured(label: str, bundle: Path, record: Json) -> Report:
+    """Return the report of a run that has just ended and measured nothing; `record` says what it did, and why not."""
+    reason = str(record["not_measured"])
+    how = "`edgepipe measure` does it there: keep what it prints in a file, and give that with --figures."
+    material = replace(
+        _material(bundle, _manifest_sha256(bundle), None, [], label=label, path=bundle),
+        remarks=(f"Not measured: {reason}. {how}",),
+        recipe=record["recipe"],
+        history=record["history"],
+        search=record.get("search"),
+        products=record.get("products") or (),
+        engines=record.get("engines"),
+    )
+    return _checked([material])
 
 
 def _checked(materials: Sequence[Material]) -> Report:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from edgepipe.artifacts import Json
 from edgepipe.errors import ConfigError
-from edgepipe.report.gather import bundle_in, gather, report_of_run
+from edgepipe.report.gather import bundle_in, gather, report_of_run, report_of_unmeasured
 from edgepipe.report.markdown import render_markdown
 from edgepipe.report.page import render_page
 from edgepipe.report.record import Report
@@ -15,9 +16,15 @@ PAGE, MARKDOWN, DOCUMENT = "report.html", "report.md", "report.json"  # what a r
 _KINDS = {".html": render_page, ".md": render_markdown}
 
 
-def write_run_report(directory: Path, bundle: Path) -> Path:
-    """Write the three reports of a run that has just ended into its directory; return where the page is."""
-    report = report_of_run(directory, bundle)
+def write_run_report(directory: Path, bundle: Path, unmeasured: Json | None = None) -> Path:
+    """Write the three reports of a run that has just ended into its directory; return where the page is.
+
+    `unmeasured` is what a run that measured nothing recorded, and why it didn't; else run.json is read.
+    """
+    if unmeasured is None:
+        report = report_of_run(directory, bundle)
+    else:
+        report = report_of_unmeasured(directory.name, bundle, unmeasured)
     write_text(directory / MARKDOWN, render_markdown(report))
     write_json(directory / DOCUMENT, report.to_json())
     write_text(directory / PAGE, render_page(report))

@@ -83,7 +83,10 @@ def finished_lines(summary: Json) -> list[str]:
     """Return what a person is told when a bundle is there: figures, where it is, how to try it, what it replaced."""
     lines = [f"\n{measured_table(summary['figures'])}\n"] if "figures" in summary else []
     bundle, question = summary["bundle"], _QUESTIONS.get(summary["task"])
-    lines.append(f"bundle: {bundle}" + (f'    try it: edgepipe run {bundle} "{question}"' if question else ""))
+    where = "there" if "not_measured" in summary else "try it"
+    lines.append(f"bundle: {bundle}" + (f'    {where}: edgepipe run {bundle} "{question}"' if question else ""))
+    if "not_measured" in summary:
+        lines.append(f"not measured: {summary['not_measured']}; `edgepipe measure` does it there")
     if summary["replaced"]:
         lines.append("It replaced the earlier bundle there, which was another one; --out keeps several.")
     if "engines" in summary:

@@ -6,9 +6,11 @@ loaded. Nothing here needs the engine.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import platform
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,12 @@ _ALIGNMENT = 64  # of a tensor in the weights file: kernels load whole vectors
 _MOST_AXES = 8
 _PLAIN_FLAG = re.compile(r"[a-z0-9_.]{1,32}")
 _CPUINFO = Path("/proc/cpuinfo")
+_AT_HWCAP = 16  # what getauxval is asked for
+# Bits of AT_HWCAP under 64-bit Arm, from the lowest. Source: Linux, arch/arm64/include/uapi/asm/hwcap.h
+_ARM_FLAGS = (
+    *("fp", "asimd", "evtstrm", "aes", "pmull", "sha1", "sha2", "crc32", "atomics", "fphp", "asimdhp", "cpuid"),
+    *("asimdrdm", "jscvt", "fcma", "lrcpc", "dcpop", "sha3", "sm3", "sm4", "asimddp", "sha512", "sve", "asimdfhm"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +72,7 @@ class LibraryFacts:
     file: str
     level: str
     machine: str
+    system: str
     flags: frozenset[str]
     functions: Mapping[str, FunctionFacts]
     tensors: Mapping[str, TensorFacts]
@@ -101,6 +110,7 @@ def read_library(manifest: Mapping[str, Any]) -> LibraryFacts:
         file=file,
         level=_text(found, "level", "library."),
         machine=_text(found, "machine", "library."),
+        system=_text({"system": "linux-gnu", **found}, "system", "library."),  # earlier versions knew no other
         flags=frozenset(flags),
         functions=functions,
         tensors=tensors,
@@ -114,6 +124,11 @@ def check_processor(facts: LibraryFacts) -> None:
             f"the bundle's library is for {facts.machine} ({facts.level}), but this machine is {platform.machine()}: "
             "build a bundle for it"
         )
+    if (system := system_here()) != facts.system:
+        raise TargetError(
+            f"the bundle's library is for {facts.system}, but this system is {system or platform.system()}: build a "
+            "bundle for it"
+        )
     if missing := sorted(facts.flags - processor_flags()):
         raise TargetError(
             f"the bundle's library is for {facts.level}, but this processor has no {', '.join(missing)}: "
@@ -121,8 +136,17 @@ def check_processor(facts: LibraryFacts) -> None:
         )
 
 
+def system_here() -> str:
+    """Return the system as the end of LLVM's triple names it; empty where nothing says which instructions there are."""
+    if hasattr(sys, "getandroidapilevel"):
+        return "linux-android"
+    return "linux-gnu" if sys.platform == "linux" else ""
+
+
 def processor_flags() -> frozenset[str]:
     """Return the features that Linux lists for the first processor; none where there is no such list."""
+    if platform.machine() == "aarch64" and (granted := _granted()) is not None:
+        return granted
     try:
         lines = _CPUINFO.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -132,6 +156,20 @@ def processor_flags() -> frozenset[str]:
         if key.strip() in ("flags", "Features"):
             return frozenset(value.split())
     return frozenset()
+
+
+def _granted() -> frozenset[str] | None:
+    """Return the features that the kernel grants this process, None where it can't be asked.
+
+    /proc/cpuinfo lists the same names on an Arm, and those of another machine where one is emulated.
+    """
+    try:
+        ask = ctypes.CDLL(None).getauxval
+    except (AttributeError, OSError):
+        return None
+    ask.argtypes, ask.restype = [ctypes.c_ulong], ctypes.c_ulong
+    bits = ask(_AT_HWCAP)
+    return frozenset(name for place, name in enumerate(_ARM_FLAGS) if bits >> place & 1)
 
 
 def _function(facts: Mapping[str, Any], where: str) -> FunctionFacts:

@@ -89,7 +89,7 @@ def _build(
     recipes = {engine: with_engine(recipe, engine) for engine in recipe.target.engines}
     for engine, own in recipes.items():
         try:
-            dict(own.stages)[_COMPILE].check_engine()
+            dict(own.stages)[_COMPILE].meets(recipe.target)
         except (TargetError, ConfigError) as error:  # an option of the other engine too
             failed[engine] = error
     usable = [engine for engine in recipes if engine not in failed]

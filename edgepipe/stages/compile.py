@@ -8,7 +8,7 @@ float32 rounding), and once more when other arithmetic ships (int8 activations c
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,13 +18,14 @@ import numpy as np
 from edgepipe.artifacts import ActivationPlan, CompiledModel, Context, Json, ModelInfo, OnnxModel, TorchModel
 from edgepipe.compiling.checks import EXACT, TINY, Asked, in_steps, portable, rms, within, worst_error, worst_loss
 from edgepipe.errors import ConfigError, TargetError
-from edgepipe.target import AUTO, ENGINES
+from edgepipe.target import AUTO, ENGINES, Target
 
 if TYPE_CHECKING:
     from edgepipe.compiling.library import Wanted
     from edgepipe.engines.onnxruntime.cache_scales import CacheScales
     from edgepipe.engines.onnxruntime.integer_products import Range
     from edgepipe.engines.onnxruntime.planned import WeightsFile
+    from edgepipe.levels import Level
     from edgepipe.quantizers.texts import Calibration
 
 # Largest error allowed with exact arithmetic: float32 rounding through all layers, that of 11-bit keys and values, or
@@ -75,16 +76,7 @@ class Compile:
         return self.engine
 
     def reads(self) -> Json:
-        """Return what identifies the texts of an int8 cache, or the instructions that a library is built for.
-
-        The stage's key changes with them: a library that another machine left here is not taken for this one's. An
-        engine that isn't here is refused now too, before a student is trained.
-        """
-        if self.engine == "tvm":
-            from edgepipe.engines.native import level_here
-
-            self.check_engine()
-            return {"level": level_here().name}
+        """Return what identifies the texts of an int8 cache."""
         if self.cache_dtype != "int8":
             return {}
         from edgepipe.quantizers.texts import fingerprint
@@ -92,24 +84,45 @@ class Compile:
         return fingerprint(self._texts())
 
     def check(self, model: TorchModel) -> None:
-        """Refuse, before any work, packages that aren't here, and an int8 cache that has no use or no texts."""
-        self.check_engine()
+        """Refuse, before any work, an int8 cache that has no use or no texts."""
         if self.cache_dtype == "int8":
             self._check_cache(model.info)
 
-    def check_engine(self) -> None:
-        """Refuse an engine that isn't here, or can't do what is asked."""
+    def meets(self, target: Target) -> Json:
+        """Refuse an engine that the target hasn't, that isn't here or can't do what is asked, before any work.
+
+        Return the instructions that a library is built for. The stage's key changes with them: a library that another
+        machine left here is not taken for this one's.
+        """
+        if self._engine(target) != "tvm":
+            return {}
+        from edgepipe.engines.linking import linked_by
+
+        level = self._level(target)
+        return {"level": asdict(level), **linked_by(level)}
+
+    def _engine(self, target: Target) -> str:
+        """Return the engine that is asked for, or the target's first; TargetError where the target hasn't it."""
         if self.engine == AUTO:
             raise ConfigError("compile.engine=auto is for `edgepipe compress` alone: name an engine")
-        if self.engine == "tvm":
-            from edgepipe.compiling.library import check_tvm
+        chosen = self.engine or target.engines[0]
+        if chosen not in target.engines:
+            raise TargetError(
+                f"the target {target.name} runs {', '.join(target.engines)}, and the recipe asks for {chosen}"
+            )
+        return chosen
 
-            check_tvm(self.cache_dtype)
-            if self.deflate == "always":
-                raise ConfigError(
-                    "compile.deflate=always: a compiled library reads its weights as they lie; leave it out, or take "
-                    "onnxruntime"
-                )
+    def _level(self, target: Target) -> Level:
+        """Return the level of a target's library; ConfigError or TargetError where none can be built."""
+        from edgepipe.compiling.library import check_tvm
+
+        level = check_tvm(self.cache_dtype, target, checked=bool(self.check_tokens))
+        if self.deflate == "always":
+            raise ConfigError(
+                "compile.deflate=always: a compiled library reads its weights as they lie; leave it out, or take "
+                "onnxruntime"
+            )
+        return level
 
     def _check_cache(self, info: ModelInfo) -> None:
         from edgepipe.graph.tasks import GENERATION
@@ -133,11 +146,7 @@ class Compile:
         """Return the bundle, written to a directory of its own."""
         from edgepipe.graph.parts import used_weights
 
-        chosen = self.engine or ctx.target.engines[0]
-        if chosen not in ctx.target.engines:
-            raise TargetError(
-                f"the target {ctx.target.name} runs {', '.join(ctx.target.engines)}, and the recipe asks for {chosen}"
-            )
+        chosen = self._engine(ctx.target)
         level = self.accuracy_level if self.accuracy_level >= 0 else ctx.target.onnxruntime.accuracy_level
         path = ctx.work_dir / "bundle"
         path.mkdir()
@@ -145,19 +154,20 @@ class Compile:
         if chosen == "tvm":
             from edgepipe.compiling.library import build_library
 
-            manifest = build_library(model, self._wanted(model, level), path, ctx)
+            manifest = build_library(model, self._wanted(model, level, self._level(ctx.target)), path, ctx)
         else:
             manifest = self._with_onnxruntime(model, level, path, ctx)
         return CompiledModel(info=model.info, path=path, manifest=manifest, history=model.history)
 
-    def _wanted(self, model: OnnxModel, level: int) -> Wanted:
+    def _wanted(self, model: OnnxModel, accuracy_level: int, level: Level) -> Wanted:
         """Say what a compiled library must be like."""
         from edgepipe.compiling.library import Wanted
 
         whole = "ends" in model.spec  # such a model keeps no cache, or a float32 one
         exact = _TOLERANCE if whole else _CACHE_TOLERANCES[self.cache_dtype]
         return Wanted(
-            accuracy_level=level,
+            level=level,
+            accuracy_level=accuracy_level,
             cache_dtype=self.cache_dtype,
             check_tokens=self.check_tokens,
             exact_tolerance=self.exact_tolerance or exact,

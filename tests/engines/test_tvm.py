@@ -25,7 +25,7 @@ from edgepipe.stages.export import Export
 from edgepipe.store import file_sha256
 from edgepipe.verify import verify_bundle
 from tests.decoders import all_on, context, difference, random_ids
-from tests.engines.tvm_bundles import NOTE, built, decoder
+from tests.engines.tvm_bundles import BOTH, NOTE, built, decoder
 from tests.students.test_graphs import ENCODERS
 from tests.students.test_models import PAIRS
 from tests.students.tiny import save_tiny_student
@@ -284,18 +284,19 @@ def test_what_is_refused(model: OnnxModel, tmp_path: Path) -> None:
 )
 def test_options_of_the_other_engine_are_refused(options: dict[str, str], kind: type, sentence: str) -> None:
     with pytest.raises(kind, match=sentence):
-        Compile(engine="tvm", **options).check_engine()
-    Compile(engine="tvm").check_engine()
+        Compile(engine="tvm", **options).meets(BOTH)
+    Compile(engine="tvm").meets(BOTH)
 
 
 def test_what_a_machine_lacks_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """What links a library, and instructions there is a level for; another level is another key."""
-    stage = Compile(engine="tvm")
-    assert stage.reads() == {"level": engine.level_here().name}
+    stage, first = Compile(engine="tvm"), dataclasses.replace(BOTH, engines=("tvm", "onnxruntime"))
+    assert stage.meets(BOTH) == Compile().meets(first) == {"level": dataclasses.asdict(engine.level_here())}
+    assert Compile().meets(BOTH) == {}
     with monkeypatch.context() as patched:
         patched.setattr(native, "processor_flags", frozenset)
         with pytest.raises(TargetError, match=r"the tvm engine builds for x86-64-v3 and newer"):
-            stage.reads()
+            stage.meets(BOTH)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(TargetError, match=r"links its library with g\+\+ or clang\+\+, and neither is here"):
-        stage.reads()
+        stage.meets(BOTH)

@@ -16,10 +16,12 @@ from edgepipe.artifacts import Json
 from edgepipe.cli import main
 from edgepipe.compiling import library
 from edgepipe.compress import compress, place_beside
+from edgepipe.levels import LEVELS, Level
 from edgepipe.recipe import Recipe, resolve
 from edgepipe.report.engines import engine_rows, engine_sentences, engines_of
 from edgepipe.search import engines
 from edgepipe.search.engines import judge
+from edgepipe.target import Target
 from tests.listener import Silent
 
 UNMEASURED = 'stages = ["quantize", "export", "compile"]\n'
@@ -132,7 +134,11 @@ def test_an_engine_without_an_option_is_left_out(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What only one engine does is no reason to build none."""
-    monkeypatch.setattr(library, "check_tvm", lambda cache_dtype: None)  # as where it is installed
+
+    def here(cache_dtype: str, target: Target, *, checked: bool) -> Level:
+        return LEVELS[0]
+
+    monkeypatch.setattr(library, "check_tvm", here)  # as where it is installed
     recipe = auto(tmp_path, ("compile", "deflate", "always"))
     made = compress(str(tiny_model_dir), recipe, listener=Silent(), out=tmp_path / "out", runs=tmp_path / "runs")
     assert made["engines"]["chosen"] == "onnxruntime"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ import tvm
 from tvm import relax
 
 from edgepipe.artifacts import Json, OnnxModel
-from edgepipe.engines.native import Level, level_here, linker
+from edgepipe.engines.linking import link, linked_by, linked_here
+from edgepipe.engines.native import level_here, linker
 from edgepipe.engines.onnxruntime.planned import FILE_NAME, WeightsFile
 from edgepipe.engines.tvm.convert import Function, Library
 from edgepipe.engines.tvm.heads import Cached
 from edgepipe.errors import TargetError
 from edgepipe.graph.dialect import weight_name
+from edgepipe.levels import Level
 
 __all__ = ["LIBRARY_NAME", "Level", "Library", "build", "describe", "level_here", "lower", "write"]
 
@@ -55,7 +58,7 @@ def lower(
         weights=model.weights,
         file=WeightsFile() if file is None else file,
         level=level,
-        integers=level.byte_products and not exact and (accuracy_level >= _INTEGER_LEVEL or plan is not None),
+        integers=bool(level.byte_products) and not exact and (accuracy_level >= _INTEGER_LEVEL or plan is not None),
         multiplied=_multiplied(graphs, model),
     )
     for name, graph in graphs.items():
@@ -96,9 +99,13 @@ def _multiplied(graphs: Mapping[str, ir.Graph], model: OnnxModel) -> frozenset[s
     return frozenset(found)
 
 
-def build(library: Library, path: Path) -> None:
-    """Compile and link the functions of a library into the file `path`; TargetError when there is no linker."""
-    target = tvm.target.Target(library.level.target())
+def build(library: Library, path: Path, level: Level | None = None) -> None:
+    """Compile and link the functions of a library into the file `path`; TargetError when there is no linker.
+
+    `level` takes the place of the library's own, for functions that have no instructions of it.
+    """
+    level = library.level if level is None else level
+    target = tvm.target.Target(level.target())
     # No FoldConstant: the converter has computed what is constant, and it would put tables of every position, which
     # are computed when a bundle is loaded, into the library. No KillAfterLastUse: memory is planned, so all it does is
     # to write an instruction for every tensor, a tenth of a decoder's library.
@@ -122,9 +129,14 @@ def build(library: Library, path: Path) -> None:
     with target:
         lowered = tvm.transform.Sequential(passes)(module)
     built: Any = relax.build(lowered, target=target, relax_pipeline=None)
-    program = linker()
+    options: dict[str, Any]
+    if linked_here(level):
+        program = linker()
+        options = {"cc": program, "options": ["-Wl,-s", "-Wl,--build-id=none"]}
+    else:
+        program, options = "Zig", {"fcompile": partial(link, level=level)}
     try:
-        built.export_library(str(path), cc=program, options=["-Wl,-s", "-Wl,--build-id=none"])
+        built.export_library(str(path), **options)
     except (RuntimeError, subprocess.SubprocessError) as error:
         raise TargetError(f"{program} could not link the library: {str(error).strip().splitlines()[-1]}") from error
 
@@ -134,13 +146,18 @@ def write(library: Library, directory: Path, progress: Callable[[int, int], None
     library.file.write(directory / FILE_NAME, progress)
 
 
-def describe(library: Library) -> Json:
+def describe(library: Library, level: Level | None = None) -> Json:
     """Return what the manifest says of a library: for which processor, its functions, where their weights lie."""
+    level = library.level if level is None else level
     return {
         "file": LIBRARY_NAME,
-        "level": library.level.name,
-        "machine": library.level.machine,
-        "flags": list(library.level.flags),
+        "level": level.name,
+        "machine": level.machine,
+        "system": level.system,
+        "processor": level.mcpu,
+        "features": list(level.mattr),
+        "flags": list(level.flags),
+        **linked_by(level),
         "arithmetic": max(sorted(library.products), key=library.products.__getitem__, default="float32"),
         "functions": library.functions,
         "tensors": library.tensors,

@@ -19,13 +19,13 @@ from onnx_ir import serde
 from tvm import relax, tirx
 
 from edgepipe.artifacts import Json, QuantizedTensor
-from edgepipe.engines.native import Level
 from edgepipe.engines.onnxruntime.planned import PlannedTensor, WeightsFile
 from edgepipe.engines.tvm import packed, products
 from edgepipe.engines.tvm.values import Known, Size, Tensor, Value, Weight, known_sizes, on_sizes, size
 from edgepipe.errors import ContractError, TargetError
 from edgepipe.graph.dialect import weight_name
 from edgepipe.graph.evaluate import run_node
+from edgepipe.levels import Level
 from edgepipe.weights import WeightStore
 
 _T = TypeVar("_T")

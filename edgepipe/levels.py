@@ -1,0 +1,82 @@
+"""Levels of instructions that a compiled library can be built for.
+
+A level names LLVM's target and the flags that /proc/cpuinfo must show, so that the runtime can refuse a library before
+it dies of an illegal instruction. Sources: the x86-64 psABI for v2 to v4; Arm's feature registers as Linux names them;
+the RISC-V profile RVA20 for what every 64-bit distribution asks for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from edgepipe.errors import ConfigError
+from edgepipe.package_data import did_you_mean
+
+LINUX, ANDROID = "linux-gnu", "linux-android"  # systems, as the end of LLVM's triple names them
+_V2 = ("cx16", "lahf_lm", "popcnt", "sse4_1", "sse4_2", "ssse3")
+_V3 = (*_V2, "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave")
+_V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Level:
+    """Describe one level of instructions, under one system."""
+
+    name: str
+    machine: str  # as `uname -m` says, and as LLVM's triple begins
+    mcpu: str
+    mattr: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()  # of /proc/cpuinfo; none: every machine of the kind has it
+    mabi: str = ""  # where LLVM's default isn't the system's
+    rows: int = 4  # of x that share a load of weights: as many as the registers hold
+    byte_products: str = ""  # the instruction that multiplies bytes: vpdpbusd; none: they are multiplied as floats
+    system: str = LINUX
+
+    @property
+    def triple(self) -> str:
+        """Return LLVM's name of processor and system."""
+        return f"{self.machine}-{self.system}"
+
+    def target(self) -> dict[str, object]:
+        """Return LLVM's description, as TVM takes it."""
+        abi = {"mabi": self.mabi} if self.mabi else {}
+        return {"kind": "llvm", "mtriple": self.triple, "mcpu": self.mcpu, "mattr": list(self.mattr), **abi}
+
+
+# The preferred one of a machine first. AVX-512 in whole registers: LLVM would halve them for older processors' clocks.
+LEVELS = (
+    Level(
+        name="x86-64-v4-vnni",
+        machine="x86_64",
+        mcpu="x86-64-v4",
+        mattr=("+avx512vnni", "-prefer-256-bit"),
+        flags=(*_V4, "avx512_vnni"),
+        rows=8,
+        byte_products="vpdpbusd",
+    ),
+    Level(name="x86-64-v4", machine="x86_64", mcpu="x86-64-v4", mattr=("-prefer-256-bit",), flags=_V4, rows=8),
+    Level(name="x86-64-v3", machine="x86_64", mcpu="x86-64-v3", flags=_V3),
+    Level(
+        name="armv8.2-a",
+        machine="aarch64",
+        mcpu="cortex-a76",
+        flags=("asimd", "asimdhp", "asimddp", "asimdrdm", "atomics", "crc32", "fphp", "lrcpc"),
+    ),
+    Level(name="armv8-a", machine="aarch64", mcpu="cortex-a72", flags=("asimd", "crc32")),
+    Level(
+        name="rv64gc",
+        machine="riscv64",
+        mcpu="generic-rv64",
+        mattr=("+m", "+a", "+f", "+d", "+c"),
+        mabi="lp64d",
+    ),
+)
+
+
+def level_named(name: str, system: str = LINUX) -> Level:
+    """Return the level of a name under a system; ConfigError lists those there are."""
+    for level in LEVELS:
+        if level.name == name:
+            return replace(level, system=system)
+    known = [level.name for level in LEVELS]
+    raise ConfigError(f"unknown level {name!r}{did_you_mean(name, known)}: known are {', '.join(known)}")
