@@ -29,7 +29,7 @@ class Level:
     flags: tuple[str, ...] = ()  # of /proc/cpuinfo; none: every machine of the kind has it
     mabi: str = ""  # where LLVM's default isn't the system's
     rows: int = 4  # of x that share a load of weights: as many as the registers hold
-    byte_products: str = ""  # the instruction that multiplies bytes: vpdpbusd; none: they are multiplied as floats
+    byte_products: str = ""  # what multiplies bytes: vpdpbusd or sdot; empty: they are multiplied as floats
     system: str = LINUX
 
     @property
@@ -61,6 +61,7 @@ LEVELS = (
         machine="aarch64",
         mcpu="cortex-a76",
         flags=("asimd", "asimdhp", "asimddp", "asimdrdm", "atomics", "crc32", "fphp", "lrcpc"),
+        byte_products="sdot",
     ),
     Level(name="armv8-a", machine="aarch64", mcpu="cortex-a72", flags=("asimd", "crc32")),
     Level(

@@ -62,12 +62,12 @@ def test_products_and_gathers_of_codes(grid: str, rows: int) -> None:
     known, block = (1, 1) if rows == 1 else (None, 4)
     kernels = {
         "sums": products.group_sums(w.columns, w.group, known),
-        "exact": products.codes_product(w, known, block, integers=False),
+        "exact": products.codes_product(w, known, block, integers=""),
         "gather": products.gather_codes(w, None),
     }
     if level_here().byte_products:
         kernels["rounded"] = products.rounded(w.columns, w.group, known)
-        kernels["integers"] = products.codes_product(w, known, block, integers=True)
+        kernels["integers"] = products.codes_product(w, known, block, integers=level_here().byte_products)
     library = compiled(**kernels)
     parts = [tensor(planned.load()) for planned in packed.plan_codes(weights, "w", w)]
     decoded = dequantize(value)

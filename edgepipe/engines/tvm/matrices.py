@@ -136,7 +136,7 @@ def _codes_product(f: Function, name: str, x: Tensor, rows: Size, source: Any) -
     w = packed.codes_of(value)
     known = rows if isinstance(rows, int) else None
     block = _block(f, known)
-    integers = library.integers
+    integers = library.level.byte_products if library.integers else ""
     library.products["int8" if integers else "float32"] += 1
     if value.column_scale is not None:
         operands = _operands(f, w, _unscaled(f, name, x), rows)

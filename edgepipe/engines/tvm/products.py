@@ -9,8 +9,9 @@ of AVX2 and four of NEON: LLVM splits them.
     scale    [tiles, groups, 16]     zero points (uint8) and minima likewise
 
 With codes of group g:  y = Σ scale · (Σ code · x) + offset · Σ x, where offset is −middle · scale, −zero · scale, or
-the minimum. The inner sum is float32, or integers where the processor multiplies bytes (VNNI's vpdpbusd): x is then
-rounded to 8 bits by group, as MatMulNBits does at accuracy level 4.
+the minimum. The inner sum is float32, or integers where the processor multiplies bytes (VNNI's vpdpbusd, Arm's sdot): x
+is then rounded to 8 bits by group, as MatMulNBits does at accuracy level 4. sdot takes signed bytes alone, so codes of
+8 bits count from −128 there, and the offset makes up for it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ LANES = 16
 WORD = 4  # bytes
 _OPAQUE = 8  # Relax's kind of kernel that nothing is fused with
 ATTRIBUTES = {"tirx.noalias": True, "op_pattern": _OPAQUE}  # of a kernel written by hand
-_VNNI = "llvm.x86.avx512.vpdpbusd.512"
+_VNNI, _SDOT = "llvm.x86.avx512.vpdpbusd.512", "llvm.aarch64.neon.sdot.v4i32.v16i8"
+_SDOT_LANES = 4  # sums in a register of NEON
+_SIGN = 128  # what the codes of 8 bits lose under sdot
 _MOST_CODE = 127.0  # of a rounded activation
 
 
@@ -270,13 +273,15 @@ def rounded(columns: int, group: int, rows: int | None) -> Any:
     return builder.get()
 
 
-def _offset(w: Codes, scale: Any, other: Any, tile: Any, g: Any) -> Any:
-    """Return what a group adds to y for each unit of the sum of x."""
+def _offset(w: Codes, scale: Any, other: Any, tile: Any, g: Any, less: int) -> Any:
+    """Return what a group adds to y for each unit of the sum of x; `less` was taken from every code."""
     if w.offset == "minima":
-        return widened(other[tile, g, lanes_at(0)], w.minima_dtype, LANES)
+        minimum = widened(other[tile, g, lanes_at(0)], w.minima_dtype, LANES)
+        return minimum + scale * _splat(tirx.const(less, "float32")) if less else minimum
     if w.offset == "zero_points":
-        return _splat(tirx.const(0, "float32")) - scale * other[tile, g, lanes_at(0)].astype(f"float32x{LANES}")
-    return scale * _splat(tirx.const(-w.middle, "float32"))
+        zero = other[tile, g, lanes_at(0)].astype(f"float32x{LANES}")
+        return scale * (_splat(tirx.const(less, "float32")) - zero)
+    return scale * _splat(tirx.const(less - w.middle, "float32"))
 
 
 def _match_codes(w: Codes, handles: list[Any]) -> tuple[Any, Any, Any]:
@@ -294,11 +299,14 @@ def _parts(w: Codes) -> int:
     return 2 if w.offset == "middle" else 3
 
 
-def codes_product(w: Codes, rows: int | None, block: int, *, integers: bool) -> Any:
+def codes_product(w: Codes, rows: int | None, block: int, *, integers: str) -> Any:
     """Return the kernel (x, [steps,] sums, codes, scale[, offset]) → y [m, out] float32.
 
-    x [m, columns] is float32, or with `integers` what `rounded` gives; sums [m, groups] are those of x.
+    `integers` is the instruction that multiplies bytes, or empty. x [m, columns] is float32, or with one what `rounded`
+    gives; sums [m, groups] are those of x.
     """
+    add = {"": _add_floats, "vpdpbusd": _add_vnni, "sdot": _add_sdot}[integers]
+    less = _SIGN if integers == "sdot" and w.bits == 8 else 0
     inputs = 3 if integers else 2
     kind = "int32" if integers else "float32"
     with IRBuilder() as builder:
@@ -320,14 +328,10 @@ def codes_product(w: Codes, rows: int | None, block: int, *, integers: bool) -> 
                     part = scratch(block * LANES, kind)
                     _zero(part, block, kind)
                     with T.serial(0, words) as word:
-                        loaded = T.Bind(codes[tile, g * words + word, lanes_at(0, LANES * WORD)])
                         column = T.Bind(g * w.group + word * w.per_word)
-                        if integers:
-                            _add_integers(w, part, loaded, x, at, column)
-                        else:
-                            _add_floats(w, part, loaded, x, at, column)
+                        add(w, part, (codes, tile, T.Bind(g * words + word)), x, at, column)
                     scale = T.Bind(widened(scales[tile, g, lanes_at(0)], w.scale_dtype, LANES))
-                    offset = T.Bind(_offset(w, scale, other, tile, g))
+                    offset = T.Bind(_offset(w, scale, other, tile, g, less))
                     for r in range(block):
                         inner = part[lanes_at(r * LANES)]
                         if integers:
@@ -338,10 +342,16 @@ def codes_product(w: Codes, rows: int | None, block: int, *, integers: bool) -> 
     return builder.get()
 
 
-def _add_floats(w: Codes, part: Any, loaded: Any, x: Any, at: list[Any], column: Any) -> None:
+def _words(place: tuple[Any, Any, Any], first: int, lanes: int) -> Any:
+    """Load the words of neighbouring rows of a tile, from (codes, tile, number of the word)."""
+    codes, tile, number = place
+    return T.Bind(tirx.reinterpret(f"uint32x{lanes}", codes[tile, number, lanes_at(first * WORD, lanes * WORD)]))
+
+
+def _add_floats(w: Codes, part: Any, place_of: Any, x: Any, at: list[Any], column: Any) -> None:
     """Add the products of one word of every row of the tile, decoded to floats."""
     mask = _splat(tirx.const((1 << w.bits) - 1, "uint32"))
-    word = T.Bind(tirx.reinterpret(f"uint32x{LANES}", loaded))
+    word = _words(place_of, 0, LANES)
     for place in range(8 // w.bits):
         for byte in range(WORD):
             shift = _splat(tirx.const(8 * byte + w.bits * place, "uint32"))
@@ -350,10 +360,37 @@ def _add_floats(w: Codes, part: Any, loaded: Any, x: Any, at: list[Any], column:
                 _add(part, r, code * _splat(x[row, column + place * WORD + byte]))
 
 
-def _add_integers(w: Codes, part: Any, loaded: Any, x: Any, at: list[Any], column: Any) -> None:
+def _four(byte: int) -> int:
+    """Return a word of four equal bytes."""
+    return int.from_bytes(bytes([byte] * WORD), "little")
+
+
+def _add_sdot(w: Codes, part: Any, place_of: Any, x: Any, at: list[Any], column: Any) -> None:
+    """Add the products of one word of every row of the tile, four rows and four bytes of each at a time."""
+    firsts = range(0, LANES, _SDOT_LANES)
+    words = [_words(place_of, first, _SDOT_LANES) for first in firsts]
+
+    def wide(value: int) -> Any:
+        return tirx.Broadcast(tirx.const(value, "uint32"), _SDOT_LANES)
+
+    for place in range(8 // w.bits):
+        codes = [(word >> wide(w.bits * place)) & wide(_four((1 << w.bits) - 1)) for word in words]
+        if w.bits == 8:
+            codes = [word ^ wide(_four(_SIGN)) for word in words]
+        codes = [T.Bind(tirx.reinterpret("int8x16", code)) for code in codes]
+        for r, row in enumerate(at):
+            four = tirx.reinterpret("int32", x[row, lanes_at(column + place * WORD, WORD)])
+            same = T.Bind(tirx.reinterpret("int8x16", tirx.Broadcast(four, _SDOT_LANES)))
+            for first, code in zip(firsts, codes, strict=True):
+                sums = lanes_at(r * LANES + first, _SDOT_LANES)
+                product = tirx.call_llvm_pure_intrin("int32x4", _SDOT, part[sums], code, same)
+                T.buffer_store(part, product, [sums])
+
+
+def _add_vnni(w: Codes, part: Any, place_of: Any, x: Any, at: list[Any], column: Any) -> None:
     """Add the products of one word of every row of the tile, four bytes at a time."""
-    mask = _splat(tirx.const(int.from_bytes(bytes([(1 << w.bits) - 1] * WORD), "little"), "uint32"))
-    word = T.Bind(tirx.reinterpret(f"uint32x{LANES}", loaded))
+    mask = _splat(tirx.const(_four((1 << w.bits) - 1), "uint32"))
+    word = _words(place_of, 0, LANES)
     bytes_type = f"int8x{LANES * WORD}"
     for place in range(8 // w.bits):
         shift = _splat(tirx.const(w.bits * place, "uint32"))
