@@ -83,6 +83,7 @@ def compress(
             summary["engines"] = _engines(chosen, place, keep_both=keep_both)
         if without_slower:
             summary["undone"] = [name for one in beside["products"] if one["undone"] for name in one["tensors"]]
+        summary["left_beside"] = left_beside(place, recipe, summary.get("engines", {}).get("kept"))
         summary.update(_reported(result, recipe, directory, beside, unmeasured))
 
     def accept(bundle: CompiledModel) -> None:
@@ -217,6 +218,12 @@ def place_beside(bundle: Path, engine: str) -> Path:
     """Return where the bundle goes that doesn't ship: beside the one that does, named by its engine."""
     named = bundle if bundle.name not in ("", "..") else Path(os.path.realpath(bundle))  # --out .
     return named.with_name(f"{named.name}-{engine}")
+
+
+def left_beside(place: Path, recipe: Recipe, kept: str | None) -> list[str]:
+    """Return the bundles of other engines that earlier runs left beside this one, all but `kept`, which is new."""
+    places = [place_beside(place, engine) for engine in recipe.target.engines]
+    return [str(one) for one in places if (one / "manifest.json").is_file() and str(one) != kept]
 
 
 def _summary(result: CompiledModel | Measured, before: str | None) -> Json:

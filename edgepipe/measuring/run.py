@@ -136,12 +136,14 @@ def take_blocks(
     plan: Plan,
     say: Callable[[str], None],
     programs: Mapping[str, Sequence[str]] | None = None,
+    called: Mapping[str, str] | None = None,
 ) -> dict[str, list[Json]]:
     """Return the raw samples of every bundle, one record per block.
 
+    `called` says how messages name a bundle whose process fails; without it, by its directory.
     `programs` replaces the worker of a bundle by another one that speaks like it, for trials of the method itself.
     """
-    programs = programs or {}
+    programs, called = programs or {}, called or {}
     blocks: dict[str, list[Json]] = {name: [] for name in bundles}
     threads = str(plan.threads)
     lengths = (str(plan.prompt), str(plan.output))
@@ -151,9 +153,8 @@ def take_blocks(
                 children = {}
                 for name in _order(list(bundles), block):
                     path = bundles[name]
-                    child = Child(
-                        path.name, ["speed", str(path), str(file), threads, *lengths], programs.get(name, WORKER)
-                    )
+                    arguments = ["speed", str(path), str(file), threads, *lengths]
+                    child = Child(called.get(name, path.name), arguments, programs.get(name, WORKER))
                     children[name] = stack.enter_context(child)
                 turns: dict[str, list[Json]] = {name: [] for name in bundles}
                 for turn in range(plan.turns):

@@ -89,6 +89,7 @@ def finished_lines(summary: Json) -> list[str]:
         lines.append(f"not measured: {summary['not_measured']}; `edgepipe measure` does it there")
     if summary["replaced"]:
         lines.append("It replaced the earlier bundle there, which was another one; --out keeps several.")
+    lines += [f"{path} beside it is of an earlier run; --keep-both replaces it" for path in summary["left_beside"]]
     if "engines" in summary:
         lines.append(f"engine: {summary['engines']['why']}")
     if "report" in summary:

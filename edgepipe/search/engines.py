@@ -125,7 +125,12 @@ def _race(bundles: Mapping[str, Path], recipe: Recipe, listener: Listener) -> Js
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "text.txt"
         file.write_text(open_text(stage.text, purpose="evaluation"), encoding="utf-8")
-        samples = take_blocks(paths, file, plan, lambda what: listener.progress(what, next(heard), total))
+        called = {_FIRST: f"the bundle of {first}", _SECOND: f"the bundle of {second}"}
+
+        def say(what: str) -> None:
+            listener.progress(what, next(heard), total)
+
+        samples = take_blocks(paths, file, plan, say, called=called)
     found = judge({first: samples[_FIRST], second: samples[_SECOND]})
     for engine, bundle in bundles.items():
         found["sides"][engine]["bundle_bytes"] = sum(file.stat().st_size for file in bundle.iterdir())

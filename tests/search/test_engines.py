@@ -15,8 +15,10 @@ from click.testing import CliRunner, Result
 from edgepipe.artifacts import Json
 from edgepipe.cli import main
 from edgepipe.compiling import library
-from edgepipe.compress import compress, place_beside
+from edgepipe.compress import compress, left_beside, place_beside
+from edgepipe.errors import StageError
 from edgepipe.levels import LEVELS, Level
+from edgepipe.measuring.run import take_blocks
 from edgepipe.recipe import Recipe, resolve
 from edgepipe.report.engines import engine_rows, engine_sentences, engines_of
 from edgepipe.search import engines
@@ -143,6 +145,24 @@ def test_an_engine_without_an_option_is_left_out(
     made = compress(str(tiny_model_dir), recipe, listener=Silent(), out=tmp_path / "out", runs=tmp_path / "runs")
     assert made["engines"]["chosen"] == "onnxruntime"
     assert made["engines"]["left_out"]["tvm"].startswith("compile.deflate=always: a compiled library reads")
+
+
+def test_an_engine_that_dies_is_named(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that a signal ends while both are measured ends the run, and the sentence says whose it was."""
+    dying = {"bundle": ("-c", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")}
+    monkeypatch.setattr(engines, "take_blocks", partial(take_blocks, programs=dying))
+    with pytest.raises(StageError, match=r"measuring the bundle of tvm ended with exit code -11: no message"):
+        engines._race({"onnxruntime": tiny_bundle, "tvm": tiny_bundle}, auto(tmp_path), Silent())
+
+
+def test_bundles_of_earlier_runs_are_named(tmp_path: Path) -> None:
+    """What lies beside the bundle and wasn't written now may be of any recipe."""
+    place, recipe = tmp_path / "out", auto(tmp_path)
+    assert left_beside(place, recipe, None) == []
+    (tmp_path / "out-tvm").mkdir()
+    (tmp_path / "out-tvm" / "manifest.json").write_text("{}", encoding="utf-8")
+    assert left_beside(place, recipe, None) == [str(tmp_path / "out-tvm")]
+    assert left_beside(place, recipe, str(tmp_path / "out-tvm")) == []
 
 
 def test_where_the_other_bundle_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
