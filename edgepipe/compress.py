@@ -160,10 +160,11 @@ def _check_measured_here(recipe: Recipe, flag: str | None) -> None:
     """Refuse a flag that measures bundles, and a choice between engines, where this machine can't."""
     from edgepipe.search.engines import engine_of
 
+    instead = "leave it out"
     if flag is None and engine_of(recipe) == AUTO and len(recipe.target.engines) > 1:
-        flag = "--engine auto"
+        flag, instead = "--engine auto", "name an engine"
     if flag and (reason := why_not_measured(recipe)):
-        raise ConfigError(f"{flag} measures on this machine, and {reason}: leave it out")
+        raise ConfigError(f"{flag} measures on this machine, and {reason}: {instead}")
 
 
 def _without_measuring(recipe: Recipe) -> tuple[Recipe, str]:
@@ -181,7 +182,7 @@ def why_not_measured(recipe: Recipe) -> str:
     target = recipe.target
     if target.measurable != "here":
         return f"the target {target.name} can't be measured from here"
-    level = target.tvm.elsewhere if engine_of(recipe) != "onnxruntime" else None
+    level = target.tvm.named if engine_of(recipe) != "onnxruntime" else None
     if level is not None and not runs_here(level):
         return f"this machine has not all instructions of {level.name}"
     return ""

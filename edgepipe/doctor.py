@@ -143,7 +143,7 @@ def _judge(target: Target, found: Json) -> Json:
     return {
         "name": target.name,
         "measurable": target.measurable,
-        "build": _verdict(_build_problems(found) + _library_problems(target) + works, _build_warnings(found)),
+        "build": _verdict(_build_problems(found) + _library_problems(target, found) + works, _build_warnings(found)),
         "run": _verdict(run, _run_warnings(found)),
         "measure": _verdict(measure, _measure_warnings(found) if here else []),
     }
@@ -203,10 +203,10 @@ def _build_problems(found: Json) -> list[str]:
     return problems
 
 
-def _library_problems(target: Target) -> list[str]:
+def _library_problems(target: Target, found: Json) -> list[str]:
     """Say why the library of a target can't be compiled and linked here; nothing where its engine needs none."""
-    if target.engines[0] != "tvm":
-        return []
+    if target.engines[0] != "tvm" or all(kernel["state"] != WORKS for kernel in found["kernels"]):
+        return []  # in the second case it may be numpy that fails, which the stage imports
     from edgepipe.stages.compile import Compile
 
     try:

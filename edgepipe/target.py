@@ -48,7 +48,7 @@ class TvmSettings:
             raise ConfigError(f"tvm.system={self.system} wants a tvm.level: this machine's is Linux")
 
     @property
-    def elsewhere(self) -> Level | None:
+    def named(self) -> Level | None:
         """Return the level that is named; None where this machine's is meant."""
         return level_named(self.level, self.system) if self.level else None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import platform
@@ -150,6 +151,17 @@ def test_another_machine_s_target_can_be_built_but_not_run(tmp_path: Path, monke
     assert phone["build"]["ok"] and told["ok"]
     assert phone["run"]["problems"] == ["target phone is another machine"]
     assert phone["measure"]["problems"] == ["target phone can't be measured from here"]
+
+
+def test_a_target_whose_library_cannot_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    light(monkeypatch)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    told = examine("rpi5")
+    (board,) = told["targets"]
+    assert board["build"]["problems"] == [
+        "the tvm engine needs packages that aren't here: pip install 'edgepipe[tvm]'",
+    ]
+    assert told["problem"].startswith("target rpi5 can't be built here: the tvm engine needs packages")
 
 
 def test_a_folder_that_cannot_be_written_forbids_building_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

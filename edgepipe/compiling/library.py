@@ -50,7 +50,7 @@ def check_tvm(cache_dtype: str, target: Target, *, checked: bool) -> Level:
     from edgepipe.engines.linking import check_linker
     from edgepipe.engines.native import level_here, runs_here
 
-    level = target.tvm.elsewhere or level_here()
+    level = target.tvm.named or level_here()
     check_linker(level)
     if checked and not runs_here(level):
         check_linker(level_here())

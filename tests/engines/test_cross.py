@@ -47,7 +47,7 @@ def test_every_level_has_a_target_of_its_own_name_or_board() -> None:
     assert {"android-arm64", "graviton", "riscv64", "rpi4", "rpi5", "x86-64-v3", "x86-64-v4-vnni"} == set(CROSS)
     for name in CROSS:
         target = load_target(name)
-        level = target.tvm.elsewhere
+        level = target.tvm.named
         assert level is not None and target.engines == ("tvm",)
         assert level.triple == f"{level.machine}-{target.tvm.system}"
         assert (target.measurable == "here") == (level.machine == "x86_64")
@@ -67,7 +67,7 @@ def test_levels_and_systems_that_nobody_knows() -> None:
 def test_the_linker_is_asked_for_before_any_work(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A library for another machine wants Zig, and the sentence names the extra."""
     pytest.importorskip("tvm", reason="TVM isn't here: pip install 'edgepipe[tvm]'")
-    level = load_target(name).tvm.elsewhere
+    level = load_target(name).tvm.named
     assert level is not None
     monkeypatch.setattr(linking, "linked_here", lambda other: other != level)
     find = importlib.util.find_spec

@@ -68,6 +68,7 @@ def test_a_decoder(model: OnnxModel, bundle: CompiledModel, notes: list[str]) ->
     manifest = json.loads((bundle.path / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["engine"] == "tvm"
     assert manifest["library"]["arithmetic"] == "float32"
+    assert manifest["library"]["system"] == "linux-gnu" and "linked_by" not in manifest["library"]
     assert manifest["graphs"] == {"decoder": "library.so"}
     assert {"library.so", "weights.bin"} <= set(manifest["files"])
     opened = open_graphs(read_bundle(bundle.path), 1)

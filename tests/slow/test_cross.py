@@ -18,6 +18,7 @@ import pytest
 
 from edgepipe.artifacts import CompiledModel, OnnxModel
 from edgepipe.errors import TargetError
+from edgepipe.levels import level_named
 from edgepipe.runtime import load, open_graphs, read_bundle
 from edgepipe.sources import open_model
 from edgepipe.stages.compile import Compile
@@ -32,7 +33,7 @@ from tests.students.tiny import save_tiny_student
 pytest.importorskip("tvm", reason="TVM isn't here: make test-cross")
 pytest.importorskip("ziglang", reason="Zig isn't here: make test-cross")
 
-from edgepipe.engines.linking import BIONIC, RUNTIME, undefined
+from edgepipe.engines.linking import BIONIC, RUNTIME, link, undefined
 
 pytestmark = pytest.mark.slow
 emulated = pytest.mark.skipif(
@@ -113,6 +114,9 @@ def test_a_decoder(folder: Path, tmp_path: Path, target: str, processor: str) ->
     ours, notes = built(model, target, tmp_path / "ours")
     theirs, _ = built(model, "cpu", tmp_path / "theirs")
     assert notes[1].startswith("those are its functions as compiled for this machine: a library for armv8")
+    said = ours.manifest["library"]
+    assert (said["machine"], said["system"], said["processor"]) == ("aarch64", "linux-gnu", processor)
+    assert said["linked_by"].startswith("ziglang ") and "asimd" in said["flags"]
     np.save(tmp_path / "ids.npy", random_ids(model))
     got = outputs(DECODE, ours.path, tmp_path / "ids.npy", processor=processor)
     assert off(got, decoded_here(theirs.path, np.load(tmp_path / "ids.npy"))) < CLOSE
@@ -189,11 +193,36 @@ def test_a_library_for_an_older_machine_runs_here(folder: Path, tmp_path: Path) 
     """AVX2 alone: its own functions are checked on a machine that has more."""
     from edgepipe.engines.native import runs_here
 
-    level = load_target("x86-64-v3").tvm.elsewhere
+    level = load_target("x86-64-v3").tvm.named
     if level is None or not runs_here(level):
         pytest.skip("this machine has no AVX2")
     _, notes = built(decoder(folder, "llama tied", "4 bits"), "x86-64-v3", tmp_path / "ours", exact_tolerance=1e-4)
     assert notes[0].startswith(NOTE[:5]) and len(notes) == 2
+
+
+def test_a_library_for_a_newer_machine(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """VNNI where this machine has AVX2 alone: what can't run here is checked in exact arithmetic, for this machine."""
+    from edgepipe.engines import native
+
+    older = level_named("x86-64-v3")
+    if not native.runs_here(older):
+        pytest.skip("this machine has no AVX2")
+    monkeypatch.setattr(native, "processor_flags", lambda: frozenset(older.flags))
+    model = decoder(folder, "llama tied", "4 bits")
+    ours, notes = built(model, "x86-64-v4-vnni", tmp_path / "ours", accuracy_level=4)
+    assert ours.manifest["library"]["arithmetic"] == "int8"
+    assert notes[1].endswith("as compiled for this machine: a library for x86-64-v4-vnni can't run here")
+
+
+def test_a_name_that_nobody_has(tmp_path: Path) -> None:
+    """The linker leaves it open, as in any library; it is read from the library, and refused."""
+    source, compiled = tmp_path / "a.c", str(tmp_path / "a.o")
+    source.write_text("float nobody_has(float); float f(float x) { return nobody_has(x); }\n", encoding="utf-8")
+    zig = [sys.executable, "-m", "ziglang", "cc", "-target", "aarch64-linux-gnu", "-c", "-fPIC", "-o", compiled]
+    subprocess.run([*zig, str(source)], check=True)
+    for level in (level_named("armv8-a"), level_named("armv8-a", "linux-android")):
+        with pytest.raises(TargetError, match=rf"library for {level.triple} calls nobody_has, which its"):
+            link(str(tmp_path / "a.so"), [compiled], level)
 
 
 def compressed(folder: Path, model: str, target: str, *options: str) -> tuple[Path, dict[str, Any]]:
