@@ -63,7 +63,13 @@ LEVELS = (
         flags=("asimd", "asimdhp", "asimddp", "asimdrdm", "atomics", "crc32", "fphp", "lrcpc"),
         byte_products="sdot",
     ),
-    Level(name="armv8-a", machine="aarch64", mcpu="cortex-a72", flags=("asimd", "crc32")),
+    Level(
+        name="armv8-a",
+        machine="aarch64",
+        mcpu="cortex-a72",
+        mattr=("-aes", "-sha2"),  # LLVM gives a Cortex-A72 the cryptography that it may leave out, as a Pi 4's does
+        flags=("asimd", "crc32"),
+    ),
     Level(
         name="rv64gc",
         machine="riscv64",

@@ -127,6 +127,16 @@ def test_what_is_refused(options: list[str], sentence: str, tiny_model_dir: Path
     assert result.exit_code in (1, 2) and sentence in result.stderr and "Traceback" not in result.stderr
 
 
+def test_no_engine_is_chosen_where_none_can_be_measured(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Before anything is built."""
+    file = tmp_path / "board.toml"
+    file.write_text('description = "a board"\nengines = ["tvm", "onnxruntime"]\nmeasurable = "no"\n', encoding="utf-8")
+    command = ["compress", str(tiny_model_dir), "--target", str(file), "--engine", "auto"]
+    result = CliRunner().invoke(main, command)
+    said = "--engine auto measures on this machine, and the target board can't be measured from here: name an engine"
+    assert result.exit_code == 2 and said in result.stderr
+
+
 def test_a_run_that_cannot_be_measured(tiny_model_dir: Path, tmp_path: Path) -> None:
     """The bundle and a report are there, and both say why there are no figures."""
     file = tmp_path / "board.toml"
