@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import edgepipe
 from edgepipe.artifacts import Json, ModelInfo, OnnxModel, StageRecord
+from edgepipe.runtime.exits import PART
 from edgepipe.sbom import FILE_NAME as BILL
 from edgepipe.sbom import bill_of_materials
 from edgepipe.store import file_sha256, versions, write_json
@@ -87,7 +88,7 @@ def write_bundle(
         "task": model.info.task,
         "engine": "onnxruntime" if library is None else "tvm",
         "graphs": graphs,
-        "ends": model.spec.get("ends", {}),
+        "ends": {name: ends for name, ends in model.spec.get("ends", {}).items() if not name.startswith(PART)},
         "weights": {
             "file": stored,
             "bytes": files[stored]["bytes"],

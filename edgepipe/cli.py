@@ -61,11 +61,7 @@ def main() -> None:
 @click.option("--keep-both", is_flag=True, help="With --engine auto: keep the bundle of the other engine too.")
 @click.option("--trim-vocab", metavar="DATA", help="Keep only the tokens that the texts of a file use (docs/trim.md).")
 @click.option("--student", help="Distill MODEL into an encoder-decoder, encoder or decoder first (docs/distill.md).")
-@click.option(
-    "--data",
-    help="What the student learns from: .jsonl, .csv, .tsv, a text.  [default: its teacher's texts]  With --max-drop: "
-    "what the drop is measured on.",
-)
+@click.option("--data", help="What a student learns from, or --max-drop is measured on: .jsonl, .csv, .tsv, a text.")
 @click.option("--max-drop", metavar="DROP", help="Search bits and groups of each layer: 1% or 0.005 of the metric.")
 @click.option("--metric", help="What may drop by that, as in `edgepipe eval`.  [default: by the model's task]")
 @click.option("--eval", "evaluation", multiple=True, metavar="NAME=VALUE", help="An option of `edgepipe eval` for it.")
@@ -343,6 +339,7 @@ def measure_command(
 @click.option("--max-new-tokens", default=64, show_default=True, help="Tokens of an answer at most.")
 @click.option("--stop", multiple=True, help="End an answer before this text.")
 @click.option("--batch", default=8, show_default=True, help="Examples that run together.")
+@click.option("--exit-threshold", type=float, help="When texts leave an encoder with exits.  [default: 0.5]")
 @click.option("--threads", default=0, help="Threads of the engine.  [default: one per physical core]")
 @click.option("--seed", default=0, show_default=True, help="Seed of the intervals and of --limit.")
 def eval_command(
@@ -362,6 +359,7 @@ def eval_command(
     max_new_tokens: int,
     stop: tuple[str, ...],
     batch: int,
+    exit_threshold: float | None,
     threads: int,
     seed: int,
 ) -> None:
@@ -385,6 +383,7 @@ def eval_command(
         max_new_tokens=max_new_tokens,
         stop=stop,
         batch=batch,
+        exit_threshold=exit_threshold,
         threads=threads,
         seed=seed,
     )

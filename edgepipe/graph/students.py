@@ -7,7 +7,12 @@ Graphs of an encoder-decoder (B rows, N source tokens, S new tokens, P past ones
     scorer    input_ids [B, S], token_ids [C] int64, and what the decoder reads of the source
               → logits [B, C] of those tokens after input_ids, from C rows of the output matrix and no cache
 
-Graph `model` of an encoder: input_ids, attention_mask → embedding [B, hidden], or logits [B, labels].
+Graph `model` of an encoder: input_ids, attention_mask → embedding [B, hidden], or logits [B, labels]. One with exits
+is there in parts as well, `part_0` and so on, each the layers up to the next exit:
+
+    part_0    input_ids, attention_mask → embedding or logits as if this were all, gate [B] float32: the log odds that
+              they are right already, next_states [B, N, hidden]
+    part_i    states, attention_mask → the same; the last has no gate and no next states
 
 Sources: Mu (arXiv:2501.16273), T5Gemma (arXiv:2504.06225); monoT5 (arXiv:2003.06713) for the scorer; NV-Embed
 (arXiv:2405.17428) for latent attention. students/models.py says the same in torch. Centred positions are not in the
@@ -40,6 +45,7 @@ from edgepipe.graph.blocks import (
 from edgepipe.graph.dialect import GraphBuilder
 from edgepipe.graph.pooling import pool, unit_length
 from edgepipe.graph.shape import Shape
+from edgepipe.runtime.exits import PART
 from edgepipe.students.config import StudentConfig, student_weights
 from edgepipe.weights import WeightStore
 
@@ -62,7 +68,8 @@ def build_student(config: StudentConfig, context: int | None) -> dict[str, bytes
     """Build the graphs of a student by name; `context` None takes the usual number of tokens."""
     encoder = _all_seen(config.encoder_shape(context))
     if config.decoder is None:
-        return {"model": _build_model(config, encoder)}
+        parts = {f"{PART}{i}": _build_part(config, encoder, i) for i in range(len(config.depths)) if config.exits}
+        return {"model": _build_model(config, encoder), **parts}
     decoder = _all_seen(config.decoder_shape(context))
     return {
         "encoder": _build_encoder(config, encoder, decoder),
@@ -84,6 +91,7 @@ def student_spec(config: StudentConfig, info: ModelInfo, context: int | None) ->
             "normalize": None if config.labels else config.normalize,
             "labels": list(config.labels) or None,
             "pad_token_id": info.config.get("pad_token_id"),
+            **({"exits": list(config.exits)} if config.exits else {}),
         }
     decoder = config.decoder_shape(context)
     start = info.config.get("decoder_start_token_id")
@@ -139,34 +147,84 @@ def _build_model(config: StudentConfig, s: Shape) -> bytes:
     """Build the graph `model` of an encoder student: its states pooled, then normalised or classified."""
     g = GraphBuilder("model")
     ids, mask = (g.input(name, _INT64, ["batch", "sequence"]) for name in ("input_ids", "attention_mask"))
-    states = _encode(g, s, config, ids, mask)
+    _answer(g, config, s, _encode(g, s, config, ids, mask), mask)
+    return g.finish()
+
+
+def _build_part(config: StudentConfig, s: Shape, number: int) -> bytes:
+    """Build the graph of the layers from one exit to the next."""
+    g = GraphBuilder(f"{PART}{number}")
+    dims: list[int | str] = ["batch", "sequence", s.hidden]
+    first = g.input("states", _FLOAT, dims) if number else g.input("input_ids", _INT64, ["batch", "sequence"])
+    mask = g.input("attention_mask", _INT64, ["batch", "sequence"])
+    x = first if number else _embed(g, s, config, first)
+    positions = _positions(g, mask if number else first)
+    layers = range((0, *config.depths)[number], config.depths[number])
+    x = _layers(g, s, config, x, (mask, positions), layers)
+    vector, answer = _answer(g, config, s, norm(g, s, "encoder.norm.weight", x), mask)
+    if number < len(config.exits):
+        g.output("gate", _gate(g, config, vector, answer, number), _FLOAT, ["batch"])
+        g.output("next_states", x, _FLOAT, dims)
+    return g.finish()
+
+
+def _gate(g: GraphBuilder, config: StudentConfig, vector: ir.Value, answer: ir.Value, number: int) -> ir.Value:
+    """Return the log odds [B] that the answer at an exit is right already."""
+    if config.labels:
+        sure = g.op("ReduceMax", [g.op("Softmax", [answer], {"axis": -1}), ints(g, -1)], {"keepdims": 1})
+        vector = g.op("Concat", [vector, sure], {"axis": -1})
+    weighted = g.op("Mul", [vector, g.weight(f"gates.{number}.weight", [config.gate_features])])
+    odds = g.op("ReduceSum", [weighted, ints(g, -1)], {"keepdims": 0})
+    return g.op("Add", [odds, g.weight(f"gates.{number}.bias", [1])])
+
+
+def _answer(
+    g: GraphBuilder, config: StudentConfig, s: Shape, states: ir.Value, mask: ir.Value
+) -> tuple[ir.Value, ir.Value]:
+    """Make pooled states a graph's embedding or logits; return the pooled states [B, hidden] and the output."""
     if config.pooling == "latent":
         states = _attend_to_latents(g, config, s, states)
-    vector = pool(g, states, mask, "mean" if config.pooling == "latent" else config.pooling)
+    pooled = pool(g, states, mask, "mean" if config.pooling == "latent" else config.pooling)
     if config.labels:
-        logits = linear(g, "classifier", vector, len(config.labels), s.hidden, bias=True)
-        g.output("logits", logits, _FLOAT, ["batch", len(config.labels)])
+        answer = linear(g, "classifier", pooled, len(config.labels), s.hidden, bias=True)
+        g.output("logits", answer, _FLOAT, ["batch", len(config.labels)])
     else:
-        vector = unit_length(g, vector) if config.normalize else vector
-        g.output("embedding", vector, _FLOAT, ["batch", s.hidden])
-    return g.finish()
+        answer = unit_length(g, pooled) if config.normalize else pooled
+        g.output("embedding", answer, _FLOAT, ["batch", s.hidden])
+    return pooled, answer
 
 
 def _encode(g: GraphBuilder, s: Shape, config: StudentConfig, ids: ir.Value, mask: ir.Value) -> ir.Value:
     """Return the normed states [B, N, hidden] of a source; every token sees all that isn't padding."""
+    x = _embed(g, s, config, ids)
+    x = _layers(g, s, config, x, (mask, _positions(g, ids)), range(s.layers))
+    return norm(g, s, "encoder.norm.weight", x)
+
+
+def _embed(g: GraphBuilder, s: Shape, config: StudentConfig, ids: ir.Value) -> ir.Value:
     table = "embed_tokens.weight" if config.shares_embedding else "encoder.embed_tokens.weight"
-    x = scaled(g, g.op("Gather", [g.weight(table, [s.vocab, s.hidden]), ids]), s.embedding_scale)
-    positions, tables = _positions(g, ids), rotary_tables(g, s, config.encoder)
+    return scaled(g, g.op("Gather", [g.weight(table, [s.vocab, s.hidden]), ids]), s.embedding_scale)
+
+
+def _layers(
+    g: GraphBuilder, s: Shape, config: StudentConfig, x: ir.Value, where: tuple[ir.Value, ir.Value], layers: range
+) -> ir.Value:
+    """Run some of the encoder's layers on the stream x [B, N, hidden]; `where`: mask and positions [B, N]."""
+    (mask, positions), tables = where, rotary_tables(g, s, config.encoder)
     # A causal encoder never looks right, where padding stands
     seen = None if config.causal_encoder else _seen(g, mask)
-    for i in range(s.layers):
+    for i in layers:
+        if i in config.exits and i > layers.start:
+            x = g.op(
+                "Identity", [x]
+            )  # nothing is fused across an exit: so parts compute, bit by bit, what the whole does
         p = f"encoder.layers.{i}."
         h = norm(g, s, p + "input_layernorm.weight", x)
         qkv = self_projections(g, s, i, p, h, positions, tables)
         y = _attention(g, s, [*qkv, seen] if seen else qkv, causal=config.causal_encoder)
         x = attention_output(g, s, p + "self_attn.o_proj", x, y)
         x = mlp(g, s.at(i), p, x)
-    return norm(g, s, "encoder.norm.weight", x)
+    return x
 
 
 def _attend_to_latents(g: GraphBuilder, config: StudentConfig, s: Shape, x: ir.Value) -> ir.Value:

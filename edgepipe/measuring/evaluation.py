@@ -25,6 +25,7 @@ from edgepipe.measuring import examples, quality, scores, tasks
 from edgepipe.measuring.metrics import TABLE_OPTIONS, Evaluation
 from edgepipe.rows import Data, open_data, read_text
 from edgepipe.runtime.bundle import MANIFEST, read_bundle
+from edgepipe.runtime.encoder import Encoder
 from edgepipe.runtime.text_generation import Model
 
 Progress = Callable[[str, int, int], None]
@@ -151,7 +152,7 @@ def _score_examples(bundle: Path, against: Path | None, data: Data, options: Eva
         pairs = examples.sample(examples.read_pairs(data, columns), options.limit, options.seed)
 
         def run(path: Path, tick: tasks.Tick) -> tuple[np.ndarray, Json]:
-            return _compare_pairs(path, pairs, options, tick), {}
+            return _compare_pairs(path, pairs, options, tick)
 
     elif options.metric == "accuracy":
         labelled = examples.sample(examples.read_labelled(data, columns), options.limit, options.seed)
@@ -170,12 +171,14 @@ def _score_examples(bundle: Path, against: Path | None, data: Data, options: Eva
     return _Scored(rows=found[0][0], against=found[1][0] if against is not None else None, details=found[0][1])
 
 
-def _compare_pairs(path: Path, pairs: list[examples.Pair], options: Evaluation, tick: tasks.Tick) -> np.ndarray:
+def _compare_pairs(
+    path: Path, pairs: list[examples.Pair], options: Evaluation, tick: tasks.Tick
+) -> tuple[np.ndarray, Json]:
     """Embed pairs of texts with one bundle."""
     model = _open(path, options)
     if not isinstance(model, tasks.Embedder):
         raise _refusal(path, options.metric, "embeds texts")
-    return tasks.similarity_rows(model, pairs, options.batch, tick)
+    return tasks.similarity_rows(model, pairs, options.batch, tick), _depths(model)
 
 
 def _label(
@@ -189,7 +192,7 @@ def _label(
     if isinstance(model, tasks.Classifier):
         if options.chat or options.prompt != tasks.TEXT:
             raise ConfigError(f"--prompt and --chat mean nothing for {path}, which classifies: leave them out")
-        return tasks.classified_rows(model, labelled, labels, options.batch, tick), details
+        return tasks.classified_rows(model, labelled, labels, options.batch, tick), {**details, **_depths(model)}
     if not isinstance(model, Model):
         raise _refusal(path, options.metric, "classifies or predicts text")
     if len(labels) < 2 or options.prompt == tasks.TEXT:
@@ -237,7 +240,17 @@ def _answer(path: Path, asked: list[examples.Asked], options: Evaluation, tick: 
 def _open(path: Path, options: Evaluation) -> object:
     from edgepipe.runtime import load
 
-    return load(path, threads=options.threads or None, callers=1)
+    return load(path, threads=options.threads or None, callers=1, exit_threshold=options.exit_threshold)
+
+
+def _depths(model: object) -> Json:
+    """Return how many layers texts went through, of an encoder with exits; nothing of others."""
+    found = model.texts_by_depth if isinstance(model, Encoder) else {}
+    if not found:
+        return {}
+    texts = sum(found.values())
+    mean = sum(depth * count for depth, count in found.items()) / texts
+    return {"mean_layers": mean, "texts_by_layers": {str(depth): count for depth, count in found.items()}}
 
 
 def _refusal(path: Path, metric: str, what: str) -> ConfigError:

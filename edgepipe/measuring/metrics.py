@@ -35,7 +35,7 @@ METRICS = (
         name="spearman",
         better="higher",
         over="pairs",
-        options=TABLE_OPTIONS,
+        options=TABLE_OPTIONS | {"exit_threshold"},
         statistic=scores.spearman,
         columns="score=4,first=5,second=6",  # as STS-B has them
         keys="score=score,first=sentence1,second=sentence2",
@@ -44,7 +44,7 @@ METRICS = (
         name="accuracy",
         better="higher",
         over="examples",
-        options=TABLE_OPTIONS | {"prompt", "labels", "chat"},
+        options=TABLE_OPTIONS | {"prompt", "labels", "chat", "exit_threshold"},
         statistic=scores.mean_of(0),
         columns="text=0,label=1",
         keys="text=text,label=label",
@@ -85,6 +85,7 @@ class Evaluation:
     max_new_tokens: int = 64
     stop: tuple[str, ...] = ()  # an answer ends before one of these
     batch: int = 8  # examples that run together
+    exit_threshold: float | None = None  # of an encoder with exits: when a text leaves; None: 0.5
     threads: int = 0  # of the engine; 0: its choice
     seed: int = 0  # of the bootstrap and of `limit`
 

@@ -11,6 +11,7 @@ from typing import Any
 from edgepipe.errors import ConfigError, ContractError, TargetError
 from edgepipe.runtime.bundle import GENERATION, Bundle, read_bundle, verify_hashes
 from edgepipe.runtime.encoder import Encoder
+from edgepipe.runtime.exits import USUAL_THRESHOLD, LeavingGraph, check_threshold
 from edgepipe.runtime.prompts import Message
 from edgepipe.runtime.text_generation import Generation, Model
 
@@ -27,7 +28,9 @@ __all__ = [
 ]
 
 
-def load(path: str | Path, *, threads: int | None = None, callers: int = 4) -> Model | Encoder:
+def load(
+    path: str | Path, *, threads: int | None = None, callers: int = 4, exit_threshold: float | None = None
+) -> Model | Encoder:
     """Load the bundle in directory `path` and return a model that is safe for concurrent callers.
 
     A bundle for text-generation or text2text-generation gives a `Model`, any other an `Encoder`.
@@ -38,6 +41,8 @@ def load(path: str | Path, *, threads: int | None = None, callers: int = 4) -> M
 
     :param threads: processor threads of the engine, shared by all callers; None = the engine's choice.
     :param callers: calls that may run at a time, ≥ 1.
+    :param exit_threshold: of an encoder with exits, from 0 to 1: a text leaves at the first exit whose gate gives a
+        higher probability that the answer there is right already; 1: none leaves. None = 0.5.
     :raises ConfigError: when `path` is no bundle, or a value is out of range.
     :raises ContractError: when a file of the bundle is missing or has the wrong size, or the graph isn't the one
         the manifest describes. Hashes are not read here: see `verify_hashes`.
@@ -49,14 +54,16 @@ def load(path: str | Path, *, threads: int | None = None, callers: int = 4) -> M
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name} must be a whole number of at least 1, but is {value!r}")
     bundle = read_bundle(path)
-    loaded = open_graphs(bundle, threads)
+    loaded = open_graphs(bundle, threads, check_threshold(exit_threshold, bundle.manifest["model"]))
     if bundle.manifest["task"] in GENERATION:
         return Model(bundle, loaded, callers=callers)
     return Encoder(bundle, loaded)
 
 
-def open_graphs(bundle: Bundle, threads: int | None) -> Any:
+def open_graphs(bundle: Bundle, threads: int | None, exit_threshold: float = USUAL_THRESHOLD) -> Any:
     """Open the graphs of a bundle in its engine: a decoder (text_generation.py says what it offers), or one graph.
+
+    Of a model with exits the parts are opened, and offered as one graph (exits.py).
 
     Raises TargetError when the engine isn't there or can't load them, ContractError when the manifest describes others.
     """
@@ -75,6 +82,9 @@ def open_graphs(bundle: Bundle, threads: int | None) -> Any:
 
     if not manifest["ends"]:
         return engine.open_decoder(bundle.path, manifest, threads)
+    if manifest["model"].get("exits"):
+        parts = engine.open_parts(bundle.path, manifest, threads)
+        return LeavingGraph(parts, (*manifest["model"]["exits"], manifest["model"]["layers"]), exit_threshold)
     weights, several = unpack_weights(bundle.path, manifest), len(manifest["ends"]) > 1
     graphs = {
         role: engine.open_graph(bundle.path / manifest["graphs"][role], threads, ends, others=several, weights=weights)

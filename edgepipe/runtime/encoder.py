@@ -13,6 +13,7 @@ import numpy as np
 
 from edgepipe.errors import ConfigError
 from edgepipe.runtime.bundle import Bundle
+from edgepipe.runtime.exits import LeavingGraph
 from edgepipe.runtime.growing import Graph
 from edgepipe.runtime.tokenizer import Tokenizer
 
@@ -59,6 +60,11 @@ class Encoder:
     def labels(self) -> tuple[str, ...]:
         """Return the names of the classes, in the order of the logits; empty for a model without."""
         return tuple(self._model["labels"] or ())
+
+    @property
+    def texts_by_depth(self) -> dict[int, int]:
+        """Return how many texts left after how many layers since the model was loaded; empty where it has no exits."""
+        return self._graph.rows_by_depth if isinstance(self._graph, LeavingGraph) else {}
 
     @property
     def inputs(self) -> dict[str, tuple[str, tuple[int | str, ...]]]:

@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgepipe.errors import ConfigError
+from edgepipe.runtime.exits import PART
 
 ROLES = {"text-generation": ("decoder",), "text2text-generation": ("encoder", "decoder")}  # graphs; else: model
 DTYPES = ("float32", "float16", "int64", "int32", "bool")
 
 _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+_MOST_LAYERS = 4096  # as in bundle.py
 _FREE = "*"  # an axis of any length: a name in the manifest
 
 End = tuple[str, tuple[int | str, ...]]
@@ -78,6 +80,22 @@ def _check_model(task: str, ends: Mapping[str, Any], model: Mapping[str, Any]) -
             raise ConfigError("manifest.json: a model for text-classification must have model.context and model.labels")
         logits: Ends = {"logits": ("float32", (_FREE, len(model["labels"])))}
         _compare(ends["outputs"], logits, "ends.model.outputs")
+
+
+def check_exits(manifest: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless a model's exits stand between its layers, and each has its graph."""
+    model = manifest["model"]
+    exits, layers = model["exits"], model.get("layers")
+    numbers = [*exits, layers] if isinstance(exits, list) and exits else [None]
+    whole = all(type(number) is int and 1 <= number <= _MOST_LAYERS for number in numbers)
+    if not whole or sorted(set(numbers)) != numbers:
+        raise ConfigError("manifest.json: model.exits must be growing numbers from 1 to below model.layers")
+    hidden = model.get("hidden_size")
+    if type(hidden) is not int or hidden < 1:
+        raise ConfigError("manifest.json: model.hidden_size must be a whole number of at least 1 where there are exits")
+    for number in range(len(numbers)):
+        if f"{PART}{number}" not in manifest["graphs"]:
+            raise ConfigError(f"manifest.json: graphs must name {PART}{number} for model.exits, but does not")
 
 
 def _compare(described: Mapping[str, Any], expected: Ends, where: str) -> None:

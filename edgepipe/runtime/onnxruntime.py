@@ -17,6 +17,7 @@ import numpy as np
 import onnxruntime as ort
 
 from edgepipe.errors import ContractError, TargetError
+from edgepipe.runtime.exits import PART
 from edgepipe.runtime.packed import Unpacked, unpack_weights
 from edgepipe.runtime.source_reading import SOURCE_MASK, Source, SourceReader, reads_sources
 
@@ -305,6 +306,26 @@ def open_graph(
     if ends is not None:
         _compare_ends(session, _expected(ends["inputs"]), _expected(ends["outputs"]))
     return Graph(session)
+
+
+def open_parts(path: Path, manifest: Mapping[str, Any], threads: int | None) -> list[Graph]:
+    """Open the graphs between an encoder's exits, first to last.
+
+    Raises TargetError when onnxruntime can't load one, ContractError when its ends are others than the model's facts
+    make them.
+    """
+    model, weights = manifest["model"], unpack_weights(path, dict(manifest))
+    ids, states = ("tensor(int64)", (None, None)), ("tensor(float)", (None, None, model["hidden_size"]))
+    answer = _expected(manifest["ends"]["model"]["outputs"])
+    last = len(model["exits"])
+    parts = []
+    for number in range(last + 1):
+        session = open_session(path / manifest["graphs"][f"{PART}{number}"], threads, others=True, weights=weights)
+        inputs: _Ends = {"states": states} if number else {"input_ids": ids}
+        leaving: _Ends = {} if number == last else {"next_states": states, "gate": ("tensor(float)", (None,))}
+        _compare_ends(session, {**inputs, "attention_mask": ids}, {**answer, **leaving})
+        parts.append(Graph(session))
+    return parts
 
 
 _Ends = dict[str, tuple[str, tuple[int | None, ...]]]

@@ -24,7 +24,7 @@ _ONLY: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("encoder-decoder", "decoder"), ("on_policy", "match_hidden", "top_k", "scores")),
     (("encoder-decoder", "decoder"), ("match_cosine", "sample_temperature", "sample_top_k")),
     (("encoder-decoder",), ("cross", "cross_steps")),
-    (("encoder",), ("pooling", "mask_steps", "contrast_steps", "contrast_dropout")),
+    (("encoder",), ("pooling", "mask_steps", "contrast_steps", "contrast_dropout", "exits", "gate_beta", "gate_data")),
 )
 _USUAL_MINUTES = 20.0
 _TRAINERS = ("accelerate", "peft")  # whose versions decide a student's bytes, beside those that decide all results'
@@ -50,6 +50,7 @@ class Distill:
     hidden: int = 0  # width of the residual stream; 0: the teacher's
     ffn: int = 0  # width of the MLPs; 0: the teacher's
     nested: tuple[int, ...] = ()  # narrower widths of the MLPs that it learns to work at too (docs/prune.md)
+    exits: tuple[int, ...] = ()  # of an encoder: layers after which texts may leave, by gates (docs/prune.md)
     kv_heads: int = 0  # key/value heads, each with its queries; 0: the teacher's
     scratch: bool = False  # random weights in place of the teacher's
     causal_encoder: bool = False  # keep the causal mask in the encoder, for comparison
@@ -74,6 +75,8 @@ class Distill:
     mask_steps: int = 0  # of an encoder: steps of masked next-token prediction first
     contrast_steps: int = 0  # of an encoder: steps of unsupervised contrast before those of pairs or labels
     contrast_dropout: float = 0.3  # of that contrast: of attention and of what each block adds, above 0 and below 1
+    gate_beta: float = 0.1  # of gates: the quality that all layers together may cost, from 0: the more, the earlier
+    gate_data: float = 0.2  # share of the data that gates alone learn from, above 0 and below 1
     nested_every: bool = False  # train all nested widths at every step, not one that is drawn
     dropout: float = 0.0  # of the same while targets, pairs or labels are taught, in [0, 1)
     untaught: bool = False  # no last course: a student as it is made, or after mask_steps and contrast_steps alone
@@ -103,6 +106,8 @@ class Distill:
                 raise ConfigError(f"distill.{name}: expected at least 0, got {getattr(self, name)}")
         if not 0 < self.held_out < 1:
             raise ConfigError(f"distill.held_out: expected a share between 0 and 1, got {self.held_out}")
+        if self.gate_beta < 0 or not 0 < self.gate_data < 1:
+            raise ConfigError("distill.gate_beta must not be negative, and distill.gate_data be above 0 and below 1")
         if not 0 < self.contrast_dropout < 1:
             raise ConfigError(f"distill.contrast_dropout: expected above 0 and below 1, got {self.contrast_dropout}")
         if not 0 <= self.dropout < 1:
@@ -121,6 +126,7 @@ class Distill:
                 self.untaught and bool(self.steps or self.minutes or self.adapt_steps),
                 "give no steps, minutes or adapt_steps with it: nothing is taught",
             ),
+            ("exits and distill.nested", bool(self.exits and self.nested), "give one of them"),
             (
                 "start",
                 self.student == "encoder" and bool(self.start),

@@ -154,6 +154,13 @@ class Prune:
 
     def check(self, model: TorchModel) -> None:
         """Refuse a model without a table, sizes that can't be, and texts that can't be had."""
+        from edgepipe.students.config import is_student
+
+        if is_student(model.info.config) and model.info.config.get("exits"):
+            raise ConfigError(
+                f"prune: {model.info.name} has exits, whose gates were fitted to its layers as they are: make it "
+                "smaller before (distill.ffn, kv_heads, hidden, encoder_layers)"
+            )
         self._sizes(model)
         if model.activations is not None:
             raise ConfigError(

@@ -175,6 +175,11 @@ class Quantize:
             from edgepipe.quantizers.guard import check_floor
 
             check_floor(model.info, self.method)
+        if self.activations == "static" and model.info.config.get("exits"):
+            raise ConfigError(
+                f"quantize.activations=static: {model.info.name} has exits, and ranges are those of "
+                "all layers: take dynamic"
+            )
         self._rows(model)
         check_median(self, model.history)
         if self.steps:

@@ -214,6 +214,7 @@ class Stack(nn.Module):
         self.norm = RMSNorm(shape.hidden, shape.norm_eps, plus_one=shape.variant.norm_plus_one)
         self.rotary = Rotary(shape, config)
         self.shape = shape
+        self.kept: int | None = None  # the first blocks alone compute (training/exits.py); None: all
 
     @property
     def blocks(self) -> list[Block]:
@@ -234,7 +235,7 @@ class Stack(nn.Module):
         """Return normed states [B, S, H], the layers' keys and values, and the stream before and after each block."""
         tables = self.rotary(positions)
         states, present = [x], []
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self.blocks[: self.kept]):
             crossed = None if source is None else (source[i], source_mask)
             x, seen = block(x, tables, mask, None if past is None else past[i], crossed, causal=causal)
             present.append(seen)

@@ -49,6 +49,7 @@ class StudentConfig:
     latents: int = 512  # rows of the latent array that "latent" pooling attends to (arXiv:2405.17428)
     latent_heads: int = 8
     labels: tuple[str, ...] = ()  # of a classifier; empty: the encoder embeds
+    exits: tuple[int, ...] = ()  # of an encoder: layers after which a text may leave, with a gate each
 
     def __post_init__(self) -> None:
         """Refuse parts that don't fit together."""
@@ -62,11 +63,23 @@ class StudentConfig:
             )
         if len(self.labels) == 1:
             raise ConfigError("a classifier needs at least two labels")
+        if self.exits:
+            check_exits(self.exits, self.encoder["num_hidden_layers"])
         if self.decoder is not None and self.encoder["vocab_size"] != self.decoder["vocab_size"]:
             raise ConfigError(
                 f"encoder and decoder read one vocabulary, not {self.encoder['vocab_size']} and "
                 f"{self.decoder['vocab_size']} tokens"
             )
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Return the layers of an encoder after which it may answer, all of them last."""
+        return (*self.exits, int(self.encoder["num_hidden_layers"]))
+
+    @property
+    def gate_features(self) -> int:
+        """Return how many numbers a gate looks at: the pooled states, and how sure a classifier is."""
+        return int(self.encoder["hidden_size"]) + bool(self.labels)
 
     @property
     def shares_embedding(self) -> bool:
@@ -102,14 +115,22 @@ class StudentConfig:
         record = dataclasses.asdict(self)
         kind = record.pop("kind")
         model_type = next(name for name, known in MODEL_TYPES.items() if known == kind)
-        if self.decoder is None:
-            del record["decoder"]
+        for name, there in (("decoder", self.decoder is not None), ("exits", bool(self.exits))):
+            if not there:
+                del record[name]
         return {
             "model_type": model_type,
             **record,
             "labels": list(self.labels),
+            **({"exits": list(self.exits)} if self.exits else {}),
             "vocab_size": self.encoder["vocab_size"],
         }
+
+
+def check_exits(exits: Sequence[int], layers: int) -> None:
+    """Refuse exits that don't stand between an encoder's layers."""
+    if sorted({*exits}) != [*exits] or not 1 <= exits[0] <= exits[-1] < layers:
+        raise ConfigError(f"exits: expected growing numbers of layers from 1 to below all {layers}, got {[*exits]}")
 
 
 def is_student(config: Json) -> bool:
@@ -139,6 +160,10 @@ def read_student(config: Json) -> StudentConfig:
         if kinds is not None and type(value) is not kinds:
             raise ConfigError(f"the student's config.json says {name} is {value!r}; expected {fields[name].type}")
     given["labels"] = tuple(str(label) for label in given.get("labels") or ())
+    exits = given.get("exits") or ()
+    if not (isinstance(exits, list | tuple) and all(type(number) is int for number in exits)):
+        raise ConfigError(f"the student's config.json says exits is {exits!r}; expected whole numbers")
+    given["exits"] = tuple(exits)
     return StudentConfig(kind=kind, **given)
 
 
@@ -212,6 +237,8 @@ def _head_weights(config: StudentConfig, hidden: int) -> dict[str, tuple[int, ..
             names |= {f"pooler.{part}_proj.weight": (out, n_in), f"pooler.{part}_proj.bias": (out,)}
     if config.labels:
         names |= {"classifier.weight": (len(config.labels), hidden), "classifier.bias": (len(config.labels),)}
+    for i in range(len(config.exits)):
+        names |= {f"gates.{i}.weight": (config.gate_features,), f"gates.{i}.bias": (1,)}
     return names
 
 

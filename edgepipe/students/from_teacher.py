@@ -50,6 +50,7 @@ class StudentPlan:
     hidden: int = 0  # width of the residual stream; 0: the teacher's
     ffn: int = 0
     nested: tuple[int, ...] = ()  # narrower FFN widths that it is to work at too
+    exits: tuple[int, ...] = ()  # of an encoder: layers after which texts may leave
     kv_heads: int = 0  # key/value heads kept, each with its queries
     causal_encoder: bool = False
     centred_positions: bool = False
@@ -102,6 +103,7 @@ def plan_student(config: Json, plan: StudentPlan) -> StudentConfig | Json:
             pooling=plan.pooling,
             normalize=plan.normalize,
             labels=plan.labels,
+            exits=plan.exits,
             latent_heads=math.gcd(8, encoder["hidden_size"]),
         )
     return StudentConfig(

@@ -82,6 +82,8 @@ class Encoder(nn.Module):
             self.pooler = LatentPooling(self.shape.hidden, config.latents, config.latent_heads)
         if config.labels:
             self.classifier = nn.Linear(self.shape.hidden, len(config.labels))
+        if config.exits:
+            self.gates = nn.ModuleList(Gate(config.gate_features) for _ in config.exits)
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return the last states [B, N, H] and the streams around each block."""
@@ -90,11 +92,28 @@ class Encoder(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return embeddings [B, H], of length 1 when the config says so, or logits [B, classes]."""
         x, _ = self.hidden(input_ids, attention_mask)
-        x = self.pool(x, attention_mask)
+        return self._answer(self.pool(x, attention_mask))
+
+    def _answer(self, x: Tensor) -> Tensor:
+        """Return embeddings or logits of pooled states x [B, H]."""
         if self.config.labels:
             logits: Tensor = self.classifier(x)
             return logits
         return functional.normalize(x, dim=-1, eps=1e-12) if self.config.normalize else x
+
+    def at_depths(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Return embeddings or logits at every exit and after all layers, and what the exits' gates look at.
+
+        → exits + 1 of [B, H] or [B, classes]; exits of [B, features]
+        """
+        _, states = self.hidden(input_ids, attention_mask)
+        answers, features = [], []
+        for depth in self.config.depths:
+            pooled = self.pool(self.encoder.norm(states[depth]), attention_mask)
+            answers.append(self._answer(pooled))
+            sure = [answers[-1].softmax(-1).amax(-1, keepdim=True)] if self.config.labels else []
+            features.append(torch.cat([pooled, *sure], -1))
+        return answers, features[:-1]
 
     def pool(self, x: Tensor, attention_mask: Tensor) -> Tensor:
         """Pool states x [B, N, H] over the tokens that count. → [B, H]"""
@@ -112,6 +131,19 @@ class Encoder(nn.Module):
     def token_logits(self, x: Tensor) -> Tensor:
         """Return logits over the vocabulary, for masked prediction: the head is the embedding."""
         return functional.linear(x, self.embed_tokens.weight) / self.shape.logits_divisor
+
+
+class Gate(nn.Module):
+    """Say how likely an exit is right already: the log odds are w · features + b. As it is made: as likely as not."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(features))
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the log odds [B] of features [B, features]."""
+        return features @ self.weight + self.bias
 
 
 class LatentPooling(nn.Module):

@@ -51,3 +51,11 @@ def encoded(student: Encoder, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
     with torch.inference_mode():
         found: np.ndarray = student(torch.from_numpy(ids), torch.from_numpy(mask)).numpy()
     return found
+
+
+def encoded_at_exits(student: Encoder, ids: np.ndarray, mask: np.ndarray) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    """Return, for every exit and after all layers, embeddings or logits, and the log odds [B] of its gate, if any."""
+    with torch.inference_mode():
+        answers, features = student.at_depths(torch.from_numpy(ids), torch.from_numpy(mask))
+        gates = [gate(seen).numpy() for gate, seen in zip(student.gates, features, strict=True)]
+    return [(answer.numpy(), gate) for answer, gate in zip(answers, (*gates, None), strict=True)]

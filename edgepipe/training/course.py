@@ -67,6 +67,7 @@ def student_plan(options: Distill) -> StudentPlan:
         hidden=options.hidden,
         ffn=options.ffn,
         nested=options.nested,
+        exits=options.exits,
         kv_heads=options.kv_heads,
         causal_encoder=options.causal_encoder,
         centred_positions=options.centred_positions,

@@ -51,6 +51,7 @@ from edgepipe.training.encoder_data import (
     supervised,
     unsupervised,
 )
+from edgepipe.training.exits import at_exits, fit_gates
 from edgepipe.training.loop import LoopData, LoopOptions, Objective, Place, train
 from edgepipe.training.nested import nested
 
@@ -79,7 +80,8 @@ def teach_encoder(model: TorchModel, options: Distill, ctx: Context) -> TorchMod
         course.contrast("contrast", options.contrast_steps)
     if data.form != "text" and not options.untaught:
         course.teach(classified if data.form == "labels" else supervised)
-    ctx.figures({"training": course.records, "data": describe_data(data, course.train_part, course.held_part)})
+    gates = course.fit_gates()
+    ctx.figures({"training": course.records, **gates, "data": describe_data(data, course.train_part, course.held_part)})
     return _result(model, course.student)
 
 
@@ -149,7 +151,8 @@ def _new_encoder(model: TorchModel, options: Distill, ctx: Context, labels: tupl
     else:
         had = read_student(model.info.config)
         student = make_student(dataclasses.replace(had, labels=labels), seed=ctx.seed)
-        names = [n for n in student.state_dict() if not n.startswith("classifier.") or had.labels == labels]
+        heads = ("classifier.", "gates.")
+        names = [n for n in student.state_dict() if not n.startswith(heads) or had.labels == labels]
         values = {name: torch.from_numpy(np.array(model.weights.float32(name))) for name in names}
         student.load_state_dict(values, strict=False)
         ctx.note(f"{model.info.name} is taught further: {model.weights.parameters / 1e6:.1f} million parameters")
@@ -172,6 +175,8 @@ class _Course:
         self.labels = label_names(data) if data.form == "labels" else ()
         self.train_part, self.held_part = hold_out(data, options.held_out, SPLIT_SEED)
         self.student = student = _new_encoder(model, options, ctx, self.labels)
+        if student.config.exits:  # gates that saw what the student learnt would find it right everywhere
+            self.train_part, self._gate_part = hold_out(self.train_part, options.gate_data, SPLIT_SEED + 1)
         self.vocab = student.shape.vocab
         self._widths = nested_widths(student.config.encoder)
         self.records: Json = {}
@@ -201,11 +206,27 @@ class _Course:
             sets = LoopData(train=pairs, held_out=held_pairs)
         self._train("student", objective, sets, loop_options(self._options, self._ctx.seed), self._options.dropout)
 
+    def fit_gates(self) -> Json:
+        """Fit the gates of a student with exits; return their record, none for one without."""
+        if not self.student.config.exits:
+            return {}
+        read = read_labels(self._gate_part, self.labels, self._reading) if self.labels else None
+        examples = read_texts(self._gate_part, self._reading) if read is None else read
+        found = fit_gates(self.student, examples, self._options.gate_beta, self._options.rows or self._options.batch)
+        for one in found["exits"]:
+            self._ctx.note(
+                f"the exit after {one['layers']} layers is right for {one['right']:.0%} of {found['examples']} texts, "
+                f"and its gate for {one['told']:.0%}"
+            )
+        return {"gates": found}
+
     def _train(self, name: str, objective: Objective, sets: LoopData, loop: LoopOptions, dropout: float = 0.0) -> None:
         if self._widths:
             judge = nested(objective, self._widths, every=True, seed=loop.seed)
             objective = nested(objective, self._widths, every=self._options.nested_every, seed=loop.seed)
             sets = dataclasses.replace(sets, judge=judge)
+        if self.student.config.exits:
+            objective = at_exits(objective, self.student.config.depths)
         place = Place(folder=self._folder / name, key=self._key, progress=self._ctx.progress)
         loop = dataclasses.replace(loop, seed=phase_seed(loop.seed, len(self.records)))
         self.student.dropout.rate = dropout

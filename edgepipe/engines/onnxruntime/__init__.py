@@ -10,6 +10,7 @@ buffers as present_key.i / …
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -29,11 +30,12 @@ from edgepipe.engines.onnxruntime.round_tokens import round_tokens
 from edgepipe.engines.onnxruntime.source_codes import source_codes
 from edgepipe.engines.onnxruntime.whole_heads import whole_heads
 from edgepipe.errors import TargetError
+from edgepipe.runtime.exits import PART
 from edgepipe.students.config import is_student
 
 _HEAD_DIM_STEP = 16  # GroupQueryAttention refuses others (onnxruntime 1.31)
 CACHE_DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "int8": ir.DataType.INT8}
-_WHOLE_TEXT = ("encoder", "model")  # graphs that run all tokens of a text at once, never one by one
+_WHOLE_TEXT = re.compile(rf"encoder|model|{PART}\d+")  # graphs that run all tokens of a text at once, never one by one
 _OPSETS = {"": 23, "com.microsoft": 1}
 
 
@@ -66,7 +68,8 @@ def lower(
         source = ir.from_proto(onnx.load_model_from_string(portable))
         graph = source.graph
         # Over many rows a call's own cost is nothing, and the Split copies: apart, an encoder takes 2–4 % less
-        if name not in _WHOLE_TEXT:
+        whole_text = bool(_WHOLE_TEXT.fullmatch(name))
+        if not whole_text:
             join_projections(graph, model.weights, rounded)
         if built:
             fuse_reading(graph)
@@ -81,7 +84,7 @@ def lower(
             fuse_norms(graph)
         if model.activations is not None:
             _round_activations(graph, model, file, exact=exact, ranges=(ranges or {}).get(name, {}))
-        place_weights(graph, model.weights, file, accuracy_level, many_rows=name in _WHOLE_TEXT)
+        place_weights(graph, model.weights, file, accuracy_level, many_rows=whole_text)
         _drop_unused(graph, inputs=cached)
         graph.opset_imports.update(_OPSETS)
         graphs[name] = bytes(ir.to_proto(source).SerializeToString(deterministic=True))

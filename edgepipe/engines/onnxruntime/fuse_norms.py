@@ -47,7 +47,10 @@ def _fuse_norm(graph: ir.Graph, node: ir.Node) -> None:
         graph.insert_before(node, [fused])
         replaced = [(node, fused.outputs[0])]
     for old, new in replaced:
-        old.outputs[0].replace_all_uses_with(new)
+        value = old.outputs[0]
+        if value.is_graph_output():  # the sum that the next part of an encoder with exits goes on from
+            new.name, new.type, new.shape = value.name, value.type, value.shape
+        value.replace_all_uses_with(new, replace_graph_outputs=True)
         graph.remove([old], safe=True)
 
 
