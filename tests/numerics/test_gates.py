@@ -50,3 +50,31 @@ def test_texts_that_are_all_alike_give_a_number(all_right: bool) -> None:
     weights, bias = fit_gate(features, np.full(50, all_right))
     assert np.isfinite([*weights, bias]).all()
     assert ((features @ weights + bias > 0) == all_right).all()
+
+
+def test_gates_do_better_than_leaving_at_random() -> None:
+    """Texts are hard to a degree that shows, noisily; the same share of texts leaves at each exit in both ways."""
+    rng = np.random.default_rng(3)
+
+    def drawn(count: int) -> tuple[list[np.ndarray], np.ndarray]:
+        hard = rng.random(count)
+        quality = np.stack([hard < reach + rng.normal(size=count) * 0.1 for reach in (0.5, 0.7, 0.9)], 1)
+        seen = [np.stack([hard + rng.normal(size=count) * 0.2, rng.normal(size=count)], 1) for _ in range(2)]
+        return seen, quality.astype(float)
+
+    features, quality = drawn(2000)
+    right = right_exits(quality, DEPTHS, 0.1)
+    gates = [fit_gate(seen, right[:, number]) for number, seen in enumerate(features)]
+    features, quality = drawn(2000)
+    odds = np.stack([seen @ w + b for seen, (w, b) in zip(features, gates, strict=True)], 1)
+    layers, reached, by_chance = [], [], []
+    for threshold in (0.3, 0.5, 0.7, 0.9):
+        stays = np.concatenate([odds > np.log(threshold / (1 - threshold)), np.ones((2000, 1), bool)], 1)
+        exit_ = stays.argmax(1)
+        layers.append(DEPTHS[exit_].mean())
+        reached.append(quality[np.arange(2000), exit_].mean())
+        by_chance.append(np.mean([quality[np.arange(2000), rng.permutation(exit_)].mean() for _ in range(20)]))
+    assert layers == sorted(layers)
+    assert reached == sorted(reached)
+    assert layers[0] < 3.5 < 4.5 < layers[-1]
+    assert all(mine > chance + 0.02 for mine, chance in zip(reached, by_chance, strict=True)), (reached, by_chance)
