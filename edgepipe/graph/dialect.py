@@ -5,8 +5,7 @@ multiplies by). NAME is an entry, or an alias, of the model's `WeightStore`; a t
 one entry. Everything else that is small (inverse frequencies, shapes, scalars) is an ordinary initializer.
 
 Operators in use: Gather, MatMul, Add, Mul, Sigmoid, Gelu, Tanh, RMSNormalization, RotaryEmbedding, Attention (with past
-and present), Reshape, GatherND, Identity (at exits) and, for windowed attention, the few that make a mask.
-docs/dialect.md has the table.
+and present), Reshape, GatherND and, for windowed attention, the few that make a mask. docs/dialect.md has the table.
 """
 
 from __future__ import annotations

@@ -87,8 +87,8 @@ def check_exits(manifest: Mapping[str, Any]) -> None:
     model = manifest["model"]
     exits, layers = model["exits"], model.get("layers")
     numbers = [*exits, layers] if isinstance(exits, list) and exits else [None]
-    whole = all(type(number) is int and 1 <= number <= _MOST_LAYERS for number in numbers)
-    if not whole or sorted(set(numbers)) != numbers:
+    whole = [number for number in numbers if type(number) is int and 1 <= number <= _MOST_LAYERS]
+    if sorted(set(whole)) != numbers:
         raise ConfigError("manifest.json: model.exits must be growing numbers from 1 to below model.layers")
     hidden = model.get("hidden_size")
     if type(hidden) is not int or hidden < 1:

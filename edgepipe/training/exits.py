@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch.nn import functional
 from edgepipe.artifacts import Json
 from edgepipe.numerics.gates import fit_gate, right_exits
 from edgepipe.students.blocks import Stack
-from edgepipe.students.models import Encoder
+from edgepipe.students.models import Encoder, Gate
 from edgepipe.training.batches import Batch
 from edgepipe.training.encoder_data import Labels, Texts
 from edgepipe.training.loop import Objective, Step
@@ -65,7 +66,7 @@ def fit_gates(student: Encoder, examples: Texts | Labels, beta: float, rows: int
     right = right_exits(quality, depths, beta)
     record: Json = {"beta": beta, "examples": len(quality), "exits": []}
     with torch.no_grad():
-        for number, gate in enumerate(student.gates):
+        for number, gate in enumerate(cast(Sequence[Gate], student.gates)):
             weights, bias = fit_gate(features[number], right[:, number])
             gate.weight.copy_(torch.from_numpy(weights))
             gate.bias.fill_(bias)

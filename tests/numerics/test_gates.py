@@ -68,7 +68,7 @@ def test_gates_do_better_than_leaving_at_random() -> None:
     features, quality = drawn(2000)
     odds = np.stack([seen @ w + b for seen, (w, b) in zip(features, gates, strict=True)], 1)
     layers, reached, by_chance = [], [], []
-    for threshold in (0.3, 0.5, 0.7, 0.9):
+    for threshold in (0.5, 0.7, 0.8, 0.9):
         stays = np.concatenate([odds > np.log(threshold / (1 - threshold)), np.ones((2000, 1), bool)], 1)
         exit_ = stays.argmax(1)
         layers.append(DEPTHS[exit_].mean())
@@ -77,4 +77,5 @@ def test_gates_do_better_than_leaving_at_random() -> None:
     assert layers == sorted(layers)
     assert reached == sorted(reached)
     assert layers[0] < 3.5 < 4.5 < layers[-1]
-    assert all(mine > chance + 0.02 for mine, chance in zip(reached, by_chance, strict=True)), (reached, by_chance)
+    assert reached[0] > by_chance[0]
+    assert all(mine > chance + 0.05 for mine, chance in zip(reached[1:], by_chance[1:], strict=True)), by_chance
