@@ -15,6 +15,7 @@ from benchmarks.stored import RESULTS, read_result, section
 from tests.decoders import saved
 
 
+@pytest.mark.slow
 def test_a_tiny_student_goes_all_the_way_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exits, "ROOT", tmp_path)
     for module in (exits, benchmarks.stored):
