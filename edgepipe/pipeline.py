@@ -165,18 +165,24 @@ def run_stages(
 def _check(model: TorchModel, recipe: Recipe) -> None:
     """Let every stage look at the target and the model before any work.
 
-    What comes after another model was made looks at that one; until then it looks at the files that it reads.
+    What comes after another model was made looks at that one; until then it looks at the files that it reads, and at
+    whether that model is to have exits.
     """
+    from edgepipe.students.config import has_exits
+
     for _, stage in recipe.stages:
         if hasattr(stage, "meets"):
             stage.meets(recipe.target)
-    same = True
+    same, leaves = True, has_exits(model.info.config)
     for _, stage in recipe.stages:
         if same and hasattr(stage, "check"):
             stage.check(model)
         elif hasattr(stage, "reads"):
             stage.reads()
+        if leaves and not same and hasattr(stage, "check_exits"):
+            stage.check_exits("the student")
         same = same and not getattr(stage, "makes_another", False)
+        leaves = leaves or bool(getattr(stage, "exits", ()))
 
 
 def _run(

@@ -17,6 +17,7 @@ from typing import Any
 from edgepipe.artifacts import Json
 from edgepipe.errors import ContractError, EdgepipeError
 from edgepipe.runtime.bundle import GENERATION, MANIFEST, read_bundle, read_manifest, verify_hashes
+from edgepipe.runtime.exits import has_exits
 
 _ELEMENT_BYTES = {"float32": 4, "float16": 2, "int8": 1}  # of a key or value
 _MOST_PARAMETERS = 1 << 50
@@ -242,6 +243,8 @@ def _graph(path: Path, manifest: Json) -> None:
     reader = getattr(opened, "reader", None)
     if reader is not None and "scorer" in manifest["graphs"]:
         reader.scorer()  # opened only when it is used
+    if has_exits(manifest):  # the graph of all layers, for readers that know of no parts
+        open_graphs(read_bundle(path), 1, in_parts=False)
 
 
 _CHECKS = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from edgepipe.artifacts import Json, OnnxModel
 from edgepipe.errors import ContractError
+from edgepipe.runtime.exits import GATE
 
 if TYPE_CHECKING:
     from edgepipe.runtime.text_generation import Decoder
@@ -76,6 +77,16 @@ def worst_error(got: list[np.ndarray], expected: list[np.ndarray]) -> float:
 def worst_loss(got: list[np.ndarray], expected: list[np.ndarray]) -> float:
     """Return the largest RMS difference of any output, in that output's RMS; NaN stays NaN."""
     return float(np.max([rms(g - e) / max(rms(e), TINY) for g, e in zip(got, expected, strict=True)]))
+
+
+def beside_one(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return outputs as they are compared: log odds of a gate, which may all be near 0, are numbers beside 1.
+
+    How far rounding as it ships moves them isn't compared: that shows in what texts lose by leaving.
+    """
+    return {
+        name: np.append(value, np.ones(1, value.dtype)) if name == GATE else value for name, value in outputs.items()
+    }
 
 
 def in_steps(

@@ -1,7 +1,8 @@
 """Take turns at whole calls: a bundle that embeds or classifies runs a batch of inputs at once, and is done.
 
 A call of texts goes from the texts to the output: tokenizing, then one run. Every call has other texts, cut from the
-evaluation text to a number of tokens. Calls of images and sound run seeded arrays of the size the graph takes.
+evaluation text to a number of tokens. Calls of images and sound run seeded arrays of the size the graph takes. An
+encoder with exits runs all its layers: which texts leave says nothing here, since they are cut anywhere.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def open_calls(bundle: Path, text: str, threads: int | None, begun: float) -> tu
 
     imported = time.perf_counter()
     opened = read_bundle(bundle)
-    model = Encoder(opened, open_graphs(opened, threads))
+    model = Encoder(opened, open_graphs(opened, threads, exit_threshold=1))
     loaded = time.perf_counter()
     after_load = peak_memory_bytes()
     shapes = call_shapes(model.context)

@@ -26,6 +26,7 @@ from edgepipe.measuring.metrics import TABLE_OPTIONS, Evaluation
 from edgepipe.rows import Data, open_data, read_text
 from edgepipe.runtime.bundle import MANIFEST, read_bundle
 from edgepipe.runtime.encoder import Encoder
+from edgepipe.runtime.exits import check_threshold, has_exits
 from edgepipe.runtime.text_generation import Model
 
 Progress = Callable[[str, int, int], None]
@@ -48,9 +49,9 @@ def evaluate_bundle(
     metric = options.described
     if metric.name == "kl-to-float" and against is None:
         raise ConfigError("kl-to-float compares with a float bundle: name one with --against, the run's baseline say")
-    for path in (bundle, against):
-        if path is not None:
-            read_bundle(path)
+    check_threshold(options.exit_threshold, read_bundle(bundle).manifest)
+    if against is not None:
+        read_bundle(against)
     scores.check_extra(metric.name)
     opened = open_data(data)
     if metric.options >= TABLE_OPTIONS:
@@ -77,7 +78,7 @@ def score_bundle(bundle: Path, data: Data, options: Evaluation, *, progress: Pro
     """
     metric = options.described
     scores.check_extra(metric.name)
-    read_bundle(bundle)
+    check_threshold(options.exit_threshold, read_bundle(bundle).manifest)
     score = _score_examples if metric.options >= TABLE_OPTIONS else _score_text
     return score(bundle, None, data, options, progress).rows
 
@@ -240,7 +241,9 @@ def _answer(path: Path, asked: list[examples.Asked], options: Evaluation, tick: 
 def _open(path: Path, options: Evaluation) -> object:
     from edgepipe.runtime import load
 
-    return load(path, threads=options.threads or None, callers=1, exit_threshold=options.exit_threshold)
+    # Another bundle that runs beside it may have none
+    threshold = options.exit_threshold if has_exits(read_bundle(path).manifest) else None
+    return load(path, threads=options.threads or None, callers=1, exit_threshold=threshold)
 
 
 def _depths(model: object) -> Json:

@@ -68,10 +68,6 @@ def check_data(model: TorchModel, options: Quantize) -> None:
             f"quantize.steps: expected a model of texts with a tokenizer, for {', '.join(_TASKS)}, but {info.name} is "
             f"for {info.task}: leave steps out"
         )
-    if is_student(info.config) and info.config.get("exits"):
-        raise ConfigError(
-            f"quantize.steps: {info.name} has exits, and training on a grid judges all layers alone: leave steps out"
-        )
     hold_out(data, options.held_out, SPLIT_SEED)
     if info.task == "text2text-generation" and data.form != "source-target":
         raise ConfigError(

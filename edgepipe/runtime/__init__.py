@@ -5,13 +5,14 @@ Needs numpy, tokenizers, jinja2 and one engine; never torch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from edgepipe.errors import ConfigError, ContractError, TargetError
 from edgepipe.runtime.bundle import GENERATION, Bundle, read_bundle, verify_hashes
 from edgepipe.runtime.encoder import Encoder
-from edgepipe.runtime.exits import USUAL_THRESHOLD, LeavingGraph, check_threshold
+from edgepipe.runtime.exits import USUAL_THRESHOLD, LeavingGraph, check_threshold, has_exits
 from edgepipe.runtime.prompts import Message
 from edgepipe.runtime.text_generation import Generation, Model
 
@@ -54,23 +55,26 @@ def load(
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name} must be a whole number of at least 1, but is {value!r}")
     bundle = read_bundle(path)
-    loaded = open_graphs(bundle, threads, check_threshold(exit_threshold, bundle.manifest["model"]))
+    loaded = open_graphs(bundle, threads, check_threshold(exit_threshold, bundle.manifest))
     if bundle.manifest["task"] in GENERATION:
         return Model(bundle, loaded, callers=callers)
     return Encoder(bundle, loaded)
 
 
-def open_graphs(bundle: Bundle, threads: int | None, exit_threshold: float = USUAL_THRESHOLD) -> Any:
+def open_graphs(
+    bundle: Bundle, threads: int | None, exit_threshold: float = USUAL_THRESHOLD, *, in_parts: bool = True
+) -> Any:
     """Open the graphs of a bundle in its engine: a decoder (text_generation.py says what it offers), or one graph.
 
-    Of a model with exits the parts are opened, and offered as one graph (exits.py).
+    Of a model with exits the parts are opened, and offered as one graph (exits.py); not `in_parts`, its graph of all
+    layers.
 
     Raises TargetError when the engine isn't there or can't load them, ContractError when the manifest describes others.
     """
     manifest = bundle.manifest
     # Engines are imported only now: reading and checking bundles needs none.
     if manifest["engine"] == "tvm":
-        return _open_library(bundle, threads)
+        return _open_library(bundle, threads, exit_threshold if in_parts else None)
     if manifest["engine"] != "onnxruntime":
         raise TargetError(
             f"this edgepipe runs onnxruntime and tvm bundles, but {bundle.path} is for {manifest['engine']!r}: "
@@ -82,9 +86,8 @@ def open_graphs(bundle: Bundle, threads: int | None, exit_threshold: float = USU
 
     if not manifest["ends"]:
         return engine.open_decoder(bundle.path, manifest, threads)
-    if manifest["model"].get("exits"):
-        parts = engine.open_parts(bundle.path, manifest, threads)
-        return LeavingGraph(parts, (*manifest["model"]["exits"], manifest["model"]["layers"]), exit_threshold)
+    if has_exits(manifest) and in_parts:
+        return LeavingGraph(engine.open_parts(bundle.path, manifest, threads), _depths(manifest), exit_threshold)
     weights, several = unpack_weights(bundle.path, manifest), len(manifest["ends"]) > 1
     graphs = {
         role: engine.open_graph(bundle.path / manifest["graphs"][role], threads, ends, others=several, weights=weights)
@@ -95,15 +98,22 @@ def open_graphs(bundle: Bundle, threads: int | None, exit_threshold: float = USU
     return graphs["model"]
 
 
-def _open_library(bundle: Bundle, threads: int | None) -> Any:
-    """Open the functions of a bundle's library."""
+def _depths(manifest: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the layers behind each part of a model with exits, all of them last."""
+    return (*manifest["model"]["exits"], manifest["model"]["layers"])
+
+
+def _open_library(bundle: Bundle, threads: int | None, exit_threshold: float | None) -> Any:
+    """Open the functions of a bundle's library; without a threshold that of all layers in place of parts."""
     from edgepipe.runtime.growing import GrowingDecoder
-    from edgepipe.runtime.tvm import Decoder, open_library
+    from edgepipe.runtime.tvm import Decoder, open_library, open_parts
 
     manifest = bundle.manifest
     library = open_library(bundle.path, manifest, threads)
     if not manifest["ends"]:
         return Decoder(library, manifest)
+    if has_exits(manifest) and exit_threshold is not None:
+        return LeavingGraph(open_parts(library, manifest), _depths(manifest), exit_threshold)
     functions = {role: library.function(role) for role in manifest["ends"]}
     for role, ends in manifest["ends"].items():
         facts = functions[role].facts

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from edgepipe.errors import ConfigError, ContractError
-from edgepipe.runtime.ends import DTYPES, ROLES, check_ends, check_exits
+from edgepipe.runtime.ends import DTYPES, ROLES, check_ends
 from edgepipe.runtime.packed import MOST_RATIO
 
 MANIFEST = "manifest.json"
@@ -214,8 +214,6 @@ def _check_model(manifest: Mapping[str, Any]) -> None:
         raise ConfigError("manifest.json: model.labels must be a list of texts, or null")
     if _key(model, "pooling", "model.") is not None:
         _text(model, "pooling", "model.")
-    if "exits" in model:
-        check_exits(manifest)
     if _key(manifest, "cache") is not None:
         raise ConfigError(f"manifest.json: {manifest['task']} keeps no cache, but cache is {_kind(manifest['cache'])}")
 

@@ -38,6 +38,8 @@ def check_ends(manifest: Mapping[str, Any]) -> None:
             _compare(ends[role]["outputs"], outputs, f"ends.{role}.outputs")
     else:
         _check_model(task, ends["model"], model)
+        if "exits" in model:
+            _check_exits(manifest)
 
 
 def _generation(model: Mapping[str, Any], *, has_source: bool) -> dict[str, tuple[Ends, Ends]]:
@@ -82,9 +84,9 @@ def _check_model(task: str, ends: Mapping[str, Any], model: Mapping[str, Any]) -
         _compare(ends["outputs"], logits, "ends.model.outputs")
 
 
-def check_exits(manifest: Mapping[str, Any]) -> None:
-    """Raise ConfigError unless a model's exits stand between its layers, and each has its graph."""
-    model = manifest["model"]
+def _check_exits(manifest: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless a model's exits stand between its layers, each has its graph, and rows can leave."""
+    model, ends = manifest["model"], manifest["ends"]
     exits, layers = model["exits"], model.get("layers")
     numbers = [*exits, layers] if isinstance(exits, list) and exits else [None]
     whole = [number for number in numbers if type(number) is int and 1 <= number <= _MOST_LAYERS]
@@ -96,6 +98,11 @@ def check_exits(manifest: Mapping[str, Any]) -> None:
     for number in range(len(numbers)):
         if f"{PART}{number}" not in manifest["graphs"]:
             raise ConfigError(f"manifest.json: graphs must name {PART}{number} for model.exits, but does not")
+    texts: Ends = dict.fromkeys(_TEXT_INPUTS[:2], ("int64", (_FREE, _FREE)))
+    _compare(ends["model"]["inputs"], texts, "ends.model.inputs")
+    for name, facts in ends["model"]["outputs"].items():
+        if not facts["shape"] or not isinstance(facts["shape"][0], str):
+            raise ConfigError(f"manifest.json: ends.model.outputs.{name[:80]} must have a row for each text")
 
 
 def _compare(described: Mapping[str, Any], expected: Ends, where: str) -> None:

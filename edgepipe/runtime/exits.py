@@ -4,7 +4,8 @@
     part_i   the states of the rows that stayed → the same; the last part has neither gate nor states
 
 A row leaves where its gate says more than the threshold, log odds > ln(t / (1 − t)). At 1 no row does, at 0 all do at
-the first exit. Rows that left are in no later run, and where none is left the later parts don't run at all.
+the first exit. Rows that left are in no later run, and where none is left the later parts don't run at all. While all
+stay, arrays keep their shape, so that what comes out at 1 is what one graph gives.
 """
 
 from __future__ import annotations
@@ -20,15 +21,21 @@ import numpy as np
 from edgepipe.errors import ConfigError
 from edgepipe.runtime.growing import Graph
 
+GATE = "gate"  # a part's output [rows] float32
 PART = "part_"  # and a number: the name of the graph of the layers up to an exit
 USUAL_THRESHOLD = 0.5  # leave where that is likelier right than not: what gates are trained to say
 
 
-def check_threshold(threshold: object, model: Mapping[str, Any]) -> float:
+def has_exits(manifest: Mapping[str, Any]) -> bool:
+    """Say whether a bundle is of an encoder whose texts may leave between its layers."""
+    return "model" in manifest["ends"] and bool(manifest["model"].get("exits"))
+
+
+def check_threshold(threshold: object, manifest: Mapping[str, Any]) -> float:
     """Return the threshold that counts; ConfigError when it is no share, or the bundle has no exits."""
     if threshold is None:
         return USUAL_THRESHOLD
-    if not model.get("exits"):
+    if not has_exits(manifest):
         raise ConfigError(
             "exit_threshold: this bundle's model has no exits, all texts go through all layers: leave it out"
         )
@@ -63,20 +70,20 @@ class LeavingGraph:
         answers: dict[str, np.ndarray] = {}
         for depth, part in zip(self._depths, self._parts, strict=True):
             found = part.run(feeds)
-            states, gate = found.pop("next_states", None), found.pop("gate", None)
+            states, gate = found.pop("next_states", None), found.pop(GATE, None)
             stays = np.zeros(len(rows), bool) if gate is None else ~(gate > self._least)
             for name, value in found.items():
                 whole = answers.setdefault(name, np.empty((len(mask), *value.shape[1:]), value.dtype))
                 whole[rows[~stays]] = value[~stays]
             with self._counting:
                 self._run[depth] += int((~stays).sum())
-            rows = rows[stays]
-            if not len(rows) or states is None:
+            if not stays.any() or states is None:
                 break
-            # Padding on the right is for rows that may have left
-            longest = int(np.flatnonzero(mask[rows].any(0)).max(initial=0)) + 1
-            feeds = {
-                "states": np.ascontiguousarray(states[stays, :longest]),
-                "attention_mask": np.ascontiguousarray(mask[rows, :longest]),
-            }
+            seen = feeds["attention_mask"]
+            if not stays.all():
+                rows = rows[stays]
+                # Padding on the right was for rows that have left
+                longest = int(np.flatnonzero(mask[rows].any(0)).max(initial=0)) + 1
+                states, seen = states[stays, :longest], mask[rows, :longest]
+            feeds = {"states": np.ascontiguousarray(states), "attention_mask": np.ascontiguousarray(seen)}
         return answers

@@ -26,6 +26,7 @@ import numpy as np
 
 from edgepipe.errors import ConfigError, ContractError, TargetError
 from edgepipe.runtime.bundle import verify_hashes
+from edgepipe.runtime.exits import PART
 from edgepipe.runtime.library import STORED, FunctionFacts, LibraryFacts, check_processor, read_library
 from edgepipe.runtime.source_reading import Source, SourceReader, reads_sources
 
@@ -303,6 +304,24 @@ class Decoder:
         function = self._step if ids.shape[1] == 1 and wanted.shape[1] == 1 else self._prefill
         (logits,) = function.call(row.caches, feeds)
         return np.from_dlpack(logits)
+
+
+def open_parts(library: Library, manifest: Mapping[str, Any]) -> list[Function]:
+    """Return the functions between an encoder's exits, first to last; ContractError where their ends are others."""
+    last, answer = len(manifest["model"]["exits"]), set(manifest["ends"]["model"]["outputs"])
+    parts = []
+    for number in range(last + 1):
+        part = library.function(f"{PART}{number}")
+        inputs = {"states" if number else "input_ids", "attention_mask"}
+        leaving = set() if number == last else {"next_states", "gate"}
+        wrong = sorted((set(part.facts.inputs) - inputs) | (set(part.facts.outputs) ^ (answer | leaving)))
+        if wrong:
+            raise ContractError(
+                f"the library's function {PART}{number} should give and take what a part between exits does, but "
+                f"differs in {wrong[0]!r}: build the bundle again"
+            )
+        parts.append(part)
+    return parts
 
 
 def open_library(path: Path, manifest: Mapping[str, Any], threads: int | None) -> Library:

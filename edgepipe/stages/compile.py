@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgepipe.artifacts import ActivationPlan, CompiledModel, Context, Json, ModelInfo, OnnxModel, TorchModel
-from edgepipe.compiling.checks import EXACT, TINY, Asked, in_steps, portable, rms, within, worst_error, worst_loss
+from edgepipe.compiling.checks import EXACT, Asked, beside_one, in_steps, portable, within, worst_error, worst_loss
 from edgepipe.errors import ConfigError, TargetError
+from edgepipe.runtime.exits import GATE
 from edgepipe.target import AUTO, ENGINES, Target
 
 if TYPE_CHECKING:
@@ -290,14 +291,12 @@ class Compile:
             exact_graph = path / _write_exact({name: exact[name]}, path)[name]  # beside its weights
             got = _run_graph(exact_graph, feeds)
             exact_graph.unlink()
-            # Log odds of a gate are numbers beside 1; how far rounding moves them shows in what texts lose by leaving
-            least = {n: 1.0 if n == "gate" else TINY for n in expected}
-            exact_errors += [
-                float(np.abs(got[n] - e).max() / max(np.abs(e).max(), least[n])) for n, e in expected.items()
-            ]
+            ours, theirs = beside_one(got), beside_one(expected)
+            exact_errors.append(worst_error([ours[n] for n in theirs], list(theirs.values())))
             if shipped:
                 got = _run_graph(path / f"{name}.onnx", feeds)
-                shipped_errors += [rms(got[n] - e) / max(rms(e), TINY) for n, e in expected.items() if n != "gate"]
+                names = [n for n in expected if n != GATE]
+                shipped_errors.append(worst_loss([got[n] for n in names], [expected[n] for n in names]))
         worst, loss = (float(np.max(errors)) for errors in (exact_errors, shipped_errors))  # NaN stays NaN: refused
         found = f"agrees with the portable graphs: {within('exact', worst, self.exact_tolerance or _TOLERANCE)}"
         ctx.note(found + (f", {within('as shipped', loss, self._allowed(model))}" if shipped else ""))

@@ -152,15 +152,19 @@ class Prune:
             read["data"] = read_data(self.data, columns=self.columns, option="prune.columns").sha256
         return read
 
+    def check_exits(self, name: str) -> None:
+        """Refuse an encoder with exits, before it is trained too."""
+        raise ConfigError(
+            f"prune: {name} has exits, whose gates are fitted to its layers as they are: make it smaller before "
+            "(distill.ffn, kv_heads, hidden, encoder_layers)"
+        )
+
     def check(self, model: TorchModel) -> None:
         """Refuse a model without a table, sizes that can't be, and texts that can't be had."""
-        from edgepipe.students.config import is_student
+        from edgepipe.students.config import has_exits
 
-        if is_student(model.info.config) and model.info.config.get("exits"):
-            raise ConfigError(
-                f"prune: {model.info.name} has exits, whose gates were fitted to its layers as they are: make it "
-                "smaller before (distill.ffn, kv_heads, hidden, encoder_layers)"
-            )
+        if has_exits(model.info.config):
+            self.check_exits(model.info.name)
         self._sizes(model)
         if model.activations is not None:
             raise ConfigError(

@@ -157,6 +157,17 @@ class Quantize:
             found |= {"data": read_training(self).sha256, "versions": versions(TRAINERS)}
         return found
 
+    def check_exits(self, name: str) -> None:
+        """Refuse what an encoder with exits can't be given, before it is trained too."""
+        if self.activations == "static":
+            raise ConfigError(
+                f"quantize.activations=static: {name} has exits, and ranges are those of all layers: take dynamic"
+            )
+        if self.steps:
+            raise ConfigError(
+                f"quantize.steps: {name} has exits, and training on a grid judges all layers alone: leave steps out"
+            )
+
     def check(self, model: TorchModel) -> None:
         """Refuse overrides that match no tensor, and a method that can't work here or on this model."""
         if self.method != "rtn":
@@ -175,11 +186,10 @@ class Quantize:
             from edgepipe.quantizers.guard import check_floor
 
             check_floor(model.info, self.method)
-        if self.activations == "static" and model.info.config.get("exits"):
-            raise ConfigError(
-                f"quantize.activations=static: {model.info.name} has exits, and ranges are those of "
-                "all layers: take dynamic"
-            )
+        from edgepipe.students.config import has_exits
+
+        if has_exits(model.info.config):
+            self.check_exits(model.info.name)
         self._rows(model)
         check_median(self, model.history)
         if self.steps:

@@ -133,6 +133,11 @@ def check_exits(exits: Sequence[int], layers: int) -> None:
         raise ConfigError(f"exits: expected growing numbers of layers from 1 to below all {layers}, got {[*exits]}")
 
 
+def has_exits(config: Json) -> bool:
+    """Say whether a config.json is that of an encoder student with exits."""
+    return is_student(config) and bool(config.get("exits"))
+
+
 def is_student(config: Json) -> bool:
     """Say whether a config.json is that of an encoder or encoder-decoder student."""
     return str(config.get("model_type")) in MODEL_TYPES  # a stranger's config may hold a list here

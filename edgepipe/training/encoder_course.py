@@ -23,7 +23,7 @@ import torch
 
 from edgepipe.artifacts import Context, Json, TorchModel
 from edgepipe.errors import ConfigError
-from edgepipe.students.config import is_student, nested_widths, read_student
+from edgepipe.students.config import has_exits, is_student, nested_widths, read_student
 from edgepipe.students.files import make_student
 from edgepipe.students.models import Encoder
 from edgepipe.students.result import as_model, teacher_tokens
@@ -90,6 +90,8 @@ def check_taught_further(model: TorchModel, options: Distill) -> None:
     if read_student(model.info.config).kind != "encoder":
         raise ConfigError(f"an encoder can be taught further, but {model.info.name} is for {model.info.task}")
     check_made_already(options, model.info.name)
+    if has_exits(model.info.config) and not options.data:
+        raise ConfigError(f"distill.data: {model.info.name} has exits, whose gates are fitted to texts: give a file")
     if _teaches(options) and not options.data:
         raise ConfigError(
             f"distill.data: {model.info.name} writes no texts of its own: give a file of texts, pairs or labels"
@@ -215,8 +217,8 @@ class _Course:
         found = fit_gates(self.student, examples, self._options.gate_beta, self._options.rows or self._options.batch)
         for one in found["exits"]:
             self._ctx.note(
-                f"the exit after {one['layers']} layers is right for {one['right']:.0%} of {found['examples']} texts, "
-                f"and its gate for {one['told']:.0%}"
+                f"the exit after {one['layers']} layers is right for {one['right']:.0%} of {found['examples']} texts; "
+                f"its gate tells that for {one['told']:.0%} of these, which it was fitted to"
             )
         return {"gates": found}
 
