@@ -11,7 +11,7 @@ import pytest
 import benchmarks.stored
 from benchmarks import exits
 from benchmarks.exits import Setting, page_section, take
-from benchmarks.stored import RESULTS, read_result, section
+from benchmarks.stored import RESULTS, read_result, section, write_result
 from tests.decoders import saved
 
 
@@ -25,24 +25,40 @@ def test_a_tiny_student_goes_all_the_way_once(tmp_path: Path, monkeypatch: pytes
         (tmp_path / f"{name}.tsv").write_text(f"sentence\tlabel\n{rows}", encoding="utf-8")
     options: dict[str, object] = {"student": "encoder", "encoder_layers": 2, "exits": [1], "batch": 4}
     setting = Setting(teacher=str(saved(tmp_path, "llama rope llama3")), options={**options, "precision": "no"})
-    take(setting, tmp_path / "train.tsv", tmp_path / "dev.tsv", 2)
+    places = (tmp_path / "train.tsv", tmp_path / "dev.tsv", 2)
+    take(setting, *places, times=False)
     result = read_result("exits")
+    assert "times" not in result and "| threshold | mean layers" in page_section(result)
+    result["rows"] = result["rows"][1:4]
+    for number, row in enumerate(result["rows"]):
+        row["operators"] = number  # as no run gives: what is there stays
+    write_result("exits", result)
+    take(setting, *places, times=True)
+    again = read_result("exits")
+    assert [row["operators"] for row in again["rows"][:3]] == [0, 1, 2]
+    assert sorted(row["threshold"] for row in again["rows"]) == [0.3, 0.5, 0.7, 0.9, 1.0]
+    write_result("exits", {**again, "bundle": "another", "times": None} | {"rows": again["rows"][:4]})
+    take(setting, *places, times=True)
+    result = read_result("exits")
+    assert set(result["times"]["seconds"]) == {"0.3", "0.5", "0.7", "0.9", "1.0"}
     rows = result["rows"]
     assert [row["threshold"] for row in rows] == [0.3, 0.5, 0.7, 0.9, 1.0]
     layers = [row["mean_layers"] for row in rows]
     assert layers == sorted(layers)
     assert layers[-1] == 2
     assert rows[-1]["accuracy"] == pytest.approx(result["at_exits"]["2"]) == rows[-1]["by_chance"]
+    operators = [row["operators"] for row in rows]
+    assert operators == sorted(operators) and min(operators) > 2
     assert sum(rows[0]["texts_by_layers"].values()) == result["texts"] == 20
 
     def never(*_given: Any) -> Any:
         raise AssertionError("what is stored is run again")
 
     monkeypatch.setattr(exits, "bundle_of", never)
-    take(setting, tmp_path / "train.tsv", tmp_path / "dev.tsv", 2)
+    take(setting, *places, times=True)
     text = page_section(result)
     assert "| 1 | 2.00 |" in text
-    assert "20 texts of SST-2's dev set, 2 steps" in text
+    assert "20 phrases of SST-2, held out of 2 steps" in text
 
 
 @pytest.mark.skipif(not (RESULTS / "exits.json").is_file(), reason="no run of benchmarks/exits.py is stored")
