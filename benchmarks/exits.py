@@ -67,6 +67,7 @@ SMOLLM2 = Setting(
         "student": "encoder",
         "encoder_layers": 6,
         "hidden": 192,
+        "kv_heads": 1,  # with its three queries: heads of 64 that divide the width
         "ffn": 768,
         "exits": [2, 4],
         "batch": 32,
@@ -257,8 +258,8 @@ def page_section(result: Json) -> str:
     came, distill = result["provenance"], result["settings"]["distill"]
     said = (
         f"{result['texts']:,} phrases of SST-2, held out of {distill['steps']} steps of training on others, many of "
-        f"the same sentences; all texts at one exit: {each} layers. Operators that onnxruntime ran for a text alone, the "
-        f"mean of {min(COUNTED, result['texts'])}. "
+        f"the same sentences; all texts at one exit: {each} layers. Operators that onnxruntime ran for a text alone, "
+        f"the mean of {min(COUNTED, result['texts'])}. "
         f"{came['date']} at `{came['commit'][:12]}`."
     )
     if times is not None:
