@@ -83,3 +83,24 @@ def test_exits_of_a_student_are_kept_in_its_config() -> None:
     plain = dataclasses.replace(EXITS, exits=())
     assert "exits" not in plain.to_json()
     assert EXITS.to_json()["exits"] == [1, 2]
+
+
+def test_an_embedding_is_as_good_as_it_is_near_that_of_all_layers() -> None:
+    """Text by text in the reference, in batches of like length in the fit: each text keeps its own quality."""
+    student: Any = make_student(dataclasses.replace(EXITS, labels=(), pooling="mean"), seed=0)
+    texts = examples(40, 3).texts
+    beta = 0.5
+    found = fit_gates(student, texts, beta, 16)
+    right, quality = np.zeros(2), np.zeros(2)
+    for number in range(40):
+        batch = texts.collate([number])
+        with torch.no_grad():
+            *early, last = (one.numpy()[0] for one in student.at_depths(batch["ids"], batch["mask"])[0])
+        cosines = [float(one @ last / np.linalg.norm(one) / np.linalg.norm(last)) for one in early]
+        worth = [q - beta * depth / 3 for q, depth in zip((*cosines, 1.0), EXITS.depths, strict=True)]
+        right += [worth[0] >= max(worth[1:]), worth[1] >= worth[2]]
+        quality += cosines
+    assert [one["right"] for one in found["exits"]] == pytest.approx(right / 40)
+    assert [one["quality"] for one in found["exits"]] == pytest.approx(quality / 40, abs=1e-5)
+    assert found["quality"] == pytest.approx(1.0)
+    assert right.min() > 0 and right.max() < 40, "the test wants texts of both kinds"
