@@ -215,9 +215,8 @@ def _layers(
     seen = None if config.causal_encoder else _seen(g, mask)
     for i in layers:
         if i in config.exits and i > layers.start:
-            x = g.op(
-                "Identity", [x]
-            )  # nothing is fused across an exit: so parts compute, bit by bit, what the whole does
+            # Nothing is fused across an exit: so parts compute, bit by bit, what the whole does
+            x = g.op("Identity", [x])
         p = f"encoder.layers.{i}."
         h = norm(g, s, p + "input_layernorm.weight", x)
         qkv = self_projections(g, s, i, p, h, positions, tables)
