@@ -102,12 +102,11 @@ def list_targets() -> tuple[str, ...]:
 def zeros_pay(pattern: str) -> str:
     """Say where zeros in a pattern buy speed, and where only bytes, of the targets that come along."""
     skips = [name for name in list_targets() if pattern in load_target(name).sparse]
-    others = [name for name in list_targets() if name not in skips]
-    faster = (
-        f"Zeros ({pattern}) buy speed on {', '.join(skips)}" if skips else f"Zeros ({pattern}) buy speed on no target"
-    )
-    slow = f"on {', '.join(others)} they take as long as other weights, and only bytes are saved" if others else ""
-    return "; ".join(part for part in (faster, slow) if part)
+    others = ", ".join(name for name in list_targets() if name not in skips)
+    if not skips:
+        return f"Zeros ({pattern}) buy speed on no target: they take as long as other weights, and only bytes are saved"
+    slow = f"; on {others} they take as long as other weights, and only bytes are saved" if others else ""
+    return f"Zeros ({pattern}) buy speed on {', '.join(skips)}{slow}"
 
 
 def load_target(name_or_path: str | Path) -> Target:

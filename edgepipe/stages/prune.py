@@ -37,9 +37,7 @@ _LAYERS_BY = ("contribution", "spread")
 class Prune:
     """Options of the stage `prune`."""
 
-    # share of FFN channels and key/value groups (their query heads too) removed, below 1; -1: 0.25, and 0 beside other
-    # sizes, zeros or nested widths
-    ratio: float = -1.0
+    ratio: float = -1.0  # share of FFN channels and key/value groups removed; -1: 0.25, or 0 beside other sizes, zeros
     ffn: int = 0  # FFN channels kept in each layer; 0: as ratio says
     ffn_widths: tuple[int, ...] = ()  # the same layer by layer, an encoder's layers first; students alone
     kv_heads: int = 0  # key/value groups kept in each layer; 0: as ratio says

@@ -107,7 +107,8 @@ def test_a_narrower_encoder_learns_how_texts_relate(folder: Path, data: Callable
     model, _ = model_of("bert", folder)
     figures: Json = {}
     ctx = kept_context(folder / "narrow run", [], figures)
-    taught = Prune(**{**QUICK, "hidden": 48, "importance": "magnitude", "data": data("texts")})(model, ctx)
+    smaller = {"ratio": 0.25, "hidden": 48, "importance": "magnitude"}
+    taught = Prune(**{**QUICK, **smaller, "data": data("texts")})(model, ctx)
     assert taught.weights["embeddings.word_embeddings.weight"].shape == (384, 48)
     assert "relation" in figures["training"]["recovered"]["train"][-1]
 
