@@ -117,19 +117,26 @@ def test_gptq_or_awq_is_no_worse_than_rounding_or_a_note_says_why(model: str, bi
 
 
 def test_what_smollm2_came_on_is_kept() -> None:
-    """As it came: the float model's perplexity within 0.5 %, and decoding at least 0.75 as fast as symmetric 4 bits.
-
-    On one thread; on two, where memory is the limit, the interval reaches it and the figure doesn't (docs/quantize.md).
-    """
+    """As it came: the float model's perplexity within 0.5 %."""
     rows = stored("decoder")
     if "kept" not in rows:
         pytest.skip("no row of SmolLM2 is stored yet")
     assert abs(value(rows["kept"]) / value(rows["float32"]) - 1) <= 0.005
-    speed = rows["kept"]["speed"]
-    if speed:
-        assert speed["beside"]["form"] == "rtn 4, embedding 4" and speed["beside"]["token_ms"].keys() == {"1", "2"}
-        times = speed["beside"]["token_ms"]
-        assert times["1"]["value"] <= 1 / 0.75 and times["2"]["low"] <= 1 / 0.75
+
+
+@pytest.mark.parametrize(
+    "threads",
+    [
+        "1",
+        pytest.param("2", marks=pytest.mark.xfail(strict=True, reason="0.74 on two threads: a gap (docs/quantize.md)")),
+    ],
+)
+def test_what_smollm2_came_on_decodes_at_three_quarters_of_symmetric_4_bits(threads: str) -> None:
+    speed = stored("decoder").get("kept", {}).get("speed")
+    if not speed:
+        pytest.skip("no speed of SmolLM2 as it came is stored yet")
+    assert speed["beside"]["form"] == "rtn 4, embedding 4" and speed["beside"]["token_ms"].keys() == {"1", "2"}
+    assert speed["beside"]["token_ms"][threads]["value"] <= 1 / 0.75
 
 
 def test_speeds_are_those_of_their_samples() -> None:
