@@ -29,7 +29,7 @@ class Level:
     flags: tuple[str, ...] = ()  # of /proc/cpuinfo; none: every machine of the kind has it
     mabi: str = ""  # where LLVM's default isn't the system's
     rows: int = 4  # of x that share a load of weights: as many as the registers hold
-    byte_products: str = ""  # what multiplies bytes: vpdpbusd or sdot; empty: they are multiplied as floats
+    byte_products: str = ""  # what multiplies bytes: vpdpbusd, sdot or vrmpy; empty: they are multiplied as floats
     system: str = LINUX
 
     @property
@@ -77,6 +77,17 @@ LEVELS = (
         mattr=("+m", "+a", "+f", "+d", "+c"),
         mabi="lp64d",
     ),
+)
+
+# Kernels alone, and no target: nobody ships a TVM runtime for it without Qualcomm's SDK. Source: Qualcomm, Hexagon V67
+# HVX Programmer's Reference Manual (80-N2040-46); vectors of 128 bytes.
+HEXAGON = Level(
+    name="hexagonv67",
+    machine="hexagon",
+    mcpu="hexagonv67",
+    mattr=("+hvxv67", "+hvx-length128b"),
+    byte_products="vrmpy",
+    system="linux-musl",
 )
 
 

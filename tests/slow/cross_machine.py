@@ -20,7 +20,6 @@ ROOT = Path(__file__).resolve().parents[2]
 HOME = ROOT / ".cross"
 _MISSING = HOME / "missing.txt"
 _ROOT_FOLDER, _SITE = HOME / "root", HOME / "site"
-_QEMU = ("qemu-aarch64-static", "qemu-aarch64")  # the second is Debian's since trixie, static too
 _DEBIAN = ("python3-minimal", "libpython3-stdlib", "libstdc++6")
 _WHEELS = ("apache-tvm", "apache-tvm-ffi", "jinja2", "markupsafe", "numpy", "tokenizers", "typing_extensions")
 _PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_17_aarch64", "manylinux2014_aarch64")
@@ -43,7 +42,7 @@ def command(code: str, arguments: Sequence[str], *, processor: str) -> tuple[lis
         "TVM_LIBRARY_PATH": str((_SITE / _RUNTIME).parent),
         "OMP_NUM_THREADS": "1",
     }
-    emulator = [str(_qemu()), "-L", str(_ROOT_FOLDER), "-cpu", processor]
+    emulator = [str(qemu("aarch64")), "-L", str(_ROOT_FOLDER), "-cpu", processor]
     return [*emulator, str(_python()), "-c", code, *arguments], environment
 
 
@@ -56,11 +55,12 @@ def _python() -> Path:
     return _ROOT_FOLDER / "usr" / "bin" / "python3"
 
 
-def _qemu() -> Path | None:
-    """Return the emulator: one that is installed, or the unpacked one."""
+def qemu(machine: str) -> Path | None:
+    """Return the emulator of a kind of processor: one that is installed, or the unpacked one."""
     folder = HOME / "qemu" / "usr" / "bin"
-    found = [shutil.which(name) for name in _QEMU]
-    there = [Path(path) for path in found if path] + [folder / name for name in _QEMU if (folder / name).exists()]
+    names = (f"qemu-{machine}-static", f"qemu-{machine}")  # the second is Debian's since trixie, static too
+    found = [shutil.which(name) for name in names]
+    there = [Path(path) for path in found if path] + [folder / name for name in names if (folder / name).exists()]
     return there[0] if there else None
 
 
@@ -70,7 +70,7 @@ def set_up() -> None:
     (HOME / "debs").mkdir(parents=True)
     if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
         raise SystemExit("an emulated machine is made of Debian's packages, and there is no apt-get here")
-    if _qemu() is None:
+    if qemu("aarch64") is None:
         _unpack_qemu()
     _unpack_debian()
     version = _python().resolve().name.removeprefix("python")
@@ -95,7 +95,7 @@ def _unpack_qemu() -> None:
         done = subprocess.run(["apt-get", "download", package], cwd=HOME / "debs", capture_output=True, text=True)
         for deb in (HOME / "debs").glob(f"{package}_*.deb"):
             _run(["dpkg-deb", "-x", str(deb), str(HOME / "qemu")])
-        if _qemu() is not None:
+        if qemu("aarch64") is not None:
             return
     raise SystemExit(f"qemu-aarch64 is neither installed nor to be had: {done.stderr.strip().splitlines()[-1]}")
 

@@ -9,9 +9,9 @@ of AVX2 and four of NEON: LLVM splits them.
     scale    [tiles, groups, 16]     zero points (uint8) and minima likewise
 
 With codes of group g:  y = Σ scale · (Σ code · x) + offset · Σ x, where offset is −middle · scale, −zero · scale, or
-the minimum. The inner sum is float32, or integers where the processor multiplies bytes (VNNI's vpdpbusd, Arm's sdot): x
-is then rounded to 8 bits by group, as MatMulNBits does at accuracy level 4. sdot takes signed bytes alone, so codes of
-8 bits count from −128 there, and the offset makes up for it.
+the minimum. The inner sum is float32, or integers where the processor multiplies bytes (VNNI's vpdpbusd, Arm's sdot,
+HVX's vrmpy): x is then rounded to 8 bits by group, as MatMulNBits does at accuracy level 4. sdot takes signed bytes
+alone, so codes of 8 bits count from −128 there, and the offset makes up for it.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ WORD = 4  # bytes
 _OPAQUE = 8  # Relax's kind of kernel that nothing is fused with
 ATTRIBUTES = {"tirx.noalias": True, "op_pattern": _OPAQUE}  # of a kernel written by hand
 _VNNI, _SDOT = "llvm.x86.avx512.vpdpbusd.512", "llvm.aarch64.neon.sdot.v4i32.v16i8"
+_VRMPY = "llvm.hexagon.V6.vrmpybusv.acc.128B"
 _SDOT_LANES = 4  # sums in a register of NEON
 _SIGN = 128  # what the codes of 8 bits lose under sdot
 _MOST_CODE = 127.0  # of a rounded activation
@@ -305,7 +306,7 @@ def codes_product(w: Codes, rows: int | None, block: int, *, integers: str) -> A
     `integers` is the instruction that multiplies bytes, or empty. x [m, columns] is float32, or with one what `rounded`
     gives; sums [m, groups] are those of x.
     """
-    add = {"": _add_floats, "vpdpbusd": _add_vnni, "sdot": _add_sdot}[integers]
+    add = {"": _add_floats, "vpdpbusd": _add_vnni, "sdot": _add_sdot, "vrmpy": _add_vrmpy}[integers]
     less = _SIGN if integers == "sdot" and w.bits == 8 else 0
     inputs = 3 if integers else 2
     kind = "int32" if integers else "float32"
@@ -402,6 +403,33 @@ def _add_vnni(w: Codes, part: Any, place_of: Any, x: Any, at: list[Any], column:
                 f"int32x{LANES}", _VNNI, part[places], code, tirx.reinterpret(bytes_type, _splat(four))
             )
             T.buffer_store(part, product, [places])
+
+
+def _add_vrmpy(w: Codes, part: Any, place_of: Any, x: Any, at: list[Any], column: Any) -> None:
+    """Add the products of one word of every row of the tile, four bytes at a time, two rows of x at once.
+
+    A register of HVX holds two tiles: the same codes stand in both halves, beside a row of x each.
+    """
+    if len(at) % 2:
+        raise ValueError(f"vrmpy takes rows of x in pairs, got {len(at)}")
+    mask = _splat(tirx.const(_four((1 << w.bits) - 1), "uint32"))
+    word = _words(place_of, 0, LANES)
+    for place in range(8 // w.bits):
+        shift = _splat(tirx.const(w.bits * place, "uint32"))
+        code = T.Bind(_beside(*[tirx.reinterpret(f"int32x{LANES}", (word >> shift) & mask)] * 2))
+        for r in range(0, len(at), 2):
+            rows = [
+                _splat(tirx.reinterpret("int32", x[row, lanes_at(column + place * WORD, WORD)]))
+                for row in at[r : r + 2]
+            ]
+            places = lanes_at(r * LANES, 2 * LANES)
+            product = tirx.call_llvm_pure_intrin(f"int32x{2 * LANES}", _VRMPY, part[places], code, _beside(*rows))
+            T.buffer_store(part, product, [places])
+
+
+def _beside(first: Any, second: Any) -> Any:
+    """Return two vectors as one of twice the lanes."""
+    return tirx.Shuffle([first, second], [tirx.const(i, "int32") for i in range(2 * LANES)])
 
 
 def gather_codes(w: Codes, count: int | None) -> Any:
