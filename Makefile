@@ -25,7 +25,7 @@ test-slow: $(VENV)/.dev ## run the tests that take longer
 
 test-cross: $(VENV)/.cross ## run bundles for other machines under qemu (Debian; a download of 230 MB the first time)
 	$(BIN)/python -m tests.slow.cross_machine
-	$(BIN)/python -m pytest -m slow tests/slow/test_cross.py tests/slow/test_hexagon.py -rs
+	$(BIN)/python -m pytest -m slow tests/slow/test_cross.py tests/slow/test_lone_kernels.py -rs
 
 lint: $(VENV)/.dev ## check style, formatting, types and the Dockerfile
 	$(BIN)/ruff check .

@@ -79,8 +79,8 @@ LEVELS = (
     ),
 )
 
-# Kernels alone, and no target: nobody ships a TVM runtime for it without Qualcomm's SDK. Source: Qualcomm, Hexagon V67
-# HVX Programmer's Reference Manual (80-N2040-46); vectors of 128 bytes.
+# Kernels alone, and no target: no package has TVM's runtime for these. Sources: Qualcomm, Hexagon V67 HVX Programmer's
+# Reference Manual (80-N2040-46), vectors of 128 bytes; WebAssembly's proposal of fixed-width SIMD.
 HEXAGON = Level(
     name="hexagonv67",
     machine="hexagon",
@@ -89,6 +89,7 @@ HEXAGON = Level(
     byte_products="vrmpy",
     system="linux-musl",
 )
+WASM = Level(name="wasm32", machine="wasm32", mcpu="generic", mattr=("+simd128",), system="wasi")
 
 
 def level_named(name: str, system: str = LINUX) -> Level:
