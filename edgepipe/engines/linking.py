@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from edgepipe.artifacts import Json
 from edgepipe.engines.native import linker
@@ -73,7 +74,7 @@ def undefined(library: Path) -> Iterator[str]:
     from elftools.elf.elffile import ELFFile
 
     with library.open("rb") as file:
-        elf = ELFFile(file)
+        elf: Any = ELFFile(file)  # some of its versions have types, with None for a section that isn't there
         versions = elf.get_section_by_name(".gnu.version")
         for number, symbol in enumerate(elf.get_section_by_name(".dynsym").iter_symbols()):
             wanted = symbol["st_shndx"] == "SHN_UNDEF" and symbol["st_info"]["bind"] != "STB_WEAK"
