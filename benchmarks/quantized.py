@@ -3,6 +3,7 @@
     python benchmarks/quantized.py --data DIR [--model NAME] [--row "NAME FORM"]   run what isn't stored yet, show it
                                    --no-speed       … without timing; a row's speed is taken when it's run again
                                    --students DIR   … with the students of benchmarks run elsewhere (default: runs)
+                                   --stand-in       only time stored rows, on models of the same shape
     python benchmarks/quantized.py --page-only      rewrite docs/quantize.md's table from what is stored
 
 DIR (default: what EDGEPIPE_DATA names) holds stsb-dev.tsv, sst2-dev.tsv, e2e-dev.csv and wikitext2-valid.txt, and
@@ -11,8 +12,9 @@ part that is not scored. The models are MiniLM; the classifier that benchmarks/e
 that benchmarks/e2e.py train, whose rows are left out, and a sentence says so, where these haven't been run; and
 SmolLM2. Quality is `edgepipe eval` of the bundle. Speed is `edgepipe measure`'s, the float32 bundle in turn with it.
 A row is kept in results/quantized.json as soon as it is scored and again when it's timed, and is run again only when
-its settings or its student changed. hqq and autoround need the extra `quantize`, trained rows the extra `train`. Rows
-of two bits say where methods differ.
+its settings or its student changed; --stand-in times rows whose student or training is gone on a model of the same
+shape, which learnt for a few steps and costs the same to run. hqq and autoround need the extra `quantize`, trained rows
+the extra `train`, BESIDE's second engine the extra `tvm`. Rows of two bits say where methods differ.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from benchmarks.e2e import split
@@ -76,7 +79,9 @@ FOLDER = ROOT / "runs" / NAME
 BATCH = "8x128"  # of an encoder's calls: 8 texts of 128 tokens
 TIMING = Measure(blocks=2, turns=3, tokens=64, output_tokens=40, threads=THREADS)
 PACKAGES = ("auto-round", "neural-compressor-pt", "onnxruntime", "torch", "transformers")
+STAND_IN_STEPS = 4
 SHORTEST = 48  # characters of a passage to learn from
+ENGINE = "onnxruntime"
 EMBEDDING = "embedding and head"  # the part of a bundle's weights that has a dial of its own
 
 
@@ -89,6 +94,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--model", action="append", choices=[one.name for one in MODELS], help="a model's rows alone")
     parser.add_argument("--row", action="append", help='a row alone, such as "minilm gptq 4"')
     parser.add_argument("--no-speed", action="store_true", help="score, and leave timing for later")
+    parser.add_argument("--stand-in", action="store_true", help="time stored rows on models of the same shape")
     parser.add_argument("--page-only", action="store_true", help="rewrite the table from what is stored")
     options = parser.parse_args(arguments)
     names = [row_name(model, form) for model, form in ROWS]
@@ -97,13 +103,14 @@ def main(arguments: list[str]) -> None:
     if not options.page_only:
         models = options.model or [model.name for model in MODELS]
         wanted = options.row or [row_name(model, form) for model, form in ROWS if model.name in models]
-        take(options.data, options.students, wanted, speed=not options.no_speed)
+        row = time_stand_in if options.stand_in else partial(take_row, speed=not options.no_speed)
+        take(options.data, options.students, wanted, row)
     result = read_result(NAME)
     replace_section(PAGE, NAME, page_section(result))
     print(json.dumps({f"{row['model']} {row['form']}": row["quality"]["value"] for row in result["rows"]}))
 
 
-def take(data: Path, students: Path, names: Sequence[str], *, speed: bool) -> None:
+def take(data: Path, students: Path, names: Sequence[str], row: Callable[[Model, Form, Path, Path], None]) -> None:
     """Run every named row that isn't stored as it is now; what can't be run is said in one sentence and left out."""
     for model in MODELS:
         forms = [form for owner, form in ROWS if owner is model and row_name(model, form) in names]
@@ -117,7 +124,7 @@ def take(data: Path, students: Path, names: Sequence[str], *, speed: bool) -> No
                 _say(f"{row_name(model, form)}: {why}; this row is left out")
                 continue
             try:
-                take_row(model, form, data, students, speed=speed)
+                row(model, form, data, students)
             except BudgetError as error:
                 _say(f"{row_name(model, form)}: {error}")
 
@@ -177,12 +184,11 @@ def seen(model: Model, data: Path, *, trains: bool) -> Path:
     return file
 
 
-def take_row(model: Model, form: Form, data: Path, students: Path, *, speed: bool) -> None:
+def take_row(model: Model, form: Form, data: Path, students: Path, *, speed: bool = True) -> None:
     """Build, score and time one row, as far as that isn't stored, and store what was found after each."""
     source = open_source(model, students)
     fingerprint = source.info.fingerprint if model.made_by else ""
-    stored = read_result(NAME) if (RESULTS / f"{NAME}.json").is_file() else {"rows": []}
-    row = next((one for one in stored["rows"] if (one["model"], one["form"]) == (model.name, form.name)), None)
+    row = stored_row(model, form)
     if row is not None and (row["settings"], row["student"]) != (settings_of(model, form), fingerprint):
         row = None
     if row is not None and (row["speed"] or not speed):
@@ -205,12 +211,40 @@ def take_row(model: Model, form: Form, data: Path, students: Path, *, speed: boo
         }
         put(row)
     if speed:
-        floats = None if form is FLOAT else build(model, FLOAT, source, data).path
-        found = timed(bundle.path, floats)
-        if (name := BESIDE.get((model.name, form.name))) is not None:
-            other = build(model, next(one for one in FORMS if one.name == name), source, data)
-            found["beside"] = {"form": name, "token_ms": in_turn(bundle.path, other.path)}
-        put({**row, "speed": found})
+        put({**row, "speed": speed_of(model, form, bundle, source, data)})
+
+
+def time_stand_in(model: Model, form: Form, data: Path, students: Path) -> None:
+    """Time a stored row that lacks its speed on a model of the same shape; forms that learn do so for a few steps.
+
+    Values don't change what a kernel does; a searched row's bits would, and it is left out.
+    """
+    row = stored_row(model, form)
+    if row is None or row["speed"] or form.max_drop:
+        return
+    _say(f"{row_name(model, form)}, timed on a stand-in")
+    source = open_source(model, students)
+    model = dataclasses.replace(model, learns={**model.learns, "steps": STAND_IN_STEPS})
+    bundle = build(model, form, source, data)
+    if (counted := facts(bundle)["layers"]) != row["layers"]:
+        raise SystemExit(f"{students / model.source}: expected layers of {row['layers']}, got {counted}")
+    put({**row, "speed": {**speed_of(model, form, bundle, source, data), "stand_in": source.info.fingerprint}})
+
+
+def stored_row(model: Model, form: Form) -> Json | None:
+    """Return what is stored of a row, whatever made it."""
+    stored = read_result(NAME) if (RESULTS / f"{NAME}.json").is_file() else {"rows": []}
+    return next((one for one in stored["rows"] if (one["model"], one["form"]) == (model.name, form.name)), None)
+
+
+def speed_of(model: Model, form: Form, bundle: CompiledModel, source: TorchModel, data: Path) -> Json:
+    """Time a bundle in turn with the float32 one, and with that of BESIDE where there is one."""
+    floats = None if form is FLOAT else build(model, FLOAT, source, data).path
+    found = timed(bundle.path, floats)
+    if (name := BESIDE.get((model.name, form.name))) is not None:
+        other = next(one for one in FORMS if one.name == name)
+        found["beside"] = {"form": name, "token_ms": in_both_engines(model, (form, other), source, data)}
+    return found
 
 
 def put(row: Json) -> None:
@@ -227,7 +261,7 @@ def open_source(model: Model, students: Path) -> TorchModel:
     return open_model(str(students / model.source) if model.made_by else model.source)
 
 
-def build(model: Model, form: Form, source: TorchModel, data: Path) -> CompiledModel:
+def build(model: Model, form: Form, source: TorchModel, data: Path, engine: str = ENGINE) -> CompiledModel:
     """Send a model down the river of one form; finished stages stay in runs/quantized."""
     folder = FOLDER / model.name / form.name.replace(" ", "-")
     folder.mkdir(parents=True, exist_ok=True)
@@ -235,6 +269,8 @@ def build(model: Model, form: Form, source: TorchModel, data: Path) -> CompiledM
     recipe_file = folder / "recipe.toml"
     recipe_file.write_text(f"stages = {json.dumps(stages)}\n", encoding="utf-8")
     settings: list[tuple[str, str, object]] = list(model.settings)
+    if engine != ENGINE:  # the target's first
+        settings.append(("compile", "engine", engine))
     settings += [("quantize", name, value) for name, value in settings_of(model, form).items()]
     if learns(form):
         settings.append(("quantize", "data", str(seen(model, data, trains=True))))
@@ -297,6 +333,16 @@ def timed(bundle: Path, beside: Path | None) -> Json:
     }
 
 
+def in_both_engines(model: Model, forms: tuple[Form, Form], source: TorchModel, data: Path) -> Json:
+    """Time one form's tokens in turn with another's → {engine: {threads: ratio}}; TVM's only where it is installed."""
+    engines = [ENGINE]
+    if importlib.util.find_spec("tvm") is None:
+        _say("TVM is not installed, and not timed: pip install 'edgepipe[tvm]'")
+    else:
+        engines.append("tvm")
+    return {engine: in_turn(*(build(model, form, source, data, engine).path for form in forms)) for engine in engines}
+
+
 def in_turn(bundle: Path, beside: Path) -> Json:
     """Time a bundle's tokens in turn with another's → {threads: ratio of milliseconds with its interval}."""
     times = {}
@@ -355,10 +401,11 @@ def decodes(form: Form, rows: dict[str, Json]) -> str:
     other = next(one for one in FORMS if one.name == speed["beside"]["form"])
     times = [
         f"{1 / ratio['value']:.2f} ({1 / ratio['high']:.2f} to {1 / ratio['low']:.2f}) on {threads} thread"
-        + ("s" if threads != "1" else "")
-        for threads, ratio in speed["beside"]["token_ms"].items()
+        f"{'s' if threads != '1' else ''} of {engine}"
+        for engine, found in speed["beside"]["token_ms"].items()
+        for threads, ratio in found.items()
     ]
-    return f"Tokens a second, {form.label} ÷ {other.label}, in turn: {' and '.join(times)}"
+    return f"Tokens a second, {form.label} ÷ {other.label}, in turn: {', '.join(times)}"
 
 
 def cells_of(model: Model, form: Form, rows: dict[str, Json]) -> list[str]:
@@ -374,7 +421,7 @@ def cells_of(model: Model, form: Form, rows: dict[str, Json]) -> list[str]:
             beside = f"{100 * (value / reference - 1):+.1f} %"
     speed, rate, times = row["speed"], "", ""
     if speed:
-        rate = f"{speed['tokens_per_second']['bundle']:,.0f}"
+        rate = f"{speed['tokens_per_second']['bundle']:,.0f}{'*' if 'stand_in' in speed else ''}"
         if ratio := speed["time_beside_float32"]:
             times = f"{1 / ratio['value']:.2f} ({1 / ratio['high']:.2f} to {1 / ratio['low']:.2f})"
     return [
@@ -403,13 +450,17 @@ def said(result: Json) -> str:
     trained = ""
     if any("steps" in row["settings"] for row in rows):
         trained = f"Trained rows: {STEPS} steps (SmolLM2: {DECODER_STEPS}), the float model as teacher. "
+    stands_in = ""
+    if any("stand_in" in (row["speed"] or {}) for row in rows):
+        stands_in = "An asterisk: timed on another model of that shape, which learnt for a few steps. "
     packages = sorted({f"{name} {version}" for row in rows for name, version in row["packages"].items()})
     return (
         f"Groups of {GROUP}, embedding at 8 bits, methods and ranges calibrated on `everyday`; 95 % intervals by "
         "bootstrap over examples. Bits are codes, scales and offsets of the layers' matrices in the file. "
         f"{trained}Speed: "
-        f"{THREADS} thread, encoders 8 texts of 128 tokens a call, others the tokens behind a prompt, float32 in turn; "
-        "where it is missing, it isn't taken yet. Minutes from source to bundle on a busy machine: a "
+        f"{THREADS} thread, encoders 8 texts of 128 tokens a call, others the tokens behind a prompt, float32 in turn "
+        "(rates are of that day's machine: compare the ratios); "
+        f"where it is missing, it isn't taken yet. {stands_in}Minutes from source to bundle on a busy machine: a "
         "bound; of a row that was stopped, those since it went on. "
         f"{rows[0]['machine']['cpu']}, load average {min(load):.1f} to {max(load):.1f}, {', '.join(packages)}; "
         + ", ".join(f"{date} at `{commit}`" for date, commit in made)
