@@ -7,8 +7,10 @@ library would hold them as floats.
 
 from __future__ import annotations
 
+import os
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from edgepipe.engines.native import level_here, linker
 from edgepipe.engines.onnxruntime.planned import FILE_NAME, WeightsFile
 from edgepipe.engines.tvm.convert import Function, Library
 from edgepipe.engines.tvm.heads import Cached
+from edgepipe.engines.tvm.kernels import pack
 from edgepipe.errors import TargetError
 from edgepipe.graph.dialect import weight_name
 from edgepipe.levels import Level
@@ -32,6 +35,7 @@ __all__ = ["LIBRARY_NAME", "Level", "Library", "build", "describe", "level_here"
 
 LIBRARY_NAME = "library.so"
 _INTEGER_LEVEL = 4
+_KEEP_SOURCE = "TVM_COMPILE_FORCE_FALLBACK"
 
 
 def lower(
@@ -59,7 +63,7 @@ def lower(
         file=WeightsFile() if file is None else file,
         level=level,
         integers=bool(level.byte_products) and not exact and (accuracy_level >= _INTEGER_LEVEL or plan is not None),
-        multiplied=_multiplied(graphs, model),
+        multiplied=_multiplied(graphs, model) if level.gpu is None else frozenset(),
     )
     for name, graph in graphs.items():
         if preallocated and name == "decoder":
@@ -116,6 +120,7 @@ def build(library: Library, path: Path, level: Level | None = None) -> None:
         relax.transform.FuseOps(),
         relax.transform.FuseTIR(),
         relax.transform.RewriteDataflowReshape(),
+        *([] if level.gpu is None else [relax.transform.DeadCodeElimination(list(library.functions)), _shared_out()]),
         relax.transform.ToNonDataflow(),
         relax.transform.RemovePurityChecking(),
         relax.transform.CallTIRRewrite(),
@@ -126,19 +131,41 @@ def build(library: Library, path: Path, level: Level | None = None) -> None:
         relax.transform.VMShapeLower(emit_err_ctx=False),  # a sentence for each weight: 0.1 MB of text
         relax.transform.AttachGlobalSymbol(),
     ]
-    with target:
+    with target, _source_kept():
         lowered = tvm.transform.Sequential(passes)(module)
-    built: Any = relax.build(lowered, target=target, relax_pipeline=None)
+        built: Any = relax.build(lowered, target=target, relax_pipeline=None)
     options: dict[str, Any]
     if linked_here(level):
         program = linker()
         options = {"cc": program, "options": ["-Wl,-s", "-Wl,--build-id=none"]}
     else:
         program, options = "Zig", {"fcompile": partial(link, level=level)}
+    if level.gpu is not None:
+        options["fpack_imports"] = partial(pack, gpu=level.gpu)
     try:
         built.export_library(str(path), **options)
     except (RuntimeError, subprocess.SubprocessError) as error:
         raise TargetError(f"{program} could not link the library: {str(error).strip().splitlines()[-1]}") from error
+
+
+def _shared_out() -> Any:
+    """Return the pass that shares loops out among blocks and threads of a GPU, by TVM's default rules."""
+    from tvm.s_tir import dlight
+
+    rules = (dlight.gpu.Matmul, dlight.gpu.GEMV, dlight.gpu.Reduction, dlight.gpu.GeneralReduction, dlight.gpu.Fallback)
+    return dlight.ApplyDefaultSchedule(*(rule() for rule in rules))
+
+
+@contextmanager
+def _source_kept() -> Iterator[None]:
+    """Have TVM keep kernels as source: where it finds a GPU's driver, it would compile them for that GPU."""
+    before = os.environ.get(_KEEP_SOURCE)
+    os.environ[_KEEP_SOURCE] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_KEEP_SOURCE]
+        os.environ |= {} if before is None else {_KEEP_SOURCE: before}
 
 
 def write(library: Library, directory: Path, progress: Callable[[int, int], None]) -> None:
