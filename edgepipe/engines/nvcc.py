@@ -16,7 +16,7 @@ from pathlib import Path
 from edgepipe.artifacts import Json
 from edgepipe.engines.native import linker
 from edgepipe.errors import TargetError
-from edgepipe.levels import Gpu
+from edgepipe.levels import Gpu, Level
 
 _PACKAGES = "nvidia"  # the namespace of the packages: nvidia/cu13/bin/nvcc
 _RELEASE = re.compile(r"release [\d.]+, V([\d.]+)")
@@ -30,12 +30,16 @@ def nvcc() -> Path:
             return found[-1]
     on_path = shutil.which("nvcc")
     if on_path is None:
-        raise TargetError("kernels for NVIDIA's GPUs are compiled by nvcc, which isn't here: pip install 'edgepipe[cuda]'")
+        raise TargetError(
+            "kernels for NVIDIA's GPUs are compiled by nvcc, which isn't here: pip install 'edgepipe[cuda]'"
+        )
     return Path(on_path)
 
 
-def compiled_by() -> Json:
-    """Return what the manifest and a stage's key say of the compiler; TargetError where it doesn't start."""
+def compiled_by(level: Level) -> Json:
+    """Return what the manifest and a stage's key say of the compiler of kernels; TargetError where it doesn't start."""
+    if level.gpu is None:
+        return {}
     said = _run([str(nvcc()), "--version"]).stdout
     version = _RELEASE.search(said)
     return {"compiled_by": f"nvcc {version[1] if version else 'of an unknown version'}"}
@@ -60,7 +64,9 @@ def fatbin(code: str, gpu: Gpu) -> bytes:
         source.write_text(code, encoding="utf-8")
         architectures = [part for kind in kinds for part in ("-gencode", kind)]
         # Relative names, for an nvcc that writes them into its output
-        _run([str(nvcc()), "--fatbin", "-O3", "-ccbin", linker(), *architectures, "-o", output.name, source.name], folder)
+        _run(
+            [str(nvcc()), "--fatbin", "-O3", "-ccbin", linker(), *architectures, "-o", output.name, source.name], folder
+        )
         return output.read_bytes()
 
 

@@ -11,6 +11,7 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from tvm import relax
 from edgepipe.artifacts import Json, OnnxModel
 from edgepipe.engines.linking import link, linked_by, linked_here
 from edgepipe.engines.native import level_here, linker
+from edgepipe.engines.nvcc import compiled_by
 from edgepipe.engines.onnxruntime.planned import FILE_NAME, WeightsFile
 from edgepipe.engines.tvm.convert import Function, Library
 from edgepipe.engines.tvm.heads import Cached
@@ -185,6 +187,8 @@ def describe(library: Library, level: Level | None = None) -> Json:
         "features": list(level.mattr),
         "flags": list(level.flags),
         **linked_by(level),
+        **({} if level.gpu is None else {"gpu": asdict(level.gpu)}),
+        **compiled_by(level),
         "arithmetic": max(sorted(library.products), key=library.products.__getitem__, default="float32"),
         "functions": library.functions,
         "tensors": library.tensors,

@@ -129,7 +129,9 @@ def norm(*, centred: bool) -> Any:
                 total = te.compute((value.shape[0],), lambda i: te.sum(value(i, k), axis=k), name="total")
                 shifted = te.compute(value.shape, lambda i, j: value(i, j) - total(i) * share, name="shifted")
             r = te.reduce_axis((0, width), name="r")
-            square = te.compute((value.shape[0],), lambda i: te.sum(shifted(i, r) * shifted(i, r), axis=r), name="square")
+            square = te.compute(
+                (value.shape[0],), lambda i: te.sum(shifted(i, r) * shifted(i, r), axis=r), name="square"
+            )
 
             def at(i: Any, j: Any) -> Any:
                 found = shifted(i, j) / tirx.sqrt(square(i) * share + number(epsilon)) * rest[0](j)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
-from tvm import relax, te, tirx, topi
+from tvm import relax, te, tirx
 
 from edgepipe.engines.tvm import expressions, packed, products
 from edgepipe.engines.tvm.convert import Function
-from edgepipe.engines.tvm.moves import cast, inside, product, widen
+from edgepipe.engines.tvm.moves import cast, inside, product
 from edgepipe.engines.tvm.values import Known, Size, Tensor, Value, Weight, attribute
 
 
