@@ -58,7 +58,13 @@ class Level:
     def target(self) -> dict[str, object]:
         """Return the description of GPU and processor, as TVM takes it."""
         abi = {"mabi": self.mabi} if self.mabi else {}
-        host = {"kind": "llvm", "mtriple": self.triple, "mcpu": self.mcpu, "mattr": list(self.mattr), **abi}
+        host: dict[str, object] = {
+            "kind": "llvm",
+            "mtriple": self.triple,
+            "mcpu": self.mcpu,
+            "mattr": list(self.mattr),
+            **abi,
+        }
         if self.gpu is None:
             return host
         return {"kind": "cuda", "arch": f"sm_{min(self.gpu.compiled)}", **_BLOCK, "host": host}

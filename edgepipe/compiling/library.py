@@ -86,9 +86,8 @@ def build_library(model: OnnxModel, wanted: Wanted, path: Path, ctx: Context) ->
             checked |= {"as shipped": facts} if native else {}
         _check(model, wanted, checked, path, ctx)
         if not native:
-            ctx.note(
-                f"those are its functions as compiled for this machine: a library for {level.title} can't run here"
-            )
+            said = f"a library for {level.title} can't run here"
+            ctx.note(f"those are its functions as compiled for this machine: {said}")
         (path / _EXACT_LIBRARY).unlink(missing_ok=True)
     code, weights = (path / engine.LIBRARY_NAME).stat().st_size, library.file.nbytes
     ctx.note(f"a library of {code / 1024:,.0f} KiB for {level.title}, and {weights / 1024:,.0f} KiB of weights")

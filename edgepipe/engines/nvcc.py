@@ -30,9 +30,7 @@ def nvcc() -> Path:
             return found[-1]
     on_path = shutil.which("nvcc")
     if on_path is None:
-        raise TargetError(
-            "kernels for NVIDIA's GPUs are compiled by nvcc, which isn't here: pip install 'edgepipe[cuda]'"
-        )
+        raise TargetError("nvcc compiles kernels for NVIDIA's GPUs, and it isn't here: pip install 'edgepipe[cuda]'")
     return Path(on_path)
 
 
@@ -63,10 +61,8 @@ def fatbin(code: str, gpu: Gpu) -> bytes:
         source, output = Path(folder, "kernels.cu"), Path(folder, "kernels.fatbin")
         source.write_text(code, encoding="utf-8")
         architectures = [part for kind in kinds for part in ("-gencode", kind)]
-        # Relative names, for an nvcc that writes them into its output
-        _run(
-            [str(nvcc()), "--fatbin", "-O3", "-ccbin", linker(), *architectures, "-o", output.name, source.name], folder
-        )
+        files = ["-o", output.name, source.name]  # without their folder, which would get into the output
+        _run([str(nvcc()), "--fatbin", "-O3", "-ccbin", linker(), *architectures, *files], folder)
         return output.read_bytes()
 
 

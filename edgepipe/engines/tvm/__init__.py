@@ -59,12 +59,13 @@ def lower(
     if plan is not None and plan.kind == "static":
         raise TargetError("the tvm engine rounds activations as they come: take quantize.activations=dynamic")
     preallocated = "ends" not in model.spec
+    bytes_multiply = bool(level.byte_products) and level.gpu is None
     graphs = {name: ir.from_proto(onnx.load_model_from_string(graph)).graph for name, graph in model.graphs.items()}
     library = Library(
         weights=model.weights,
         file=WeightsFile() if file is None else file,
         level=level,
-        integers=bool(level.byte_products) and not exact and (accuracy_level >= _INTEGER_LEVEL or plan is not None),
+        integers=bytes_multiply and not exact and (accuracy_level >= _INTEGER_LEVEL or plan is not None),
         multiplied=_multiplied(graphs, model) if level.gpu is None else frozenset(),
     )
     for name, graph in graphs.items():

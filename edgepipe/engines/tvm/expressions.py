@@ -74,10 +74,7 @@ def matmul(f: Function, node: ir.Node) -> Sequence[Value]:
     flat = f.reshape(x, [rows, columns])
     value = f.quantized(weight.name)
     f.library.products["float32"] += 1
-    if value is None:
-        found = _float_product(f, weight.name, flat)
-    else:
-        found = _codes_product(f, weight.name, value, flat)
+    found = _float_product(f, weight.name, flat) if value is None else _codes_product(f, weight.name, value, flat)
     return [f.reshape(found, [*x.shape[:-1], found.shape[-1]])]
 
 
