@@ -26,6 +26,7 @@ from edgepipe.engines.linking import link, linked_by, linked_here
 from edgepipe.engines.native import level_here, linker
 from edgepipe.engines.nvcc import compiled_by
 from edgepipe.engines.onnxruntime.planned import FILE_NAME, WeightsFile
+from edgepipe.engines.tvm import schedules
 from edgepipe.engines.tvm.convert import Function, Library
 from edgepipe.engines.tvm.heads import Cached
 from edgepipe.engines.tvm.kernels import pack
@@ -123,7 +124,7 @@ def build(library: Library, path: Path, level: Level | None = None) -> None:
         relax.transform.FuseOps(),
         relax.transform.FuseTIR(),
         relax.transform.RewriteDataflowReshape(),
-        *([] if level.gpu is None else [relax.transform.DeadCodeElimination(list(library.functions)), _shared_out()]),
+        *([] if level.gpu is None else schedules.passes(list(library.functions))),
         relax.transform.ToNonDataflow(),
         relax.transform.RemovePurityChecking(),
         relax.transform.CallTIRRewrite(),
@@ -149,14 +150,6 @@ def build(library: Library, path: Path, level: Level | None = None) -> None:
         built.export_library(str(path), **options)
     except (RuntimeError, subprocess.SubprocessError) as error:
         raise TargetError(f"{program} could not link the library: {str(error).strip().splitlines()[-1]}") from error
-
-
-def _shared_out() -> Any:
-    """Return the pass that shares loops out among blocks and threads of a GPU, by TVM's default rules."""
-    from tvm.s_tir import dlight
-
-    rules = (dlight.gpu.Matmul, dlight.gpu.GEMV, dlight.gpu.Reduction, dlight.gpu.GeneralReduction, dlight.gpu.Fallback)
-    return dlight.ApplyDefaultSchedule(*(rule() for rule in rules))
 
 
 @contextmanager
