@@ -118,13 +118,14 @@ def build(library: Library, path: Path, level: Level | None = None) -> None:
     # are computed when a bundle is loaded, into the library. No KillAfterLastUse: memory is planned, so all it does is
     # to write an instruction for every tensor, a tenth of a decoder's library.
     module = library.builder.get()
-    passes = [
+    fusing = [
         relax.transform.LegalizeOps(),
         relax.transform.AnnotateTIROpPattern(),
         relax.transform.FuseOps(),
         relax.transform.FuseTIR(),
         relax.transform.RewriteDataflowReshape(),
-        *([] if level.gpu is None else schedules.passes(list(library.functions))),
+    ]
+    planning = [
         relax.transform.ToNonDataflow(),
         relax.transform.RemovePurityChecking(),
         relax.transform.CallTIRRewrite(),
@@ -135,8 +136,12 @@ def build(library: Library, path: Path, level: Level | None = None) -> None:
         relax.transform.VMShapeLower(emit_err_ctx=False),  # a sentence for each weight: 0.1 MB of text
         relax.transform.AttachGlobalSymbol(),
     ]
-    with target, _source_kept():
-        lowered = tvm.transform.Sequential(passes)(module)
+    with target, source_kept():
+        fused = tvm.transform.Sequential(fusing)(module)
+        if level.gpu is not None:  # without functions of reshapes that have become views
+            used = relax.transform.DeadCodeElimination(list(library.functions))(fused)
+            fused = schedules.share_out(used, target)
+        lowered = tvm.transform.Sequential(planning)(fused)
         built: Any = relax.build(lowered, target=target, relax_pipeline=None)
     options: dict[str, Any]
     if linked_here(level):
@@ -153,7 +158,7 @@ def build(library: Library, path: Path, level: Level | None = None) -> None:
 
 
 @contextmanager
-def _source_kept() -> Iterator[None]:
+def source_kept() -> Iterator[None]:
     """Have TVM keep kernels as source: where it finds a GPU's driver, it would compile them for that GPU."""
     before = os.environ.get(_KEEP_SOURCE)
     os.environ[_KEEP_SOURCE] = "1"

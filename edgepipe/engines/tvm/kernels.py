@@ -36,7 +36,7 @@ def pack(module: Any, is_system_lib: bool, prefix: str, folder: str, *, gpu: Gpu
     """Write what a library imports as a file for the linker, kernels compiled for `gpu`; TVM calls it on export."""
     packed = tvm_ffi.get_global_func("runtime.ModulePackImportsToTensor")(module)
     block = np.from_dlpack(packed).tobytes()
-    for source in _sources(module):
+    for source in sources(module):
         block = compiled(block, source.encode(), fatbin(source, gpu))
     binary, assembly = Path(folder, "imports.bin"), Path(folder, "imports.s")
     binary.write_bytes(block)
@@ -45,12 +45,12 @@ def pack(module: Any, is_system_lib: bool, prefix: str, folder: str, *, gpu: Gpu
     return str(assembly)
 
 
-def _sources(module: Any) -> Iterator[str]:
+def sources(module: Any) -> Iterator[str]:
     """Yield the source of all kernels for a GPU that a module imports."""
     for imported in module.imports:
         if imported.kind == _KIND:
             yield imported.inspect_source()
-        yield from _sources(imported)
+        yield from sources(imported)
 
 
 def compiled(block: bytes, source: bytes, code: bytes) -> bytes:
