@@ -1,4 +1,4 @@
-"""A GPU in software, for a library's kernels where there is none: TVM's own runtime loads the library and launches them.
+"""A GPU in software, where there is none: TVM's own runtime loads a library and launches its kernels.
 
 The kernels are the source that nvcc gets, compiled by g++ after kernels.h, in place of the driver's library libcuda.
 """

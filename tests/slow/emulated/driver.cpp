@@ -102,6 +102,9 @@ unsigned long long emulated_shuffle(unsigned long long value, int source) {
 int emulated_lane() { return current % kWarp; }
 
 extern "C" {
+CUresult emulated_no_tensor_maps() asm("cuTensorMapEncodeTiled");  // 13 parameters that nobody passes
+CUresult emulated_no_tensor_maps() { return CUDA_ERROR_NOT_SUPPORTED; }
+
 CUresult cuInit(unsigned) { return CUDA_SUCCESS; }
 CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice) {
   *value = attribute == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR ? 8 : 0;
@@ -117,7 +120,6 @@ CUresult cuFuncSetAttribute(CUfunction, CUfunction_attribute, int) { return CUDA
 CUresult cuGetErrorName(CUresult, const char** name) { return *name = "emulated", CUDA_SUCCESS; }
 CUresult cuGetErrorString(CUresult, const char** text) { return *text = "emulated", CUDA_SUCCESS; }
 CUresult cuDeviceGetName(char*, int, CUdevice) { return CUDA_ERROR_NOT_SUPPORTED; }
-CUresult cuTensorMapEncodeTiled() { return CUDA_ERROR_NOT_SUPPORTED; }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig* how, CUfunction function, void** parameters, void**) {
   int count = how->blockDimX * how->blockDimY * how->blockDimZ;

@@ -21,6 +21,14 @@ int emulated_lane();
 #define __syncthreads emulated_barrier
 #define __activemask() 0xffffffffu
 
+// CUDA has these for numbers; else those for half floats, which come with the kernels, would be taken
+#define EMULATED_CHOICES(T)                        \
+  inline T max(T a, T b) { return a > b ? a : b; } \
+  inline T min(T a, T b) { return a < b ? a : b; }
+EMULATED_CHOICES(float)
+EMULATED_CHOICES(int)
+EMULATED_CHOICES(long)
+
 template <typename T>
 T emulated_exchange(T value, int source) {
   unsigned long long bits = 0;
