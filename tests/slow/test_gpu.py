@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import struct
 import subprocess
@@ -16,18 +17,23 @@ import pytest
 from edgepipe.artifacts import OnnxModel
 from edgepipe.engines import nvcc
 from edgepipe.errors import TargetError
+from edgepipe.graph.evaluate import prompt_logits
+from edgepipe.levels import Gpu
 from edgepipe.runtime import load
 from edgepipe.runtime.gpus import capability_here
 from edgepipe.sources import open_model
 from edgepipe.stages.export import Export
-from tests.decoders import context
+from tests.decoders import context, random_ids
 from tests.engines.tvm_bundles import NOTE, decoder
-from tests.slow.test_cross import CLOSE, SENTENCES, built, compressed, off
+from tests.slow import emulated
+from tests.slow.test_cross import CLOSE, DECODE, EMBED, SENTENCES, built, compressed, off
 from tests.students.test_graphs import ENCODERS
 from tests.students.tiny import save_tiny_student
 
 pytest.importorskip("tvm", reason="TVM isn't here: make test-gpu")
 pytest.importorskip("ziglang", reason="Zig isn't here: make test-gpu")
+from edgepipe.engines.tvm import kernels
+
 try:
     CUOBJDUMP = nvcc.nvcc().with_name("cuobjdump")
 except TargetError:
@@ -90,9 +96,7 @@ def test_decoders_for_a_jetson(folder: Path, tmp_path: Path, kind: str, grid: st
     assert said["gpu"] == {"name": "sm_87", "compiled": [87], "readable": 0} and said["machine"] == "aarch64"
     assert said["compiled_by"].startswith("nvcc 13.") and said["linked_by"].startswith("ziglang ")
     no_float_copy(model, ours.path)
-    with pytest.raises(
-        TargetError, match=r"library is for aarch64 .*, but this machine is|are for NVIDIA's sm_87, but"
-    ):
+    with pytest.raises(TargetError, match=r"library is for aarch64 .*, but this|kernels are for NVIDIA's sm_87, but"):
         load(ours.path)
 
 
@@ -113,16 +117,54 @@ def test_an_encoder_for_this_machine(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "options"),
     [
-        ("minilm-l6-v2", ["--set", "quantize.bits=32"]),
+        ("minilm-l6-v2", ["--recipe", "float32.toml"]),
         ("minilm-l6-v2", ["--bits", "8"]),
         ("smollm2-135m", ["--bits", "4", "--context", "256"]),
     ],
 )
 def test_real_models_for_a_jetson(tmp_path: Path, model: str, options: list[str]) -> None:
     """The same functions agree with the portable graphs, or the stage would have failed."""
+    (tmp_path / "float32.toml").write_text('stages = ["export", "compile"]\n', encoding="utf-8")
     ours, summary = compressed(tmp_path, model, "jetson-orin", *options)
-    assert summary["not_measured"] == "the target jetson-orin can't be measured from here"
+    assert "--recipe" in options or summary["not_measured"] == "the target jetson-orin can't be measured from here"
     assert held(ours / "library.so") == ({"sm_87"}, set())
+
+
+def emulate(model: OnnxModel, folder: Path, code: str, arguments: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    """Build a model for `cuda` and run code over its bundle on a GPU in software; return what it saves."""
+    sources: list[str] = []
+
+    def kept(source: str, _gpu: Gpu) -> bytes:
+        sources.append(source)
+        return b"in emulated/"
+
+    monkeypatch.setattr(kernels, "fatbin", kept)
+    ours, _ = built(model, "cuda", folder / "ours", check_tokens=0)
+    emulated.make_gpu(sources[0], folder)
+    emulated.run(code, folder, [ours.path, arguments, folder / "out.npy"])
+    found: np.ndarray = np.load(folder / "out.npy")
+    return found
+
+
+@pytest.mark.parametrize(("kind", "grid"), [("llama grouped", "4 bits minima"), ("llama tied", "float32")])
+def test_a_decoder_on_a_gpu_in_software(
+    folder: Path, tmp_path: Path, kind: str, grid: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TVM's own runtime launches the kernels: threads, shared memory and shuffles give the portable graph's logits."""
+    model = decoder(folder, kind, grid)
+    np.save(tmp_path / "ids.npy", random_ids(model))
+    got = emulate(model, tmp_path, DECODE, tmp_path / "ids.npy", monkeypatch)
+    assert off(got, prompt_logits(model, random_ids(model))) < 1e-4
+
+
+def test_an_encoder_on_a_gpu_in_software(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embeddings of texts of several lengths, padded together, are onnxruntime's."""
+    save_tiny_student(tmp_path / "student", ENCODERS["mean"])
+    model = Export(context=64, check_tokens=0)(open_model(str(tmp_path / "student")), context(tmp_path))
+    (tmp_path / "texts.json").write_text(json.dumps(SENTENCES), encoding="utf-8")
+    got = emulate(model, tmp_path, EMBED, tmp_path / "texts.json", monkeypatch)
+    theirs, _ = built(model, "cpu", tmp_path / "theirs")
+    assert off(got, load(theirs.path).embed(SENTENCES)) < 1e-4  # type: ignore[union-attr]
 
 
 @on_gpu

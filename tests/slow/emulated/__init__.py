@@ -20,7 +20,7 @@ _KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\(\d+\) (\w+)
 _PRELOAD = """
 import ctypes, sys
 for name in ("libcuda.so.1", "libcudart.so.13"):
-    ctypes.CDLL(sys.argv[1] + "/" + name, ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(sys.argv[-1] + "/" + name, ctypes.RTLD_GLOBAL)
 """
 
 
@@ -45,8 +45,8 @@ def make_gpu(code: str, folder: Path) -> None:
 
 
 def run(code: str, folder: Path, arguments: Sequence[Path]) -> None:
-    """Run Python code on a machine with the GPU in `folder`; arguments are sys.argv[2:]."""
+    """Run Python code on a machine with the GPU in `folder`; arguments are sys.argv[1:]."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", _PRELOAD + code, str(folder), *map(str, arguments)]
+    command = [sys.executable, "-c", _PRELOAD + code, *map(str, arguments), str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
