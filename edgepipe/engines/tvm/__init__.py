@@ -136,12 +136,13 @@ def build(library: Library, path: Path, level: Level | None = None) -> None:
         relax.transform.VMShapeLower(emit_err_ctx=False),  # a sentence for each weight: 0.1 MB of text
         relax.transform.AttachGlobalSymbol(),
     ]
-    with target, source_kept():
+    with target:
         fused = tvm.transform.Sequential(fusing)(module)
         if level.gpu is not None:  # without functions of reshapes that have become views
             used = relax.transform.DeadCodeElimination(list(library.functions))(fused)
             fused = schedules.share_out(used, target)
         lowered = tvm.transform.Sequential(planning)(fused)
+    with source_kept():
         built: Any = relax.build(lowered, target=target, relax_pipeline=None)
     options: dict[str, Any]
     if linked_here(level):
