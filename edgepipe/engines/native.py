@@ -10,7 +10,7 @@ import shutil
 
 from edgepipe.errors import TargetError
 from edgepipe.levels import LEVELS, Level
-from edgepipe.runtime.gpus import why_not
+from edgepipe.runtime.gpus import GpuFacts, why_not
 from edgepipe.runtime.library import processor_flags, system_here
 
 
@@ -35,7 +35,9 @@ def lacking(level: Level) -> str:
     here = level.machine == platform.machine() and level.system == system_here()
     if not (here and processor_flags().issuperset(level.flags)):
         return f"this machine has not all instructions of {level.name}"
-    return "" if level.gpu is None else why_not(level.gpu)
+    if level.gpu is None:
+        return ""
+    return why_not(GpuFacts(compiled=level.gpu.compiled, readable=level.gpu.readable))
 
 
 def linker() -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from edgepipe.errors import TargetError
-from edgepipe.levels import Gpu
 
 CUDA = 2  # DLPack's device type
 # Modules of their own: machine code for one of these runs on no other GPU, nor that of others on them. Sources: NVIDIA,
@@ -23,6 +23,14 @@ CUDA = 2  # DLPack's device type
 _JETSON = frozenset({53, 62, 72, 87, 101, 110})
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*. Source: cuda.h
 _DRIVER, _RUNTIME = "libcuda.so.1", "libcudart.so.13"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuFacts:
+    """Say which GPUs run kernels: 87 is compute capability 8.7, sm_87."""
+
+    compiled: tuple[int, ...]  # there is machine code for these
+    readable: int  # assembly text that a driver compiles for this and newer ones; 0: none
 
 
 @cache
@@ -41,22 +49,22 @@ def capability_here() -> int | None:
     return 10 * found[0].value + found[1].value
 
 
-def reads(gpu: Gpu, capability: int) -> bool:
-    """Say whether a GPU of a compute capability runs kernels that were compiled for `gpu`."""
+def reads(gpu: GpuFacts, capability: int) -> bool:
+    """Say whether a GPU of a compute capability runs kernels."""
     same = [n for n in gpu.compiled if n // 10 == capability // 10 and n <= capability and n not in _JETSON]
     compiled = capability in gpu.compiled or (capability not in _JETSON and bool(same))
     return compiled or 0 < gpu.readable <= capability
 
 
-def why_not(gpu: Gpu) -> str:
-    """Say what keeps this machine from running kernels for `gpu`; empty where nothing does."""
+def why_not(gpu: GpuFacts) -> str:
+    """Say what keeps this machine from running kernels; empty where nothing does."""
     capability = capability_here()
     if capability is None:
         return "this machine shows no GPU of NVIDIA"
     return "" if reads(gpu, capability) else f"this machine's GPU is sm_{capability}"
 
 
-def check_gpu(gpu: Gpu) -> None:
+def check_gpu(gpu: GpuFacts) -> None:
     """Raise TargetError unless this machine's GPU runs the kernels of a library."""
     if reason := why_not(gpu):
         wanted = ", ".join(f"sm_{number}" for number in gpu.compiled)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from edgepipe.errors import ConfigError, TargetError
-from edgepipe.levels import Gpu
+from edgepipe.runtime.gpus import GpuFacts
 
 # dtype in the file → as numpy reads it; bfloat16, which numpy lacks, is read as its bits
 STORED = {
@@ -75,7 +75,7 @@ class LibraryFacts:
     machine: str
     system: str
     flags: frozenset[str]
-    gpu: Gpu | None  # runs the kernels; None: the processor does
+    gpu: GpuFacts | None  # runs the kernels; None: the processor does
     functions: Mapping[str, FunctionFacts]
     tensors: Mapping[str, TensorFacts]
 
@@ -120,13 +120,13 @@ def read_library(manifest: Mapping[str, Any]) -> LibraryFacts:
     )
 
 
-def _gpu(facts: Mapping[str, Any]) -> Gpu:
+def _gpu(facts: Mapping[str, Any]) -> GpuFacts:
     compiled, readable = facts.get("compiled"), facts.get("readable")
     if not isinstance(compiled, list) or not compiled or not all(_whole(n) for n in compiled):
         raise _wrong("library.gpu.compiled", "numbers of architectures")
     if not isinstance(readable, int) or not _whole(readable):
         raise _wrong("library.gpu.readable", "the number of an architecture, or 0")
-    return Gpu(name=_text(facts, "name", "library.gpu."), compiled=tuple(compiled), readable=readable)
+    return GpuFacts(compiled=tuple(compiled), readable=readable)
 
 
 def check_processor(facts: LibraryFacts) -> None:

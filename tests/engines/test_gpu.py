@@ -17,7 +17,7 @@ from edgepipe.compress import why_not_measured
 from edgepipe.engines import native, nvcc
 from edgepipe.errors import ConfigError, ContractError, TargetError
 from edgepipe.graph.evaluate import prompt_logits
-from edgepipe.levels import GPUS, gpu_named, level_named
+from edgepipe.levels import GPUS, Gpu, gpu_named, level_named
 from edgepipe.recipe import resolve
 from edgepipe.runtime import gpus
 from edgepipe.stages.compile import Compile
@@ -36,7 +36,7 @@ ORIN, ANY = gpu_named("sm_87"), gpu_named("nvidia")
         (ANY, [75, 80, 86, 89, 90, 100, 120, 110], [52, 70, 72, 87]),
     ],
 )
-def test_which_gpus_run_a_library(gpu: gpus.Gpu, runs: list[int], not_these: list[int]) -> None:
+def test_which_gpus_run_a_library(gpu: Gpu, runs: list[int], not_these: list[int]) -> None:
     """Machine code for the same generation, or text for the driver."""
     assert all(gpus.reads(gpu, capability) for capability in runs)
     assert not any(gpus.reads(gpu, capability) for capability in not_these)
