@@ -27,7 +27,7 @@ test-cross: $(VENV)/.cross ## run bundles for other machines under qemu (Debian;
 	$(BIN)/python -m tests.slow.cross_machine
 	$(BIN)/python -m pytest -m slow tests/slow/test_cross.py -rs
 
-test-gpu: $(VENV)/.gpu ## compile for NVIDIA's GPUs, and run there where this machine has one (155 MB the first time)
+test-gpu: $(VENV)/.gpu ## compile for NVIDIA's GPUs and run on one, here or in software (155 MB the first time)
 	$(BIN)/python -m pytest -m slow tests/slow/test_gpu.py -rs
 
 lint: $(VENV)/.dev ## check style, formatting, types and the Dockerfile
