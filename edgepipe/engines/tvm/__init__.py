@@ -187,7 +187,7 @@ def describe(library: Library, level: Level | None = None) -> Json:
         "features": list(level.mattr),
         "flags": list(level.flags),
         **linked_by(level),
-        **({} if level.gpu is None else {"gpu": asdict(level.gpu)}),
+        **({} if level.gpu is None else {"gpu": {**asdict(level.gpu), "compiled": list(level.gpu.compiled)}}),
         **compiled_by(level),
         "arithmetic": max(sorted(library.products), key=library.products.__getitem__, default="float32"),
         "functions": library.functions,
