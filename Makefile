@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 SETUP := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-cross lint bench optimum clean
+.PHONY: help demo test test-slow test-cross test-gpu lint bench optimum clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -26,6 +26,9 @@ test-slow: $(VENV)/.dev ## run the tests that take longer
 test-cross: $(VENV)/.cross ## run bundles for other machines under qemu (Debian; a download of 230 MB the first time)
 	$(BIN)/python -m tests.slow.cross_machine
 	$(BIN)/python -m pytest -m slow tests/slow/test_cross.py tests/slow/test_lone_kernels.py -rs
+
+test-gpu: $(VENV)/.gpu ## compile for NVIDIA's GPUs and run on one, here or in software (155 MB the first time)
+	$(BIN)/python -m pytest -m slow tests/slow/test_gpu.py -rs
 
 lint: $(VENV)/.dev ## check style, formatting, types and the Dockerfile
 	$(BIN)/ruff check .
@@ -59,12 +62,17 @@ $(VENV)/.cross: $(VENV)/.dev
 	$(PIP) --editable ".[compress,eval,train,tvm,dev,cross]"
 	@touch $@
 
+$(VENV)/.gpu: $(VENV)/.dev
+	@echo "Adding [cross,cuda] to $(VENV): Zig and nvcc"
+	$(PIP) --editable ".[compress,eval,train,tvm,dev,cross,cuda]"
+	@touch $@ $(VENV)/.cross
+
 $(VENV)/.bench: $(VENV)/bin/python
 	@echo "Setting up $(VENV) with [compress,bench]: torch, transformers and the peers, some minutes the first time"
 	$(PIP) --editable ".[compress,bench]"
 	@touch $@ $(VENV)/.compress
 
-$(VENV)/.compress $(VENV)/.dev $(VENV)/.cross $(VENV)/.bench: $(SETUP)
+$(VENV)/.compress $(VENV)/.dev $(VENV)/.cross $(VENV)/.gpu $(VENV)/.bench: $(SETUP)
 
 # Beside .venv, never in it: optimum-onnx wants an older transformers.
 .venv-optimum/.stamp: pyproject.toml constraints-optimum.txt

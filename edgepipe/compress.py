@@ -176,16 +176,15 @@ def _without_measuring(recipe: Recipe) -> tuple[Recipe, str]:
 
 def why_not_measured(recipe: Recipe) -> str:
     """Say why this machine can't measure what a recipe builds; empty where it can."""
-    from edgepipe.engines.native import runs_here
+    from edgepipe.engines.native import lacking, level_here
     from edgepipe.search.engines import engine_of
 
     target = recipe.target
     if target.measurable != "here":
         return f"the target {target.name} can't be measured from here"
-    level = target.tvm.named if engine_of(recipe) != "onnxruntime" else None
-    if level is not None and not runs_here(level):
-        return f"this machine has not all instructions of {level.name}"
-    return ""
+    if engine_of(recipe) == "onnxruntime" or not (target.tvm.level or target.tvm.gpu):
+        return ""
+    return lacking(target.tvm.named or target.tvm.on(level_here()))
 
 
 def _settled(

@@ -1,4 +1,4 @@
-"""Levels of instructions that a compiled library can be built for.
+"""Levels of instructions that a compiled library can be built for, and GPUs beside the processor.
 
 A level names LLVM's target and the flags that /proc/cpuinfo must show, so that the runtime can refuse a library before
 it dies of an illegal instruction. Sources: the x86-64 psABI for v2 to v4; Arm's feature registers as Linux names them;
@@ -16,6 +16,18 @@ LINUX, ANDROID = "linux-gnu", "linux-android"  # systems, as the end of LLVM's t
 _V2 = ("cx16", "lahf_lm", "popcnt", "sse4_1", "sse4_2", "ssse3")
 _V3 = (*_V2, "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+# What every GPU named here gives a block of threads. Source: NVIDIA, CUDA C++ Programming Guide, "Technical
+# Specifications per Compute Capability".
+_BLOCK = {"max_threads_per_block": 1024, "max_shared_memory_per_block": 48 * 1024, "thread_warp_size": 32}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """Name the GPUs of NVIDIA that a library's kernels are compiled for; 87 is compute capability 8.7, sm_87."""
+
+    name: str
+    compiled: tuple[int, ...]  # there is machine code for these
+    readable: int = 0  # assembly text that a driver compiles for this and newer ones; 0: none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +43,12 @@ class Level:
     rows: int = 4  # of x that share a load of weights: as many as the registers hold
     byte_products: str = ""  # what multiplies bytes: vpdpbusd, sdot or vrmpy; empty: they are multiplied as floats
     system: str = LINUX
+    gpu: Gpu | None = None  # runs the kernels; the rest is for the processor beside it
+
+    @property
+    def title(self) -> str:
+        """Return what sentences call it."""
+        return self.name if self.gpu is None else f"{self.name} with {self.gpu.name}"
 
     @property
     def triple(self) -> str:
@@ -38,9 +56,18 @@ class Level:
         return f"{self.machine}-{self.system}"
 
     def target(self) -> dict[str, object]:
-        """Return LLVM's description, as TVM takes it."""
+        """Return the description of GPU and processor, as TVM takes it."""
         abi = {"mabi": self.mabi} if self.mabi else {}
-        return {"kind": "llvm", "mtriple": self.triple, "mcpu": self.mcpu, "mattr": list(self.mattr), **abi}
+        host: dict[str, object] = {
+            "kind": "llvm",
+            "mtriple": self.triple,
+            "mcpu": self.mcpu,
+            "mattr": list(self.mattr),
+            **abi,
+        }
+        if self.gpu is None:
+            return host
+        return {"kind": "cuda", "arch": f"sm_{min(self.gpu.compiled)}", **_BLOCK, "host": host}
 
 
 # The preferred one of a machine first. AVX-512 in whole registers: LLVM would halve them for older processors' clocks.
@@ -90,6 +117,22 @@ HEXAGON = Level(
     system="linux-musl",
 )
 WASM = Level(name="wasm32", machine="wasm32", mcpu="generic", mattr=("+simd128",), system="wasi")
+
+# Machine code of an architecture runs on later ones of its generation on a desktop or server, and nowhere else on a
+# Jetson. Source: NVIDIA, CUDA C++ Programming Guide, "Binary Compatibility". CUDA 13 compiles for 7.5 and newer.
+GPUS = (
+    Gpu(name="nvidia", compiled=(75, 80, 90), readable=90),  # Turing, Ampere and Ada, Hopper; Blackwell reads the text
+    Gpu(name="sm_87", compiled=(87,)),
+)
+
+
+def gpu_named(name: str) -> Gpu:
+    """Return the GPUs of a name; ConfigError lists those there are."""
+    for gpu in GPUS:
+        if gpu.name == name:
+            return gpu
+    known = [gpu.name for gpu in GPUS]
+    raise ConfigError(f"unknown GPU {name!r}{did_you_mean(name, known)}: known are {', '.join(known)}")
 
 
 def level_named(name: str, system: str = LINUX) -> Level:

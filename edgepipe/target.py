@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from edgepipe.errors import ConfigError
-from edgepipe.levels import LINUX, Level, level_named
+from edgepipe.levels import LINUX, Level, gpu_named, level_named
 from edgepipe.package_data import did_you_mean, find_named, list_names, read_record
 
 ENGINES = ("onnxruntime", "tvm")
@@ -39,9 +39,12 @@ class TvmSettings:
 
     level: str = ""  # instructions, a name in edgepipe/levels.py; empty: the best that this machine has
     system: Literal["linux-gnu", "linux-android"] = "linux-gnu"  # whose C library it calls
+    gpu: str = ""  # what runs the kernels, a name in edgepipe/levels.py; empty: the processor
 
     def __post_init__(self) -> None:
-        """Refuse levels that nobody knows, and a system without a level."""
+        """Refuse levels and GPUs that nobody knows, and a system without a level."""
+        if self.gpu:
+            gpu_named(self.gpu)
         if self.level:
             level_named(self.level)
         elif self.system != LINUX:
@@ -50,7 +53,11 @@ class TvmSettings:
     @property
     def named(self) -> Level | None:
         """Return the level that is named; None where this machine's is meant."""
-        return level_named(self.level, self.system) if self.level else None
+        return self.on(level_named(self.level, self.system)) if self.level else None
+
+    def on(self, level: Level) -> Level:
+        """Return a level with the GPU that is named."""
+        return replace(level, gpu=gpu_named(self.gpu) if self.gpu else None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -51,8 +51,12 @@ def check_tvm(cache_dtype: str, target: Target, *, checked: bool) -> Level:
     from edgepipe.engines.linking import check_linker
     from edgepipe.engines.native import level_here, runs_here
 
-    level = target.tvm.named or level_here()
+    level = target.tvm.named or target.tvm.on(level_here())
     check_linker(level)
+    if level.gpu is not None:
+        from edgepipe.engines.nvcc import check_nvcc
+
+        check_nvcc()
     if checked and not runs_here(level):
         check_linker(level_here())
     return level
@@ -82,10 +86,11 @@ def build_library(model: OnnxModel, wanted: Wanted, path: Path, ctx: Context) ->
             checked |= {"as shipped": facts} if native else {}
         _check(model, wanted, checked, path, ctx)
         if not native:
-            ctx.note(f"those are its functions as compiled for this machine: a library for {level.name} can't run here")
+            said = f"a library for {level.title} can't run here"
+            ctx.note(f"those are its functions as compiled for this machine: {said}")
         (path / _EXACT_LIBRARY).unlink(missing_ok=True)
     code, weights = (path / engine.LIBRARY_NAME).stat().st_size, library.file.nbytes
-    ctx.note(f"a library of {code / 1024:,.0f} KiB for {level.name}, and {weights / 1024:,.0f} KiB of weights")
+    ctx.note(f"a library of {code / 1024:,.0f} KiB for {level.title}, and {weights / 1024:,.0f} KiB of weights")
     ctx.figures({"compile_s": seconds, "code_bytes": code, "weight_bytes": weights})
     return write_bundle(model, path, library.file, ctx.recipe, cache_dtype, library=facts)
 

@@ -10,6 +10,7 @@ import shutil
 
 from edgepipe.errors import TargetError
 from edgepipe.levels import LEVELS, Level
+from edgepipe.runtime.gpus import GpuFacts, why_not
 from edgepipe.runtime.library import processor_flags, system_here
 
 
@@ -26,8 +27,17 @@ def level_here() -> Level:
 
 def runs_here(level: Level) -> bool:
     """Say whether this machine runs a library that was built for a level."""
+    return not lacking(level)
+
+
+def lacking(level: Level) -> str:
+    """Say what this machine lacks for a library that was built for a level; empty where it runs it."""
     here = level.machine == platform.machine() and level.system == system_here()
-    return here and processor_flags().issuperset(level.flags)
+    if not (here and processor_flags().issuperset(level.flags)):
+        return f"this machine has not all instructions of {level.name}"
+    if level.gpu is None:
+        return ""
+    return why_not(GpuFacts(compiled=level.gpu.compiled, readable=level.gpu.readable))
 
 
 def linker() -> str:

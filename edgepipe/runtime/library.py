@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from edgepipe.errors import ConfigError, TargetError
+from edgepipe.runtime.gpus import GpuFacts
 
 # dtype in the file → as numpy reads it; bfloat16, which numpy lacks, is read as its bits
 STORED = {
@@ -74,6 +75,7 @@ class LibraryFacts:
     machine: str
     system: str
     flags: frozenset[str]
+    gpu: GpuFacts | None  # runs the kernels; None: the processor does
     functions: Mapping[str, FunctionFacts]
     tensors: Mapping[str, TensorFacts]
 
@@ -112,9 +114,19 @@ def read_library(manifest: Mapping[str, Any]) -> LibraryFacts:
         machine=_text(found, "machine", "library."),
         system=_text({"system": "linux-gnu", **found}, "system", "library."),  # earlier versions knew no other
         flags=frozenset(flags),
+        gpu=_gpu(_object(found, "gpu", "library.")) if "gpu" in found else None,
         functions=functions,
         tensors=tensors,
     )
+
+
+def _gpu(facts: Mapping[str, Any]) -> GpuFacts:
+    compiled, readable = facts.get("compiled"), facts.get("readable")
+    if not isinstance(compiled, list) or not compiled or not all(_whole(n) for n in compiled):
+        raise _wrong("library.gpu.compiled", "numbers of architectures")
+    if not isinstance(readable, int) or not _whole(readable):
+        raise _wrong("library.gpu.readable", "the number of an architecture, or 0")
+    return GpuFacts(compiled=tuple(compiled), readable=readable)
 
 
 def check_processor(facts: LibraryFacts) -> None:

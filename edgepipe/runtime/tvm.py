@@ -27,19 +27,20 @@ import numpy as np
 from edgepipe.errors import ConfigError, ContractError, TargetError
 from edgepipe.runtime.bundle import verify_hashes
 from edgepipe.runtime.exits import PART
+from edgepipe.runtime.gpus import CUDA, Memory, check_gpu, open_cuda_runtime
 from edgepipe.runtime.library import STORED, FunctionFacts, LibraryFacts, check_processor, read_library
 from edgepipe.runtime.source_reading import Source, SourceReader, reads_sources
 
 _CPU, _POOLED = 1, 2  # DLPack's device type; TVM's allocator that keeps freed blocks
 _BIG_CORES = 1  # TVM's mode of a thread pool
 _ALIGNMENT = 64  # of an array that kernels load vectors from
-_RUNTIME = "libtvm_runtime.so"
+_RUNTIME, _GPU_RUNTIME = "libtvm_runtime.so", "libtvm_runtime_cuda.so"
 _POOL = threading.local()  # what the calling thread's pool is set to: TVM has one per thread, for all libraries
 _IDS = ("input_ids", "decoder_input_ids", "token_ids")  # inputs that choose rows of the embedding
 
 
-def open_package() -> Any:
-    """Return `tvm_ffi` with TVM's runtime opened; TargetError where they aren't installed."""
+def open_package(*, gpu: bool = False) -> Any:
+    """Return `tvm_ffi` with TVM's runtime opened, its part for GPUs too; TargetError where they aren't installed."""
     # Or every caller's thread would be moved to the first cores for good, whatever an app or taskset has set: two
     # bundles with a thread each would share one core. Read when the first pool of threads is made.
     os.environ.setdefault("TVM_BIND_THREADS", "0")
@@ -58,25 +59,28 @@ def open_package() -> Any:
     finally:
         if hidden:
             del sys.modules["torch"]
-    _open_runtime()
+    _open_runtime(_RUNTIME)
+    if gpu:
+        open_cuda_runtime()
+        _open_runtime(_GPU_RUNTIME)
     return tvm_ffi
 
 
-def _open_runtime() -> None:
-    """Open libtvm_runtime for all that is loaded later; opening it again costs nothing."""
+def _open_runtime(name: str) -> None:
+    """Open a library of TVM's runtime for all that is loaded later; opening it again costs nothing."""
     folders = [Path(value) for value in (os.environ.get("TVM_LIBRARY_PATH"),) if value]
     found = importlib.util.find_spec("tvm")  # looks the package up, and doesn't import it
     if found is not None and found.origin is not None:
         folders.append(Path(found.origin).parent / "lib")
     for folder in folders:
-        if (folder / _RUNTIME).is_file():
+        if (folder / name).is_file():
             try:
-                ctypes.CDLL(os.fspath(folder / _RUNTIME), ctypes.RTLD_GLOBAL)
+                ctypes.CDLL(os.fspath(folder / name), ctypes.RTLD_GLOBAL)
             except OSError as error:
                 raise TargetError(f"TVM's runtime can't be opened: {error}") from error
             return
     raise TargetError(
-        f"the bundle runs on TVM's {_RUNTIME}, which isn't here: pip install 'edgepipe[tvm]', or name its folder in "
+        f"the bundle runs on TVM's {name}, which isn't here: pip install 'edgepipe[tvm]', or name its folder in "
         "TVM_LIBRARY_PATH"
     )
 
@@ -117,7 +121,7 @@ class Library:
     """Hold a loaded library and the weights of its functions. Safe for concurrent callers, who take turns."""
 
     def __init__(self, path: Path, facts: LibraryFacts, weights: Path, threads: int | None, limits: Limits) -> None:
-        self._ffi = open_package()
+        self._ffi = open_package(gpu=facts.gpu is not None)
         self.limits = limits
         self._facts = facts
         self._threads = _processors() if threads is None else threads
@@ -125,7 +129,9 @@ class Library:
         try:
             self._module = self._ffi.load_module(os.fspath(path / facts.file))
             self._machine = self._module["vm_load_executable"]()
-            self._machine["vm_initialization"](_CPU, 0, _POOLED)
+            devices = [CUDA, _CPU] if facts.gpu is not None else [_CPU]
+            self._machine["vm_initialization"](*(part for kind in devices for part in (kind, 0, _POOLED)))
+            self._memory = None if facts.gpu is None else Memory(self._ffi, self._ffi.device("cuda", 0))
         except Exception as error:  # tvm_ffi raises what the C++ side named
             raise TargetError(f"TVM could not load {facts.file}: {str(error).splitlines()[0]}") from error
         self._mapped = _mapped(weights)
@@ -158,12 +164,17 @@ class Library:
         if key not in self._tensors:
             facts = self._facts.tensors[key]
             array = self._mapped[facts.offset : facts.offset + facts.nbytes].view(STORED[facts.dtype])
-            self._tensors[key] = self._ffi.from_dlpack(array.reshape(facts.shape))
+            array = array.reshape(facts.shape)
+            self._tensors[key] = self._ffi.from_dlpack(array) if self._memory is None else self._memory.put(array)
         return self._tensors[key]
 
     def wrap(self, array: np.ndarray) -> Any:
-        """Return an array as TVM sees it, without a copy where it is aligned."""
-        return self._ffi.from_dlpack(_aligned(array))
+        """Return an array as TVM sees it, without a copy where it is aligned and the functions run here."""
+        return self._ffi.from_dlpack(_aligned(array)) if self._memory is None else self._memory.put(array)
+
+    def unwrap(self, tensor: Any) -> np.ndarray:
+        """Return a tensor of TVM's as an array, without a copy where the functions run here."""
+        return np.from_dlpack(tensor) if self._memory is None else self._memory.take(tensor)
 
     def run(self, call: Any, arguments: Sequence[Any]) -> Any:
         """Call a function of the virtual machine, one caller at a time, with the threads that were asked for."""
@@ -227,7 +238,7 @@ class Function:
             raise ContractError(
                 f"the library should give {', '.join(self.facts.outputs)}, but gives {len(found)}: build it again"
             )
-        return {name: np.from_dlpack(value) for name, value in zip(self.facts.outputs, found, strict=True)}
+        return {name: self._library.unwrap(value) for name, value in zip(self.facts.outputs, found, strict=True)}
 
 
 class Row:
@@ -303,7 +314,7 @@ class Decoder:
         }
         function = self._step if ids.shape[1] == 1 and wanted.shape[1] == 1 else self._prefill
         (logits,) = function.call(row.caches, feeds)
-        return np.from_dlpack(logits)
+        return self._library.unwrap(logits)
 
 
 def open_parts(library: Library, manifest: Mapping[str, Any]) -> list[Function]:
@@ -332,6 +343,8 @@ def open_library(path: Path, manifest: Mapping[str, Any], threads: int | None) -
     """
     facts = read_library(manifest)
     check_processor(facts)
+    if facts.gpu is not None:
+        check_gpu(facts.gpu)
     verify_hashes(path, manifest, [facts.file])
     model, alone = manifest["model"], "model" in manifest["graphs"]
     limits = Limits(vocab_size=model.get("vocab_size"), tokens=model.get("context") if alone else None)

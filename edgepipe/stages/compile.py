@@ -98,9 +98,10 @@ class Compile:
         if self._engine(target) != "tvm":
             return {}
         from edgepipe.engines.linking import linked_by
+        from edgepipe.engines.nvcc import compiled_by
 
         level = self._level(target)
-        return {"level": asdict(level), **linked_by(level)}
+        return {"level": asdict(level), **linked_by(level), **compiled_by(level)}
 
     def _engine(self, target: Target) -> str:
         """Return the engine that is asked for, or the target's first; TargetError where the target hasn't it."""

@@ -63,6 +63,9 @@ def test_a_library_is_read() -> None:
         (("functions", "model"), 3, r"library\.functions\.model must be an object"),
         (("flags",), ["sse; rm"], r"flags must be names of processor features"),
         (("file",), "../other.so", r"library\.file must be one of files"),
+        (("gpu",), "sm_87", r"library\.gpu must be an object"),
+        (("gpu",), {"name": "sm_87", "compiled": [], "readable": 0}, r"gpu\.compiled must be numbers of architectures"),
+        (("gpu",), {"name": "sm_87", "compiled": [87], "readable": -1}, r"gpu\.readable must be the number of an arch"),
         (("machine",), None, r"library\.machine must be a text"),
     ],
 )

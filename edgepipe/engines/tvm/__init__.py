@@ -7,8 +7,11 @@ library would hold them as floats.
 
 from __future__ import annotations
 
+import os
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +24,12 @@ from tvm import relax
 from edgepipe.artifacts import Json, OnnxModel
 from edgepipe.engines.linking import link, linked_by, linked_here
 from edgepipe.engines.native import level_here, linker
+from edgepipe.engines.nvcc import compiled_by
 from edgepipe.engines.onnxruntime.planned import FILE_NAME, WeightsFile
+from edgepipe.engines.tvm import schedules
 from edgepipe.engines.tvm.convert import Function, Library
 from edgepipe.engines.tvm.heads import Cached
+from edgepipe.engines.tvm.kernels import pack
 from edgepipe.errors import TargetError
 from edgepipe.graph.dialect import weight_name
 from edgepipe.levels import Level
@@ -32,6 +38,7 @@ __all__ = ["LIBRARY_NAME", "Level", "Library", "build", "describe", "level_here"
 
 LIBRARY_NAME = "library.so"
 _INTEGER_LEVEL = 4
+_KEEP_SOURCE = "TVM_COMPILE_FORCE_FALLBACK"
 
 
 def lower(
@@ -53,13 +60,14 @@ def lower(
     if plan is not None and plan.kind == "static":
         raise TargetError("the tvm engine rounds activations as they come: take quantize.activations=dynamic")
     preallocated = "ends" not in model.spec
+    bytes_multiply = bool(level.byte_products) and level.gpu is None
     graphs = {name: ir.from_proto(onnx.load_model_from_string(graph)).graph for name, graph in model.graphs.items()}
     library = Library(
         weights=model.weights,
         file=WeightsFile() if file is None else file,
         level=level,
-        integers=bool(level.byte_products) and not exact and (accuracy_level >= _INTEGER_LEVEL or plan is not None),
-        multiplied=_multiplied(graphs, model),
+        integers=bytes_multiply and not exact and (accuracy_level >= _INTEGER_LEVEL or plan is not None),
+        multiplied=_multiplied(graphs, model) if level.gpu is None else frozenset(),
     )
     for name, graph in graphs.items():
         if preallocated and name == "decoder":
@@ -110,12 +118,14 @@ def build(library: Library, path: Path, level: Level | None = None) -> None:
     # are computed when a bundle is loaded, into the library. No KillAfterLastUse: memory is planned, so all it does is
     # to write an instruction for every tensor, a tenth of a decoder's library.
     module = library.builder.get()
-    passes = [
+    fusing = [
         relax.transform.LegalizeOps(),
         relax.transform.AnnotateTIROpPattern(),
         relax.transform.FuseOps(),
         relax.transform.FuseTIR(),
         relax.transform.RewriteDataflowReshape(),
+    ]
+    planning = [
         relax.transform.ToNonDataflow(),
         relax.transform.RemovePurityChecking(),
         relax.transform.CallTIRRewrite(),
@@ -127,18 +137,37 @@ def build(library: Library, path: Path, level: Level | None = None) -> None:
         relax.transform.AttachGlobalSymbol(),
     ]
     with target:
-        lowered = tvm.transform.Sequential(passes)(module)
-    built: Any = relax.build(lowered, target=target, relax_pipeline=None)
+        fused = tvm.transform.Sequential(fusing)(module)
+        if level.gpu is not None:  # without functions of reshapes that have become views
+            used = relax.transform.DeadCodeElimination(list(library.functions))(fused)
+            fused = schedules.share_out(used, target)
+        lowered = tvm.transform.Sequential(planning)(fused)
+    with source_kept():
+        built: Any = relax.build(lowered, target=target, relax_pipeline=None)
     options: dict[str, Any]
     if linked_here(level):
         program = linker()
         options = {"cc": program, "options": ["-Wl,-s", "-Wl,--build-id=none"]}
     else:
         program, options = "Zig", {"fcompile": partial(link, level=level)}
+    if level.gpu is not None:
+        options["fpack_imports"] = partial(pack, gpu=level.gpu)
     try:
         built.export_library(str(path), **options)
     except (RuntimeError, subprocess.SubprocessError) as error:
         raise TargetError(f"{program} could not link the library: {str(error).strip().splitlines()[-1]}") from error
+
+
+@contextmanager
+def source_kept() -> Iterator[None]:
+    """Have TVM keep kernels as source: where it finds a GPU's driver, it would compile them for that GPU."""
+    before = os.environ.get(_KEEP_SOURCE)
+    os.environ[_KEEP_SOURCE] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_KEEP_SOURCE]
+        os.environ |= {} if before is None else {_KEEP_SOURCE: before}
 
 
 def write(library: Library, directory: Path, progress: Callable[[int, int], None]) -> None:
@@ -158,6 +187,8 @@ def describe(library: Library, level: Level | None = None) -> Json:
         "features": list(level.mattr),
         "flags": list(level.flags),
         **linked_by(level),
+        **({} if level.gpu is None else {"gpu": {**asdict(level.gpu), "compiled": list(level.gpu.compiled)}}),
+        **compiled_by(level),
         "arithmetic": max(sorted(library.products), key=library.products.__getitem__, default="float32"),
         "functions": library.functions,
         "tensors": library.tensors,

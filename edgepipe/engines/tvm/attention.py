@@ -19,7 +19,7 @@ from edgepipe.engines.tvm.functions import exp, scratch
 from edgepipe.engines.tvm.products import ATTRIBUTES, LANES, lanes_at, widened
 
 Layout = Literal["flat", "heads"]  # [B, S, heads · head_dim] or [B, heads, S, head_dim]
-_MASKED = -1e30  # a score that softmax makes nothing of; finite, so that a row without keys is no NaN
+MASKED = -1e30  # a score that softmax makes nothing of; finite, so that a row without keys is no NaN
 _BLOCK = 4  # queries that share a load
 
 
@@ -164,7 +164,7 @@ def _mask_row(
 ) -> None:
     """Hide what a query may not see, and what fills up the last tile."""
     row, head, s = where
-    masked = tirx.const(_MASKED, "float32")
+    masked = tirx.const(MASKED, "float32")
     if mask is not None:
         assert mask_shape is not None
         sizes = [None] * (4 - len(mask_shape)) + list(mask_shape)

@@ -312,9 +312,9 @@ class Function:
         return [value for value in node.inputs if value is not None]
 
     def _converted(self, node: ir.Node) -> Sequence[Any]:
-        from edgepipe.engines.tvm.operators import OPERATORS
+        from edgepipe.engines.tvm.operators import operators
 
-        handler = OPERATORS.get(node.op_type)
+        handler = operators(self.library.level).get(node.op_type)
         if handler is None or node.domain:
             raise TargetError(
                 f"the tvm engine can't build node {node.name or node.outputs[0].name!r} of graph {self._graph.name!r}: "

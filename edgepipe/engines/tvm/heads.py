@@ -11,6 +11,7 @@ from tvm import te, tirx
 
 from edgepipe.artifacts import Json
 from edgepipe.engines.tvm import attention as attentions
+from edgepipe.engines.tvm import expressions
 from edgepipe.engines.tvm.convert import Function
 from edgepipe.engines.tvm.moves import inside, joined, transposed
 from edgepipe.engines.tvm.values import Value, attribute
@@ -62,6 +63,8 @@ def attention(f: Function, node: ir.Node) -> Sequence[Value]:
         causal=bool(attribute(node, "is_causal", 0)),
         mask="" if mask is None else mask.dtype,
     )
+    if f.library.level.gpu is not None:
+        return [expressions.attend(f, a, [q, k, v], mask, None), *present]
     queries, keys = q.shape[1 if flat else 2], k.shape[1 if kv_flat else 2]
     shape = None if mask is None else list(mask.shape)
     kernel = f.library.kernel(
@@ -83,7 +86,9 @@ def _cached_attention(f: Function, node: ir.Node) -> Sequence[Value]:
     kept = []
     shape = (1, kv_heads, context, head_dim)
     sizes = (kv_heads, head_dim, context, known, cache.dtype)
-    append = f.library.kernel(("append", *sizes), lambda: attentions.append(*sizes))
+    on_gpu = f.library.level.gpu is not None
+    make = expressions.append if on_gpu else attentions.append
+    append = f.library.kernel(("append", *sizes), lambda: make(*sizes))
     for index, kind in ((1, "key"), (2, "value")):
         buffer = f.add_cache(f"{kind}.{layer}", shape, cache.dtype)
         kept.append(f.call_in_place(append, [f.read(node, index), positions, buffer], 2))
@@ -99,6 +104,8 @@ def _cached_attention(f: Function, node: ir.Node) -> Sequence[Value]:
         causal=True,
         window=int(node.metadata_props.get("sliding_window", 0)),
     )
+    if on_gpu:
+        return [expressions.attend(f, a, [q, *kept], None, positions)]
     kernel = f.library.kernel(
         ("cached_attention", a, context, known), lambda: attentions.attention(a, 1, tokens, context, None)
     )

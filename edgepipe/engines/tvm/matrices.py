@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
-from tvm import relax, te, tirx, topi
+from tvm import relax, te, tirx
 
-from edgepipe.engines.tvm import packed, products
+from edgepipe.engines.tvm import expressions, packed, products
 from edgepipe.engines.tvm.convert import Function
-from edgepipe.engines.tvm.moves import cast, inside, product, widen
+from edgepipe.engines.tvm.moves import cast, inside, product
 from edgepipe.engines.tvm.values import Known, Size, Tensor, Value, Weight, attribute
 
 
@@ -21,6 +21,8 @@ def gather_rows(f: Function, name: str, ids: Tensor) -> Tensor:
     (count,) = ids.shape
     rows = count if isinstance(count, int) else None
     value = f.quantized(name)
+    if value is not None and library.level.gpu is not None:
+        return expressions.gather_codes(f, name, value, ids)
     if value is None and record.name in library.multiplied:
         return _gather_tiles(f, packed.floats_of((record.shape[0], record.shape[1]), record.dtype), name, ids)
     if value is None:
@@ -30,7 +32,7 @@ def gather_rows(f: Function, name: str, ids: Tensor) -> Tensor:
     kernel = library.kernel(("gather_codes", w, rows), lambda: products.gather_codes(w, rows))
     parts = [f.weight(planned) for planned in packed.plan_codes(library.weights, name, w)]
     (found,) = f.call(kernel, [ids, *parts], [((count, w.shape[1]), "float32")])
-    return _unscaled(f, name, found) if value.column_scale is not None else found
+    return expressions.scaled(f, name, found) if value.column_scale is not None else found
 
 
 def _gather_tiles(f: Function, w: products.Floats, name: str, ids: Tensor) -> Tensor:
@@ -56,12 +58,6 @@ def _gather_plain(f: Function, table: Tensor, ids: Tensor, dtype: str) -> Tensor
         return te.compute((*index.shape, *data.shape[1:]), at, name="gather")
 
     return f.te(over, table.expr, ids.expr, name="gather")
-
-
-def _unscaled(f: Function, name: str, x: Tensor) -> Tensor:
-    """Multiply the columns of x by a weight's column scales."""
-    scale = widen(f, f.weight(packed.plan_columns(f.library.weights, name)), "float16")
-    return f.te(topi.multiply, x.expr, scale.expr, name="column_scale")
 
 
 def gather(f: Function, node: ir.Node) -> Sequence[Value]:
@@ -139,7 +135,7 @@ def _codes_product(f: Function, name: str, x: Tensor, rows: Size, source: Any) -
     integers = library.level.byte_products if library.integers else ""
     library.products["int8" if integers else "float32"] += 1
     if value.column_scale is not None:
-        operands = _operands(f, w, _unscaled(f, name, x), rows)
+        operands = _operands(f, w, expressions.scaled(f, name, x), rows)
     else:  # several matrices that multiply one tensor share its sums
         operands = f.once(("operands", source, w.columns, w.group), lambda: _operands(f, w, x, rows))
     kernel = library.kernel(

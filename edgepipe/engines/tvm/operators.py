@@ -13,12 +13,18 @@ from typing import Any
 import onnx_ir as ir
 from tvm import relax, te, tirx, topi
 
-from edgepipe.engines.tvm import functions, heads, matrices, moves
+from edgepipe.engines.tvm import expressions, functions, heads, matrices, moves
 from edgepipe.engines.tvm.convert import Function
 from edgepipe.engines.tvm.norms import norm
 from edgepipe.engines.tvm.values import Value, attribute
+from edgepipe.levels import Level
 
 Handler = Callable[[Function, ir.Node], Sequence[Value]]
+
+
+def operators(level: Level) -> Mapping[str, Handler]:
+    """Return the handlers of a library for a level."""
+    return OPERATORS if level.gpu is None else {**OPERATORS, **expressions.OPERATORS}
 
 
 def _elementwise(compute: Callable[[Any], Any], name: str) -> Handler:

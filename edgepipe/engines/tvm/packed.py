@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -36,16 +37,28 @@ def floats_of(shape: tuple[int, int], dtype: str) -> Floats:
     return Floats(shape=shape, width=_WIDE if shape[0] >= _NARROW_ROWS else LANES, dtype=dtype)
 
 
+def _part(
+    weights: WeightStore,
+    name: str,
+    suffix: str,
+    like: tuple[tuple[int, ...], str],
+    make: Callable[[QuantizedTensor], np.ndarray],
+) -> PlannedTensor:
+    """Plan what `make` takes from a quantized matrix; `like` is its shape and dtype."""
+
+    def load() -> np.ndarray:
+        value = weights.load(name)
+        assert isinstance(value, QuantizedTensor)
+        return make(value)
+
+    return PlannedTensor(name=f"{weights[name].name}:{suffix}", shape=like[0], dtype=like[1], load=load)
+
+
 def plan_codes(weights: WeightStore, name: str, w: Codes) -> list[PlannedTensor]:
     """Plan codes, scales and offsets of a quantized matrix."""
 
     def part(suffix: str, shape: tuple[int, ...], dtype: str, make: Callable[[QuantizedTensor], np.ndarray]) -> None:
-        def load() -> np.ndarray:
-            value = weights.load(name)
-            assert isinstance(value, QuantizedTensor)
-            return make(value)
-
-        planned.append(PlannedTensor(name=f"{weights[name].name}:{suffix}", shape=shape, dtype=dtype, load=load))
+        planned.append(_part(weights, name, suffix, (shape, dtype), make))
 
     planned: list[PlannedTensor] = []
     words = w.columns // w.per_word
@@ -100,6 +113,21 @@ def plan_plain(weights: WeightStore, name: str) -> PlannedTensor:
         return np.asarray(weights.load(name))
 
     return PlannedTensor(name=record.name, shape=record.shape, dtype=record.dtype, load=load)
+
+
+def plan_stored(weights: WeightStore, name: str, value: QuantizedTensor) -> list[PlannedTensor]:
+    """Plan codes [out, bytes], scales and offsets [out, groups] of a quantized matrix as they are stored."""
+    kinds = ["codes", "scale", *(kind for kind in ("zero_points", "minima") if getattr(value, kind) is not None)]
+    planned = []
+    for kind in kinds:
+        array = np.asarray(getattr(value, kind))
+        take = partial(_stored, kind)
+        planned.append(_part(weights, name, kind, (array.shape, array.dtype.name), take))
+    return planned
+
+
+def _stored(kind: str, value: QuantizedTensor) -> np.ndarray:
+    return np.asarray(getattr(value, kind))
 
 
 def plan_columns(weights: WeightStore, name: str) -> PlannedTensor:
