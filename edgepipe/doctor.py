@@ -204,8 +204,8 @@ def _build_problems(found: Json) -> list[str]:
 
 
 def _library_problems(target: Target, found: Json) -> list[str]:
-    """Say why the library of a target can't be compiled and linked here; nothing where its engine needs none."""
-    if target.engines[0] != "tvm" or all(kernel["state"] != WORKS for kernel in found["kernels"]):
+    """Say why a target's library or context binary can't be compiled here; nothing where its engine needs none."""
+    if target.engines[0] == "onnxruntime" or all(kernel["state"] != WORKS for kernel in found["kernels"]):
         return []  # in the second case it may be numpy that fails, which the stage imports
     from edgepipe.stages.compile import Compile
 

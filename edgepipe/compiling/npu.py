@@ -24,7 +24,7 @@ from edgepipe.target import QnnSettings, Target
 
 _USUAL_TOKENS = 64  # of a text: a sentence or two; every text costs as much as this many
 _CHECKED = 2  # texts of the checks: the emulator takes seconds for each
-_QUALCOMM = "Qualcomm's libraries of the package onnxruntime-qnn, under Qualcomm's own licence (Qualcomm_LICENSE.pdf there)"
+_QUALCOMM = "Qualcomm's, of the package onnxruntime-qnn, under Qualcomm's own licence (Qualcomm_LICENSE.pdf in it)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,10 +44,12 @@ def check_npu(target: Target) -> QnnSettings:
     from edgepipe.runtime.qnn import is_installed
 
     if target.qnn is None:
-        raise ConfigError(f"the target {target.name} runs qnn, so its file needs a table [qnn] with htp_arch and soc_model")
+        raise ConfigError(
+            f"the target {target.name} runs qnn: its file needs a table [qnn] with htp_arch and soc_model"
+        )
     if not is_installed():
         raise TargetError(
-            f"the compiler for {target.name} isn't here: pip install 'edgepipe[qnn]' (Linux or Windows on x86-64 or Arm)"
+            f"the compiler for {target.name} isn't here: pip install 'edgepipe[qnn]' (for Linux and Windows)"
         )
     return target.qnn
 
@@ -199,7 +201,9 @@ def _stored(graph: onnx.ModelProto) -> dict[str, int]:
     found: dict[str, int] = {}
     for tensor in graph.graph.initializer:
         view, _, rest = tensor.name.removeprefix("weight/").partition("/")
-        named = weight_name(f"weight/{view}") if tensor.name.startswith("weight/") and rest.endswith("/levels") else None
+        named = (
+            weight_name(f"weight/{view}") if tensor.name.startswith("weight/") and rest.endswith("/levels") else None
+        )
         if named is not None:
             found[named[0]] = found.get(named[0], 0) + len(onnx.numpy_helper.to_array(tensor).tobytes())
     return found

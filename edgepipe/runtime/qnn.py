@@ -7,11 +7,14 @@ nothing about a chip. Graphs take one text of a fixed length.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib.util
 import os
 import platform
+import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +26,22 @@ from edgepipe.runtime.onnxruntime import Graph, check_graph_ends
 PACKAGE = "onnxruntime_qnn"
 _PROVIDER = "QNNExecutionProvider"
 _EMULATING = ("x86_64", "AMD64")  # machines that no Hexagon NPU stands beside
-_REGISTERED = threading.Lock()
+_REGISTERED = threading.Lock()  # one thread at a time registers the provider and moves the standard output
 
 
 def is_emulated() -> bool:
     """Say whether this machine can only emulate the NPU."""
     return platform.machine() in _EMULATING
+
+
+def said_of(manifest: Mapping[str, Any]) -> str:
+    """Return the sentence that goes with what an emulated bundle gives; empty for any other bundle."""
+    if manifest["engine"] != "qnn" or not is_emulated():
+        return ""
+    return (
+        "This machine has no Hexagon NPU: Qualcomm's emulator computes what one would, in seconds that say nothing of "
+        "the chip."
+    )
 
 
 def is_installed() -> bool:
@@ -66,7 +79,7 @@ def open_npu_session(
     binary beside it, and the provider says in its log, on stderr, why it leaves a node out.
     """
     if not is_installed():
-        raise TargetError("the bundle runs through Qualcomm's QNN provider, which isn't here: pip install 'edgepipe[qnn]'")
+        raise TargetError("the bundle runs through Qualcomm's provider, which isn't here: pip install 'edgepipe[qnn]'")
     import onnxruntime_qnn
 
     options = ort.SessionOptions()
@@ -81,19 +94,38 @@ def open_npu_session(
     if is_emulated() or context is not None:
         settings |= {"htp_arch": str(htp_arch), "soc_model": str(soc_model)}
     try:
-        options.add_provider_for_devices(_devices(onnxruntime_qnn.get_library_path())[:1], settings)
-        return ort.InferenceSession(os.fspath(graph), options)
+        with _REGISTERED, _standard_output_kept():
+            options.add_provider_for_devices(_devices(onnxruntime_qnn.get_library_path())[:1], settings)
+            return ort.InferenceSession(os.fspath(graph), options)
+    except TargetError:
+        raise
     except Exception as error:  # onnxruntime raises a dozen unrelated classes
         raise TargetError(f"the QNN provider could not load the bundle: {str(error).splitlines()[0]}") from error
 
 
 def _devices(library: str) -> list[Any]:
     """Return the provider's devices, the NPU first; the provider is registered once for a process."""
-    with _REGISTERED:
+    found = [device for device in ort.get_ep_devices() if device.ep_name == _PROVIDER]
+    if not found:
+        ort.register_execution_provider_library(_PROVIDER, library)
         found = [device for device in ort.get_ep_devices() if device.ep_name == _PROVIDER]
-        if not found:
-            ort.register_execution_provider_library(_PROVIDER, library)
-            found = [device for device in ort.get_ep_devices() if device.ep_name == _PROVIDER]
     if not found:
         raise TargetError(f"{_PROVIDER} offers no device here")
     return sorted(found, key=lambda one: one.device.type != ort.OrtHardwareDeviceType.NPU)
+
+
+@contextlib.contextmanager
+def _standard_output_kept() -> Iterator[None]:
+    """Send what Qualcomm's library prints when it is loaded to stderr: programs read stdout."""
+    if os.name != "posix":
+        yield
+        return
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)  # it lies in C's buffer still
+        os.dup2(kept, 1)
+        os.close(kept)

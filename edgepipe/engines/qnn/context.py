@@ -23,7 +23,9 @@ from edgepipe.errors import TargetError
 _PAIRS = ("QuantizeLinear", "DequantizeLinear")
 _CONTEXT = "EPContext"
 # Lines of the provider's log. Source: onnxruntime-qnn 2.7, qnn_model_wrapper.cc and qnn_execution_provider.cc
-_REFUSED = re.compile(r"backendValidateOpConfig\(\) failed for node `(.+?)(?:_2)?` of type `(.+?)` with error code (\d+)")
+_REFUSED = re.compile(
+    r"backendValidateOpConfig\(\) failed for node `(.+?)(?:_2)?` of type `(.+?)` with error code (\d+)"
+)
 _LEFT_OUT = re.compile(r"Operator type: (\S+) Node name: (\S+) Node index")
 _REASON = re.compile(r"REASON : (.+)")
 _ERROR = re.compile(r"\[E:onnxruntime[^\]]*\] (.+)")
@@ -77,8 +79,8 @@ def compile_context(rounded: Path, shipped: Path, *, htp_arch: int, soc_model: i
 def placement(plain: onnx.ModelProto, shipped: Path, log: str) -> Placement:
     """Compare a float graph with what its compiled form leaves to the CPU.
 
-    A node of the float graph is on the NPU when nothing of what was made of it is left. A conversion between 16 bits and
-    float32 that is left is a node of its own: the app is given float32. Constants that the CPU decodes are no nodes.
+    A node of the float graph is on the NPU when nothing of what was made of it is left. A conversion between 16 bits
+    and float32 that is left is a node of its own: the app is given float32. Constants that the CPU decodes are none.
     """
     names = {node.output[0]: node.op_type for node in plain.graph.node}
     graph = onnx.load(shipped, load_external_data=False).graph

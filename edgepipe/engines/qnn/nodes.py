@@ -29,10 +29,14 @@ class Nodes:
         self.shapes = {v.name: tuple(dim.dim_value for dim in v.type.tensor_type.shape.dim) for v in described}
         self.shapes |= {name: value.shape for name, value in self.constants.items()}
 
-    def op(self, kind: str, inputs: Sequence[str], *, output: str = "", **attributes: Attribute) -> str:
-        """Append a node and return the name of its output."""
+    def op(
+        self, kind: str, inputs: Sequence[str], attributes: Mapping[str, Attribute] | None = None, *, output: str = ""
+    ) -> str:
+        """Append a node and return the name of its output, a new one where none is given."""
         output = output or f"{kind.lower()}.{len(self.out)}"
-        self.out.append(onnx.helper.make_node(kind, list(inputs), [output], name=output, **attributes))
+        node = onnx.helper.make_node(kind, list(inputs), [output], name=output)
+        node.attribute.extend(onnx.helper.make_attribute(name, value) for name, value in (attributes or {}).items())
+        self.out.append(node)
         return output
 
     def constant(self, array: np.ndarray, name: str) -> str:

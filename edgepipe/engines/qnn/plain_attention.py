@@ -73,7 +73,11 @@ def _attention(nodes: Nodes, node: onnx.NodeProto) -> None:
         keys, width = nodes.shapes[k][1], nodes.shapes[q][2] // heads
         value_width = nodes.shapes[v][2] // shared
     else:
-        (_, heads, rows, width), (_, shared, keys, _), value_width = nodes.shapes[q], nodes.shapes[k], nodes.shapes[v][3]
+        (_, heads, rows, width), (_, shared, keys, _), value_width = (
+            nodes.shapes[q],
+            nodes.shapes[k],
+            nodes.shapes[v][3],
+        )
     scale = np.float32(given.get("scale") or width**-0.5)
     q = nodes.op("Mul", [q, nodes.constant(np.array(scale), f"scale.{scale:.6g}")])
     if whole:
@@ -81,7 +85,7 @@ def _attention(nodes: Nodes, node: onnx.NodeProto) -> None:
         k = _turned(nodes, k, (1, keys, shared, width), (0, 2, 3, 1))
         v = _turned(nodes, v, (1, keys, shared, value_width), (0, 2, 1, 3))
     else:
-        k = nodes.op("Transpose", [k], perm=(0, 1, 3, 2))
+        k = nodes.op("Transpose", [k], {"perm": (0, 1, 3, 2)})
     taller = heads // shared
     if taller > 1:
         q = nodes.op("Reshape", [q, nodes.sizes(1, shared, taller * rows, width)])
@@ -89,18 +93,18 @@ def _attention(nodes: Nodes, node: onnx.NodeProto) -> None:
     mask = node.input[3] if len(node.input) > 3 else ""
     for term in _mask_terms(nodes, mask, rows, keys, taller, is_causal=bool(given.get("is_causal"))):
         scores = nodes.op("Add", [scores, term])
-    y = nodes.op("MatMul", [nodes.op("Softmax", [scores], axis=-1), v])
+    y = nodes.op("MatMul", [nodes.op("Softmax", [scores], {"axis": -1}), v])
     if taller > 1:
         y = nodes.op("Reshape", [y, nodes.sizes(1, heads, rows, value_width)])
     if whole:
-        y = nodes.op("Transpose", [y], perm=(0, 2, 1, 3))
+        y = nodes.op("Transpose", [y], {"perm": (0, 2, 1, 3)})
         nodes.op("Reshape", [y, nodes.sizes(1, rows, heads * value_width)], output=node.output[0])
     else:
         nodes.out[-1].output[0] = node.output[0]
 
 
 def _turned(nodes: Nodes, x: str, shape: tuple[int, ...], perm: tuple[int, ...]) -> str:
-    return nodes.op("Transpose", [nodes.op("Reshape", [x, nodes.sizes(*shape)])], perm=perm)
+    return nodes.op("Transpose", [nodes.op("Reshape", [x, nodes.sizes(*shape)])], {"perm": perm})
 
 
 def _mask_terms(nodes: Nodes, mask: str, rows: int, keys: int, taller: int, *, is_causal: bool) -> list[str]:
@@ -128,7 +132,7 @@ def _hidden(nodes: Nodes, keys: int) -> str:
     name = "attention.hidden"
     if not any(name in node.output for node in nodes.out):
         table = nodes.constant(np.array([HIDDEN, 0], np.float32), f"{name}.of")
-        rows = nodes.op("Gather", [table, _MASK], axis=0)
+        rows = nodes.op("Gather", [table, _MASK], {"axis": 0})
         nodes.op("Reshape", [rows, nodes.sizes(1, 1, 1, keys)], output=name)
     return name
 
@@ -199,7 +203,7 @@ def _rotary(nodes: Nodes, node: onnx.NodeProto) -> None:
     first, second = (
         nodes.op("Slice", [x, nodes.sizes(start), nodes.sizes(start + half), nodes.sizes(3)]) for start in (0, half)
     )
-    swapped = nodes.op("Concat", [second, first], axis=3)
+    swapped = nodes.op("Concat", [second, first], {"axis": 3})
     left = nodes.op("Mul", [x, nodes.constant(cos.astype(np.float32), "rotary.cos")])
     right = nodes.op("Mul", [swapped, nodes.constant(sin.astype(np.float32), "rotary.sin")])
     turned = nodes.op("Add", [left, right], output="" if len(shape) == 3 else node.output[0])

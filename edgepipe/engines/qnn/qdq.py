@@ -34,7 +34,7 @@ Range = tuple[float, float]
 APART = "/"  # between the name of an operator's result and that of a node that helps it
 _LEAST_SPAN = 1e-4  # of a range: what is always zero has a grid all the same
 _MOST = {"uint16": 65535, "uint8": 255}
-_MOVES = ("Reshape", "Transpose", "Slice", "Split", "GatherND", "Expand", "Unsqueeze", "Squeeze", "Identity", "ReduceMax")
+_MOVES = ("Reshape", "Transpose", "Slice", "Split", "GatherND", "Expand", "Unsqueeze", "Squeeze", "ReduceMax")
 _NORMS = ("LayerNormalization", "RMSNormalization")
 _DEMANDED = {"Sigmoid": (1 / 65536, 0), "Tanh": (1 / 32768, 32768)}  # scale and zero point at 16 bits
 _AS_FLOAT = ("Clip",)  # whose bounds are numbers, not tensors
@@ -81,13 +81,15 @@ class _Pass:
             return self.grids[node.input[0]]
         return Grid.of(*self.ranges[name])
 
-    def decoded(self, name: str, levels: np.ndarray, scale: np.ndarray, zero: np.ndarray, axis: int | None = None) -> str:
+    def decoded(
+        self, name: str, levels: np.ndarray, scale: np.ndarray, zero: np.ndarray, axis: int | None = None
+    ) -> str:
         """Return a constant behind its DequantizeLinear, made once."""
         made = f"{name}{APART}decoded"
         if not any(made in node.output for node in self.nodes.out):
             parts = {"levels": levels, "scale": scale, "zero": zero}
             inputs = [self.nodes.constant(value, f"{name}{APART}{part}") for part, value in parts.items()]
-            self.nodes.op("DequantizeLinear", inputs, output=made, **({} if axis is None else {"axis": axis}))
+            self.nodes.op("DequantizeLinear", inputs, {} if axis is None else {"axis": axis}, output=made)
         return made
 
     def constant(self, name: str, dtype: str) -> str:
@@ -206,20 +208,17 @@ def _convolution(one: _Pass, node: onnx.NodeProto, bias: str, name: str) -> None
         steps = (scale * grid.scale).astype(np.float32)
         levels = np.round(nodes.constants[bias] / steps).astype(np.int32)
         inputs.append(one.decoded(f"{bias}{APART}{name}", levels, steps, np.zeros(channels, np.int32), axis=0))
-    given = one.names.get(x, x)
-    for kind, attributes in (("Reshape", {}), ("Transpose", {"perm": (0, 3, 1, 2)})):
-        helper = f"{name}{APART}{kind.lower()}"
-        sizes = [nodes.sizes(1, 1, rows, width)] if kind == "Reshape" else []
-        raw = nodes.op(kind, [given, *sizes], output=f"{helper}{APART}raw", **attributes)
-        one.rounded(raw, helper, grid)
-        given = one.names[helper]
-    result = Grid.of(*one.ranges[name])
-    raw = nodes.op("Conv", [given, *inputs], output=f"{name}{APART}product", kernel_shape=(1, 1))
-    one.rounded(raw, f"{name}{APART}channels", result)
-    raw = nodes.op("Transpose", [one.names[f"{name}{APART}channels"]], output=f"{name}{APART}turned", perm=(0, 2, 3, 1))
-    one.rounded(raw, f"{name}{APART}rows", result)
-    sizes = nodes.sizes(*shape[:-1], channels)
-    one.rounded(nodes.op("Reshape", [one.names[f"{name}{APART}rows"], sizes], output=f"{name}{APART}raw"), name, result)
+    given, result = one.names.get(x, x), Grid.of(*one.ranges[name])
+
+    def step(kind: str, inputs: list[str], grid: Grid, end: str, attributes: dict[str, tuple[int, ...]]) -> str:
+        one.rounded(nodes.op(kind, inputs, attributes, output=f"{end}{APART}{kind.lower()}"), end, grid)
+        return one.names[end]
+
+    given = step("Reshape", [given, nodes.sizes(1, 1, rows, width)], grid, f"{name}{APART}row", {})
+    given = step("Transpose", [given], grid, f"{name}{APART}inputs", {"perm": (0, 3, 1, 2)})
+    given = step("Conv", [given, *inputs], result, f"{name}{APART}channels", {"kernel_shape": (1, 1)})
+    given = step("Transpose", [given], result, f"{name}{APART}rows", {"perm": (0, 2, 3, 1)})
+    step("Reshape", [given, nodes.sizes(*shape[:-1], channels)], result, name, {})
 
 
 def _codes(one: _Pass, name: str) -> tuple[np.ndarray, np.ndarray]:
