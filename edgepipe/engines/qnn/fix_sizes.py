@@ -55,7 +55,7 @@ def fix_sizes(portable: bytes, weights: WeightStore, tokens: int) -> onnx.ModelP
         graph.name or "model",
         [_described(name, value) for name, value in example.items()],
         [_described(name, seen[name]) for name in outputs],
-        [onnx.numpy_helper.from_array(np.ascontiguousarray(known[name]), name) for name in sorted(read)],
+        [onnx.numpy_helper.from_array(known[name], name) for name in sorted(read)],
         value_info=[_described(n, v) for n, v in seen.items() if n not in example and n not in outputs],
     )
     return onnx.helper.make_model(fixed_graph, opset_imports=model.opset_import, ir_version=model.ir_version)

@@ -6,6 +6,7 @@
     weights of norms              →  uint8, their biases int32
     other constants               →  uint16
     what only moves values        →  result on the grid of what it moves
+    Where(mask, x, −3.4e38)       →  on the grid of x: the constant is its lowest level
 
 The product is written as a convolution because the HTP takes a scale for each channel there and not in its MatMul; per
 tensor, 8 bits cost MiniLM thirty times as much (docs/npu.md). The Transposes around it meet the layout the HTP wants,
@@ -79,7 +80,15 @@ class _Pass:
             return Grid(np.float32(scale), zero)
         if node.op_type in _MOVES:
             return self.grids[node.input[0]]
+        if (other := self.beside_constant(node)) is not None:
+            return other
         return Grid.of(*self.ranges[name])
+
+    def beside_constant(self, node: onnx.NodeProto) -> Grid | None:
+        """Return the grid of what a Where puts a constant beside; None for anything else."""
+        if node.op_type != "Where" or sum(name in self.nodes.constants for name in node.input[1:]) != 1:
+            return None
+        return next(self.grids[name] for name in node.input[1:] if name not in self.nodes.constants)
 
     def decoded(
         self, name: str, levels: np.ndarray, scale: np.ndarray, zero: np.ndarray, axis: int | None = None
@@ -165,6 +174,9 @@ def _given(one: _Pass, node: onnx.NodeProto, place: int, name: str) -> str:
         scale = np.float32(one.grids[node.input[0]].scale * one.grids[node.input[1]].scale)
         levels = np.round(values / scale).astype(np.int32)
         return one.decoded(f"{name}{APART}int32", levels, np.array(scale), np.array(0, np.int32))
+    if (grid := one.beside_constant(node)) is not None:
+        given = f"{name}{APART}{node.output[0]}"
+        return one.decoded(given, grid.round(values), np.array(grid.scale), np.array(grid.zero, grid.dtype))
     return one.constant(name, "uint8" if node.op_type in _NORMS and place == 1 else "uint16")
 
 
