@@ -50,13 +50,13 @@ $(VENV)/.compress: $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/bin/python
-	@echo "Setting up $(VENV) with [compress,eval,train,tvm,dev]: torch, transformers and the test tools, some minutes the first time"
-	$(PIP) --editable ".[compress,eval,train,tvm,dev]"
+	@echo "Setting up $(VENV) with [compress,eval,train,tvm,qnn,dev]: torch, transformers and the test tools, some minutes the first time"
+	$(PIP) --editable ".[compress,eval,train,tvm,qnn,dev]"
 	@touch $@ $(VENV)/.compress
 
 $(VENV)/.cross: $(VENV)/.dev
 	@echo "Adding [cross] to $(VENV): Zig"
-	$(PIP) --editable ".[compress,eval,train,tvm,dev,cross]"
+	$(PIP) --editable ".[compress,eval,train,tvm,qnn,dev,cross]"
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/bin/python

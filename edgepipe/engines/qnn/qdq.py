@@ -57,8 +57,9 @@ class Grid:
         return cls(np.float32(scale), int(np.clip(round(-low / scale), 0, most)), dtype)
 
     def round(self, values: np.ndarray) -> np.ndarray:
-        """Return the levels of values."""
-        levels = np.round(values / self.scale) + self.zero
+        """Return the levels of values; what lies beyond the grid gets its last level."""
+        ends = (np.float32(end - self.zero) * self.scale for end in (0, _MOST[self.dtype]))
+        levels = np.round(np.clip(values, *ends) / self.scale) + self.zero
         return np.clip(levels, 0, _MOST[self.dtype]).astype(self.dtype)
 
 
