@@ -213,6 +213,8 @@ def _library_problems(target: Target, found: Json) -> list[str]:
         Compile().meets(target)
     except TargetError as error:
         return [str(error)]
+    except ImportError:
+        return []  # of a package that is named as missing already
     return []
 
 

@@ -47,9 +47,7 @@ _WORTH_IT = 0.9  # share of the bytes: a file that has to be unpacked when it is
 class Compile:
     """Options of the stage `compile`."""
 
-    engine: str = (
-        ""  # onnxruntime; tvm: a library (docs/tvm.md); qnn: an NPU (docs/npu.md); auto: faster one; "": first
-    )
+    engine: str = ""  # onnxruntime; tvm (docs/tvm.md); qnn: an NPU (docs/npu.md); auto: the faster; "": target's first
     accuracy_level: int = -1  # of MatMulNBits: 0 float32, 4 int8 activations (faster, noisier); −1 takes the target's
     cache_dtype: str = "float16"  # of the KV cache: float16; float32: twice its bytes; int8: half, ranges from texts
     calibration: str = ""  # texts that ranges of an int8 cache or an NPU come from: a set or a file; empty: everyday
