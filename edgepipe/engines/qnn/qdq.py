@@ -58,9 +58,10 @@ class Grid:
 
     def round(self, values: np.ndarray) -> np.ndarray:
         """Return the levels of values; what lies beyond the grid gets its last level."""
-        ends = (np.float32(end - self.zero) * self.scale for end in (0, _MOST[self.dtype]))
-        levels = np.round(np.clip(values, *ends) / self.scale) + self.zero
-        return np.clip(levels, 0, _MOST[self.dtype]).astype(self.dtype)
+        low, high = (float(end - self.zero) * float(self.scale) for end in (0, _MOST[self.dtype]))
+        levels = np.round(np.clip(values, low, high) / self.scale) + self.zero
+        rounded: np.ndarray = np.clip(levels, 0, _MOST[self.dtype]).astype(self.dtype)
+        return rounded
 
 
 @dataclass(slots=True)
