@@ -174,7 +174,7 @@ def page_section(result: Json) -> str:
         [
             "untaught student" if row["model"] == "student" else row["model"],
             row["target"],
-            f"{row['npu']['on_npu']} of {row['npu']['nodes']} ({100 * row['npu']['on_npu'] / row['npu']['nodes']:.1f} %)",
+            f"{row['npu']['on_npu']} of {row['npu']['nodes']} ({row['npu']['on_npu'] / row['npu']['nodes']:.1%})",
             f"{row['bundle_bytes']['npu'] / 1e6:.1f}",
             f"{row['bundle_bytes']['float32'] / 1e6:.1f}",
             str(len(row["cosines"])),
@@ -188,15 +188,15 @@ def page_section(result: Json) -> str:
     ]
     made = sorted({(row["provenance"]["date"], row["provenance"]["commit"][:12]) for row in result["rows"]})
     versions = result["rows"][0]["provenance"]["versions"]
-    with_student = any(row["model"] == "student" for row in result["rows"])
-    student = (
-        f"The student is the first {len(LAYERS)} layers of {TEACHER} without its mask, untaught: its Spearman is no "
-    )
+    first, said = result["rows"][0], ""
+    if any(row["model"] == "student" for row in result["rows"]):
+        said = f"The student is the first {len(LAYERS)} layers of {TEACHER} without its mask, and nobody taught it. "
     return (
         f"{markdown_table(HEADER, cells)}\n\n"
-        f"Pairs of `{result['data']['name']}` drawn with seed {SEED}, all texts {result['rows'][0]['npu']['tokens']} "
-        f"tokens. {student + 'promise. ' if with_student else ''}Emulated by onnxruntime-qnn {versions['onnxruntime-qnn']} on "
-        f"{result['machine']['cpu']}; " + ", ".join(f"{date} at `{commit}`" for date, commit in made) + "."
+        f"Pairs of `{result['data']['name']}` drawn with seed {SEED}, all texts {first['npu']['tokens']} tokens. {said}"
+        f"Emulated by onnxruntime-qnn {versions['onnxruntime-qnn']} on {result['machine']['cpu']}; "
+        + ", ".join(f"{date} at `{commit}`" for date, commit in made)
+        + "."
     )
 
 
