@@ -49,7 +49,7 @@ def examine(target: str | None = None, *, runs: Path = Path("runs")) -> Json:
     unknown target.
     """
     targets = [load_target(name) for name in ([target] if target is not None else list_targets())]
-    targets = [one for one in targets if target is not None or not one.tvm.level]
+    targets = [one for one in targets if target is not None or not (one.tvm.level or one.qnn)]
     names = KERNEL_NAMES if target is None else needed_kernels(targets[0].onnxruntime.accuracy_level)
     timing = describe_timing()  # first, while nothing of ours runs beside it
     with ThreadPoolExecutor(1) as other:
