@@ -53,18 +53,18 @@ $(VENV)/.compress: $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/bin/python
-	@echo "Setting up $(VENV) with [compress,eval,train,tvm,dev]: torch, transformers and the test tools, some minutes the first time"
-	$(PIP) --editable ".[compress,eval,train,tvm,dev]"
+	@echo "Setting up $(VENV) with [compress,eval,train,tvm,qnn,dev]: torch, transformers and the test tools, some minutes the first time"
+	$(PIP) --editable ".[compress,eval,train,tvm,qnn,dev]"
 	@touch $@ $(VENV)/.compress
 
 $(VENV)/.cross: $(VENV)/.dev
 	@echo "Adding [cross] to $(VENV): Zig"
-	$(PIP) --editable ".[compress,eval,train,tvm,dev,cross]"
+	$(PIP) --editable ".[compress,eval,train,tvm,qnn,dev,cross]"
 	@touch $@
 
 $(VENV)/.gpu: $(VENV)/.dev
 	@echo "Adding [cross,cuda] to $(VENV): Zig and nvcc"
-	$(PIP) --editable ".[compress,eval,train,tvm,dev,cross,cuda]"
+	$(PIP) --editable ".[compress,eval,train,tvm,qnn,dev,cross,cuda]"
 	@touch $@ $(VENV)/.cross
 
 $(VENV)/.bench: $(VENV)/bin/python

@@ -12,7 +12,7 @@ import os
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +35,7 @@ _TOKENIZER = "tokenizer.json"
 _TEMPLATE = "chat_template.jinja"
 _PREPROCESSOR = "preprocessor_config.json"
 _CACHE_BYTES = {"float32": 4, "float16": 2, "int8": 1}  # of one element of a key or value
-_COMPILER = "apache-tvm"  # packages that decide the bytes of a compiled library, and of nothing else
+_COMPILERS = {"tvm": "apache-tvm", "qnn": "onnxruntime-qnn"}  # packages that decide the bytes of one engine's bundles
 _EMBEDDINGS = "embedding and head"
 # What parameters of a part are called in the models of transformers; the first part that has a mark takes the weight.
 _PARTS = (
@@ -54,19 +54,22 @@ _NORMS = ("norm", "LayerNorm", "ln_")
 def write_bundle(
     model: OnnxModel,
     path: Path,
-    file: WeightsFile,
+    file: WeightsFile | None,
     recipe: Json,
     cache_dtype: str,
     *,
     library: Json | None = None,
+    npu: Json | None = None,
 ) -> Json:
     """Complete the bundle in `path`, where graphs and weights already are, deflated or not; return its manifest.
 
-    `library` describes a compiled library, which then is the file of every graph.
+    `library` describes a compiled library, which then is the file of every graph; `npu` a chip's context binary, which
+    then holds the weights in place of `file`, and the bytes of each weight in it under `stored`.
     """
+    engine = "tvm" if library is not None else "qnn" if npu is not None else "onnxruntime"
     graphs = {name: f"{name}.onnx" if library is None else library["file"] for name in model.graphs}
     deflated = (path / DEFLATED).exists()
-    stored = DEFLATED if deflated else FILE_NAME
+    stored = npu["file"] if npu is not None else DEFLATED if deflated else FILE_NAME
     names = [*dict.fromkeys(graphs.values()), stored]
     if model.info.tokenizer:
         (path / _TOKENIZER).write_bytes(model.info.tokenizer[_TOKENIZER])
@@ -76,7 +79,8 @@ def write_bundle(
             (path / name).write_text(text, encoding="utf-8")
             names.append(name)
     files = {name: _facts(path / name) for name in names}
-    made_with = {n: v for n, v in versions().items() if library is not None or not n.startswith(_COMPILER)}
+    others = tuple(package for name, package in _COMPILERS.items() if name != engine)
+    made_with = {name: version for name, version in versions().items() if not name.startswith(others)}
     write_json(path / BILL, bill_of_materials(model.info, files, made_with))
     files[BILL] = _facts(path / BILL)
     spec = {key: value for key, value in model.spec.items() if key != "ends"}
@@ -86,16 +90,16 @@ def write_bundle(
         "edgepipe": edgepipe.__version__,
         "name": model.info.name,
         "task": model.info.task,
-        "engine": "onnxruntime" if library is None else "tvm",
+        "engine": engine,
         "graphs": graphs,
         "ends": {name: ends for name, ends in model.spec.get("ends", {}).items() if not name.startswith(PART)},
         "weights": {
             "file": stored,
             "bytes": files[stored]["bytes"],
-            **({"unpacked": {"file": FILE_NAME, "bytes": file.nbytes}} if deflated else {}),
+            **({"unpacked": {"file": FILE_NAME, "bytes": file.nbytes}} if deflated and file is not None else {}),
             "parameters": parameters,
             "bits_per_weight": round(8 * files[stored]["bytes"] / parameters, 4),
-            "parts": weight_parts(model.weights, model.info.embeddings, file),
+            "parts": weight_parts(model.weights, model.info.embeddings, file, npu and npu["stored"]),
         },
         "model": spec,
         "cache": _cache(model.spec, cache_dtype),
@@ -110,6 +114,8 @@ def write_bundle(
     }
     if library is not None:
         manifest["library"] = library
+    if npu is not None:
+        manifest["npu"] = {key: value for key, value in npu.items() if key != "stored"}
     write_json(path / MANIFEST, manifest)
     return manifest
 
@@ -159,23 +165,30 @@ def _facts(file: Path) -> Json:
     return {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
 
 
-def weight_parts(weights: WeightStore, embeddings: Sequence[str], file: WeightsFile | None = None) -> list[Json]:
+def weight_parts(
+    weights: WeightStore,
+    embeddings: Sequence[str],
+    file: WeightsFile | None = None,
+    stored: Mapping[str, int] | None = None,
+) -> list[Json]:
     """Sum parameters and bytes by part of the model and by storage, for tables; parts of an encoder before a decoder
     are named so.
 
-    Bytes are those of the weights file where there is one, else those of the store: a file packs 4-bit zero points.
+    Bytes are those of the weights file where there is one, or of an NPU's levels in `stored`, else those of the store:
+    a file packs 4-bit zero points.
     """
     has_source = any(_CROSS in name for name in weights)
 
     def part_of(weight: Weight) -> tuple[str, str]:
         part, storage = _part(weight, embeddings)
+        storage = storage if stored is None else "levels of the NPU"
         return (_ENCODER + part if has_source and _READ_ONCE.search(weight.name) else part), storage
 
     sums: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
     for weight in weights.values():
         row = sums[part_of(weight)]
         row[0] += weight.size
-        row[1] += weight.nbytes if file is None else 0
+        row[1] += (weight.nbytes if file is None else 0) if stored is None else stored.get(weight.name, 0)
     for planned in () if file is None else file.tensors:  # tensors joined in one are of one part and one storage
         sums[part_of(weights[planned.name.partition("+")[0].partition(":")[0]])][1] += planned.nbytes
     return [

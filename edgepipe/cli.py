@@ -57,7 +57,7 @@ def main() -> None:
 @click.option("--target", help="Name in `edgepipe targets`, or a TOML file.  [default: cpu]")
 @click.option("--bits", help="Bits of the layers: 1.58, 2, 4, 8, 16, or mixed (--max-drop 1%).  [default: 4]")
 @click.option("--embedding-bits", type=int, help="Bits of embedding and output head: 2, 4, 8 or 16.  [default: 8]")
-@click.option("--engine", help="onnxruntime, tvm, or auto: the faster here (docs/tvm.md).  [default: the target's]")
+@click.option("--engine", help="onnxruntime, tvm, qnn, or auto: the faster here (docs/tvm.md).  [default: target's]")
 @click.option("--keep-both", is_flag=True, help="With --engine auto: keep the bundle of the other engine too.")
 @click.option("--trim-vocab", metavar="DATA", help="Keep only the tokens that the texts of a file use (docs/trim.md).")
 @click.option("--student", help="Distill MODEL into an encoder-decoder, encoder or decoder first (docs/distill.md).")

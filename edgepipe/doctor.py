@@ -49,7 +49,7 @@ def examine(target: str | None = None, *, runs: Path = Path("runs")) -> Json:
     unknown target.
     """
     targets = [load_target(name) for name in ([target] if target is not None else list_targets())]
-    targets = [one for one in targets if target is not None or not (one.tvm.level or one.tvm.gpu)]
+    targets = [one for one in targets if target is not None or not (one.tvm.level or one.tvm.gpu or one.qnn)]
     names = KERNEL_NAMES if target is None else needed_kernels(targets[0].onnxruntime.accuracy_level)
     timing = describe_timing()  # first, while nothing of ours runs beside it
     with ThreadPoolExecutor(1) as other:
@@ -204,8 +204,8 @@ def _build_problems(found: Json) -> list[str]:
 
 
 def _library_problems(target: Target, found: Json) -> list[str]:
-    """Say why the library of a target can't be compiled and linked here; nothing where its engine needs none."""
-    if target.engines[0] != "tvm" or all(kernel["state"] != WORKS for kernel in found["kernels"]):
+    """Say why a target's library or context binary can't be compiled here; nothing where its engine needs none."""
+    if target.engines[0] == "onnxruntime" or all(kernel["state"] != WORKS for kernel in found["kernels"]):
         return []  # in the second case it may be numpy that fails, which the stage imports
     from edgepipe.stages.compile import Compile
 
@@ -213,6 +213,8 @@ def _library_problems(target: Target, found: Json) -> list[str]:
         Compile().meets(target)
     except TargetError as error:
         return [str(error)]
+    except ImportError:
+        return []  # of a package that is named as missing already
     return []
 
 

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgepipe.artifacts import Json
+from edgepipe.errors import TargetError
 
 if TYPE_CHECKING:
     from edgepipe.pipeline import Listener
+    from edgepipe.runtime.bundle import Bundle
     from edgepipe.stages.measure import Measure
 
 
@@ -20,7 +22,8 @@ def measure(
 
     `against` is another bundle, measured in turn with this one; `since` a file with an earlier measurement of this
     machine, and the key `since` of the result then says whether the two agree. Raises ConfigError or ContractError for
-    a directory that is no whole bundle or a file that can't be compared, StageError when a process fails.
+    a directory that is no whole bundle or a file that can't be compared, TargetError for a bundle that this machine can
+    only emulate, StageError when a process fails.
     """
     from edgepipe.measuring.agreement import check_comparable, compare, read_measurement
     from edgepipe.measuring.run import describe_machine
@@ -28,7 +31,7 @@ def measure(
 
     for path in (bundle, against):
         if path is not None:
-            read_bundle(path)
+            _refuse_emulated(read_bundle(path))
     earlier = None if since is None else read_measurement(since)
     if earlier is not None:
         check_comparable(earlier, describe_machine(options.threads))
@@ -40,3 +43,14 @@ def measure(
         figures["since"] = compare(figures, earlier)
     listener.end("measure", time.perf_counter() - started, reused=False, notes=())
     return figures
+
+
+def _refuse_emulated(bundle: Bundle) -> None:
+    if bundle.manifest["engine"] == "qnn":
+        from edgepipe.runtime.qnn import is_emulated
+
+        if is_emulated():
+            raise TargetError(
+                f"{bundle.path} is for an NPU, which this machine only emulates: measure it on the device; `edgepipe "
+                "eval` says here how good it is"
+            )

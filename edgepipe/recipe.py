@@ -12,7 +12,7 @@ import importlib
 import pkgutil
 import tomllib
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,12 @@ def resolve(
     """
     table = read_recipe_file(file) if file is not None else {}
     where = str(file) if file is not None else "the recipe"
-    names = list(stages) if stages is not None else table.get("stages", list(DEFAULT_STAGES))
+    chosen_target = target if target is not None else table.get("target", "cpu")
+    if not isinstance(chosen_target, str) or not chosen_target:
+        raise ConfigError(f"{where}: target must be a name or a path, not {chosen_target!r}")
+    loaded = load_target(chosen_target)
+    asked = {*table, *(stage for stage, _, _ in settings)}
+    names = list(stages) if stages is not None else table.get("stages", _usual_stages(loaded, asked))
     if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
         raise ConfigError(f"{where}: stages must be a list of stage names, not {names!r}")
     for name in before:
@@ -128,9 +133,6 @@ def resolve(
     chosen_seed = seed if seed is not None else table.get("seed", 0)
     if not isinstance(chosen_seed, int) or isinstance(chosen_seed, bool) or chosen_seed < 0:
         raise ConfigError(f"seed must be a whole number of at least 0, not {chosen_seed!r}")
-    chosen_target = target if target is not None else table.get("target", "cpu")
-    if not isinstance(chosen_target, str) or not chosen_target:
-        raise ConfigError(f"{where}: target must be a name or a path, not {chosen_target!r}")
     kinds = {name: find_stage(name) for name in names}
     options: dict[str, dict[str, object]] = {name: {} for name in names}
     for stage, values in table.items():
@@ -142,10 +144,19 @@ def resolve(
         _put(options, stage, option, value)
     check_chain(kinds, (CompiledModel, Measured) if stages is None else (TorchModel,))
     return Recipe(
-        target=load_target(chosen_target),
+        target=loaded,
         stages=tuple((name, _make_stage(kind, name, options[name])) for name, kind in kinds.items()),
         seed=chosen_seed,
     )
+
+
+def _usual_stages(target: Target, asked: Collection[str]) -> list[str]:
+    """Return the stages of a recipe that names none: an NPU has a grid of its own, so nothing is rounded before it.
+
+    `asked` are the stages that somebody has set options of.
+    """
+    own_grid = target.engines[0] == "qnn" and "quantize" not in asked
+    return [name for name in DEFAULT_STAGES if not (own_grid and name == "quantize")]
 
 
 def check_chain(kinds: Mapping[str, type[Stage]], ends: tuple[type, ...] = (CompiledModel, Measured)) -> None:

@@ -47,7 +47,7 @@ _PARTS = ("codes", "scale", "zero_points", "minima", "column_scale")
 # what decides the bytes of a result, beside edgepipe's own code
 _PRODUCERS = (
     *("numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "torch", "transformers"),
-    *("apache-tvm", "apache-tvm-ffi", "gguf", "safetensors", "tokenizers"),
+    *("apache-tvm", "apache-tvm-ffi", "gguf", "onnxruntime-qnn", "safetensors", "tokenizers"),
 )
 
 

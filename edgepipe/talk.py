@@ -37,6 +37,7 @@ def talk(
 
     model = load(bundle, threads=threads)
     if isinstance(model, Encoder):
+        _say_emulated(model)
         return _encoded(model, prompt if prompt is not None else _read_stdin())
     if prompt is None and sys.stdin.isatty():
         _chat(model, sampling)
@@ -48,6 +49,15 @@ def talk(
     asked: Any = text if raw or not _has_template(model) else [{"role": "user", "content": text}]
     _stream(model.generate(asked, stream=True, **sampling))
     return None
+
+
+def _say_emulated(model: Encoder) -> None:
+    """Say where a bundle for an NPU runs, when that isn't its NPU."""
+    if model.manifest["engine"] == "qnn":
+        from edgepipe.runtime.qnn import said_of
+
+        if said := said_of(model.manifest):
+            _say(said)
 
 
 def _encoded(model: Encoder, text: str) -> Json:

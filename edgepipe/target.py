@@ -11,7 +11,7 @@ from edgepipe.errors import ConfigError
 from edgepipe.levels import LINUX, Level, gpu_named, level_named
 from edgepipe.package_data import did_you_mean, find_named, list_names, read_record
 
-ENGINES = ("onnxruntime", "tvm")
+ENGINES = ("onnxruntime", "tvm", "qnn")
 AUTO = "auto"  # in place of an engine: the faster one of those the target has
 _MAX_THREADS = 1024  # beyond any machine: a larger number is a typing error, and each thread costs a stack
 
@@ -61,6 +61,24 @@ class TvmSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QnnSettings:
+    """Hold what a context binary is compiled for: a chip with a Hexagon NPU."""
+
+    htp_arch: int  # version of its tensor processor, 75 for v75
+    soc_model: int  # the number that Qualcomm's SDK gives the chip
+    most_tokens: int = 512  # of a text: what was tried
+    most_axes: int = 5  # of a tensor
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that no chip has."""
+        for name, least, most in (("htp_arch", 68, 255), ("soc_model", 1, 65535), ("most_tokens", 8, 1 << 20)):
+            if not least <= getattr(self, name) <= most:
+                raise ConfigError(f"qnn.{name} must be {least} to {most}, not {getattr(self, name)}")
+        if not 1 <= self.most_axes <= 8:
+            raise ConfigError(f"qnn.most_axes must be 1 to 8, not {self.most_axes}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Budgets:
     """Hold what a finished model may cost; None = no limit."""
 
@@ -87,6 +105,7 @@ class Target:
     sparse: tuple[str, ...] = ()  # patterns of zeros ("2:4") that its kernels skip; none: a zero takes as long as any
     onnxruntime: OnnxruntimeSettings = field(default_factory=OnnxruntimeSettings)
     tvm: TvmSettings = field(default_factory=TvmSettings)
+    qnn: QnnSettings | None = None  # of a chip with an NPU
     budgets: Budgets = field(default_factory=Budgets)
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import embedding, encoders, kv_cache, memory, quality, readme, trim
+from benchmarks import embedding, encoders, kv_cache, memory, npu, quality, readme, trim
 from benchmarks.stored import RESULTS, read_result, section
 from edgepipe import errors
 from edgepipe.cli import main
@@ -404,7 +404,7 @@ def test_the_dialect_s_page_names_every_operator() -> None:
 
 
 @pytest.mark.parametrize(
-    "benchmark", [readme, quality, memory, encoders, trim, embedding, kv_cache], ids=lambda module: module.NAME
+    "benchmark", [readme, quality, memory, encoders, trim, embedding, kv_cache, npu], ids=lambda module: module.NAME
 )
 def test_tables_are_those_of_the_stored_runs(benchmark: Any) -> None:
     """No figure of a generated table is typed by hand."""

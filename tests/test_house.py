@@ -42,10 +42,18 @@ FLOORS = (
     },  # one library function behind each verb
     {"cli", "__main__"},
 )
-RUNTIME_MAY = {"edgepipe", "jinja2", "numpy", "onnxruntime", "tokenizers", "tvm_ffi", *sys.stdlib_module_names}
+RUNTIME_MAY = {
+    *("edgepipe", "jinja2", "numpy", "onnxruntime", "onnxruntime_qnn", "tokenizers", "tvm_ffi"),
+    *sys.stdlib_module_names,
+}
 HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "gguf", "huggingface_hub", "safetensors"}
-# package → name of its homes under engines/, runtime/
-ENGINE_PACKAGES = {"onnxruntime": "onnxruntime", "tvm": "tvm", "tvm_ffi": "tvm"}
+# package → names of its homes under engines/, runtime/
+ENGINE_PACKAGES = {
+    "onnxruntime": ("onnxruntime", "qnn"),  # qnn is a provider of onnxruntime's
+    "onnxruntime_qnn": ("qnn",),
+    "tvm": ("tvm",),
+    "tvm_ffi": ("tvm",),
+}
 
 # Signatures that another library dictates: Jinja hands a template's namespace(found=false) over as keywords.
 DICTATED = {("edgepipe/runtime/chat.py", "_PlainNamespace.__init__")}
@@ -130,9 +138,9 @@ def allowed_in_runtime(dotted: str) -> bool:
     return dotted in {"edgepipe", "edgepipe.errors", "edgepipe.runtime"} or dotted.startswith("edgepipe.runtime.")
 
 
-def at_home(dotted: str, engine: str) -> bool:
-    """Say whether a module is one of the two homes of an engine's package."""
-    return any(dotted == home or dotted.startswith(home + ".") for home in homes(engine))
+def at_home(dotted: str, engines: tuple[str, ...]) -> bool:
+    """Say whether a module is one of the homes of an engine's package, two for each engine."""
+    return any(dotted == home or dotted.startswith(home + ".") for engine in engines for home in homes(engine))
 
 
 def homes(engine: str) -> tuple[str, str]:

@@ -75,9 +75,11 @@ def open_graphs(
     # Engines are imported only now: reading and checking bundles needs none.
     if manifest["engine"] == "tvm":
         return _open_library(bundle, threads, exit_threshold if in_parts else None)
+    if manifest["engine"] == "qnn":
+        return _open_npu(bundle, threads)
     if manifest["engine"] != "onnxruntime":
         raise TargetError(
-            f"this edgepipe runs onnxruntime and tvm bundles, but {bundle.path} is for {manifest['engine']!r}: "
+            f"this edgepipe runs onnxruntime, tvm and qnn bundles, but {bundle.path} is for {manifest['engine']!r}: "
             "build it again"
         )
     from edgepipe.runtime import onnxruntime as engine
@@ -101,6 +103,15 @@ def open_graphs(
 def _depths(manifest: Mapping[str, Any]) -> tuple[int, ...]:
     """Return the layers behind each part of a model with exits, all of them last."""
     return (*manifest["model"]["exits"], manifest["model"]["layers"])
+
+
+def _open_npu(bundle: Bundle, threads: int | None) -> Any:
+    """Open the graph of a bundle for an NPU, on the chip or in its emulator."""
+    from edgepipe.runtime.qnn import open_context
+
+    if set(bundle.manifest["ends"]) != {"model"}:
+        raise ConfigError("manifest.json: a bundle for an NPU must have ends of one graph, model: build it again")
+    return open_context(bundle.path, bundle.manifest, "model", threads)
 
 
 def _open_library(bundle: Bundle, threads: int | None, exit_threshold: float | None) -> Any:

@@ -116,6 +116,7 @@ class Encoder:
             raise ConfigError(f"batch_size must be a whole number of at least 1, but is {batch_size!r}")
         rows, is_single = _split(texts)
         encoded = self._encoded(rows)
+        batch_size = min(batch_size, self._fixed(0) or batch_size)
         order = sorted(range(len(rows)), key=lambda row: len(encoded[row][0]))
         found: dict[int, np.ndarray] = {}
         for start in range(0, len(order), batch_size):
@@ -138,9 +139,14 @@ class Encoder:
             raise ConfigError(f"text {empty[0]} of {len(rows)} has no tokens: give it some words")
         return rows
 
+    def _fixed(self, axis: int) -> int | None:
+        """Return the size that every input of texts must have along an axis: of an NPU's graph; None: any."""
+        shapes = [end["shape"] for end in self._ends["inputs"].values()]
+        return next((shape[axis] for shape in shapes if len(shape) > axis and isinstance(shape[axis], int)), None)
+
     def _padded(self, rows: Sequence[tuple[list[int], list[int]]]) -> dict[str, np.ndarray]:
-        """Return ids, mask and types of some rows, padded on the right to the longest."""
-        shape = (len(rows), max(len(ids) for ids, _ in rows))
+        """Return ids, mask and types of some rows, padded on the right to the longest, or to what the graph is for."""
+        shape = (len(rows), self._fixed(1) or max(len(ids) for ids, _ in rows))
         ids = np.full(shape, self._model["pad_token_id"] or 0, np.int64)
         mask, types = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         for number, (row, kinds) in enumerate(rows):

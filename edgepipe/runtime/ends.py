@@ -37,7 +37,8 @@ def check_ends(manifest: Mapping[str, Any]) -> None:
             _compare(ends[role]["inputs"], inputs, f"ends.{role}.inputs")
             _compare(ends[role]["outputs"], outputs, f"ends.{role}.outputs")
     else:
-        _check_model(task, ends["model"], model)
+        fixed = manifest["engine"] == "qnn"  # an NPU's graph takes one text, of the length of its context
+        _check_model(task, ends["model"], model, (1, model["context"]) if fixed else (_FREE, _FREE))
         if "exits" in model:
             _check_exits(manifest)
 
@@ -59,8 +60,12 @@ def _generation(model: Mapping[str, Any], *, has_source: bool) -> dict[str, tupl
     }
 
 
-def _check_model(task: str, ends: Mapping[str, Any], model: Mapping[str, Any]) -> None:
-    """Check the graph of a model without a cache: how texts go in, and what the runtime's methods read."""
+def _check_model(
+    task: str, ends: Mapping[str, Any], model: Mapping[str, Any], shape: tuple[int | str, int | str]
+) -> None:
+    """Check the graph of a model without a cache: how texts, [rows, tokens] of `shape`, go in, and what the runtime's
+    methods read.
+    """
     if model["context"] is not None:
         unknown = sorted(set(ends["inputs"]) - set(_TEXT_INPUTS))
         if unknown or "input_ids" not in ends["inputs"]:
@@ -69,7 +74,7 @@ def _check_model(task: str, ends: Mapping[str, Any], model: Mapping[str, Any]) -
                 f"manifest.json: ends.model.inputs of a model that reads texts are among {', '.join(_TEXT_INPUTS)}, "
                 f"but are {found}"
             )
-        texts: Ends = dict.fromkeys(ends["inputs"], ("int64", (_FREE, _FREE)))
+        texts: Ends = dict.fromkeys(ends["inputs"], ("int64", shape))
         _compare(ends["inputs"], texts, "ends.model.inputs")
     if not ends["inputs"] or not ends["outputs"]:
         raise ConfigError("manifest.json: ends.model must have inputs and outputs, but has none")
@@ -80,7 +85,7 @@ def _check_model(task: str, ends: Mapping[str, Any], model: Mapping[str, Any]) -
     if task == "text-classification":
         if model["context"] is None or not model["labels"]:
             raise ConfigError("manifest.json: a model for text-classification must have model.context and model.labels")
-        logits: Ends = {"logits": ("float32", (_FREE, len(model["labels"])))}
+        logits: Ends = {"logits": ("float32", (shape[0], len(model["labels"])))}
         _compare(ends["outputs"], logits, "ends.model.outputs")
 
 

@@ -304,8 +304,13 @@ def open_graph(
     """
     session = open_session(file, threads, others=others, weights=weights)
     if ends is not None:
-        _compare_ends(session, _expected(ends["inputs"]), _expected(ends["outputs"]))
+        check_graph_ends(session, ends)
     return Graph(session)
+
+
+def check_graph_ends(session: ort.InferenceSession, ends: Mapping[str, Any]) -> None:
+    """Raise ContractError unless a graph's inputs and outputs are those that a manifest describes."""
+    _compare_ends(session, _expected(ends["inputs"]), _expected(ends["outputs"]))
 
 
 def open_parts(path: Path, manifest: Mapping[str, Any], threads: int | None) -> list[Graph]:

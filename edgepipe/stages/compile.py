@@ -23,6 +23,7 @@ from edgepipe.target import AUTO, ENGINES, Target
 
 if TYPE_CHECKING:
     from edgepipe.compiling.library import Wanted
+    from edgepipe.compiling.npu import Wanted as WantedOfNpu
     from edgepipe.engines.onnxruntime.cache_scales import CacheScales
     from edgepipe.engines.onnxruntime.integer_products import Range
     from edgepipe.engines.onnxruntime.planned import WeightsFile
@@ -37,6 +38,7 @@ _CACHE_TOLERANCES = {"float32": _TOLERANCE, "float16": 2e-2, "int8": 0.2}
 # What lies above is broken: outputs that have nothing to do with each other differ by 1.4. Rounded to 16 levels, a
 # model that was trained with that is far from itself in floats, and still right: its quality is what must be looked at.
 _SHIPPED_TOLERANCE, _PLANNED_TOLERANCE, _FOUR_BIT_TOLERANCE = 0.1, 0.5, 1.2
+_NPU_TOLERANCE = 0.2  # 8-bit weights with a scale a channel: a difference that a cosine of 0.98 stands for
 _DEFLATES = ("auto", "always", "never")
 _WORTH_IT = 0.9  # share of the bytes: a file that has to be unpacked when it is opened must be smaller than this
 
@@ -45,10 +47,12 @@ _WORTH_IT = 0.9  # share of the bytes: a file that has to be unpacked when it is
 class Compile:
     """Options of the stage `compile`."""
 
-    engine: str = ""  # onnxruntime; tvm: a compiled library (docs/tvm.md); auto: the faster; "": the target's first
+    engine: str = ""  # onnxruntime; tvm (docs/tvm.md); qnn: an NPU (docs/npu.md); auto: the faster; "": target's first
     accuracy_level: int = -1  # of MatMulNBits: 0 float32, 4 int8 activations (faster, noisier); −1 takes the target's
     cache_dtype: str = "float16"  # of the KV cache: float16; float32: twice its bytes; int8: half, ranges from texts
-    calibration: str = ""  # texts that an int8 cache takes its ranges from: a set's name or a file; empty: everyday
+    calibration: str = ""  # texts that ranges of an int8 cache or an NPU come from: a set or a file; empty: everyday
+    tokens: int = 0  # of every text on an NPU, whose shapes are fixed; 0: 64, or the context where that is less
+    npu_share: float = 0.95  # least share of the nodes that must lie on an NPU, in [0, 1]
     deflate: str = "auto"  # weights are stored deflated: auto, where masks make that a tenth smaller; always; never
     check_tokens: int = 16  # tokens of the numeric check against the portable graph; 0 leaves it out
     exact_tolerance: float = 0.0  # error of exact arithmetic, in largest logits; 0: 1e-3, float16 cache 2e-2, int8 0.2
@@ -64,8 +68,8 @@ class Compile:
             )
         if self.cache_dtype not in _CACHE_TOLERANCES:
             raise ConfigError(f"compile.cache_dtype: expected float32, float16 or int8, got {self.cache_dtype!r}")
-        if self.calibration and self.cache_dtype != "int8":
-            raise ConfigError(f"compile.calibration: a {self.cache_dtype} cache needs no texts: leave it out")
+        if self.tokens < 0 or not 0 <= self.npu_share <= 1:
+            raise ConfigError("compile.tokens must not be negative, and compile.npu_share must be from 0 to 1")
         if self.deflate not in _DEFLATES:
             raise ConfigError(f"compile.deflate: expected one of {', '.join(_DEFLATES)}, got {self.deflate!r}")
         if self.check_tokens < 0 or self.exact_tolerance < 0 or self.shipped_tolerance < 0:
@@ -77,8 +81,8 @@ class Compile:
         return self.engine
 
     def reads(self) -> Json:
-        """Return what identifies the texts of an int8 cache."""
-        if self.cache_dtype != "int8":
+        """Return what identifies the texts that ranges come from."""
+        if self.cache_dtype != "int8" and not self.calibration:
             return {}
         from edgepipe.quantizers.texts import fingerprint
 
@@ -92,10 +96,17 @@ class Compile:
     def meets(self, target: Target) -> Json:
         """Refuse an engine that the target hasn't, that isn't here or can't do what is asked, before any work.
 
-        Return the instructions that a library is built for. The stage's key changes with them: a library that another
-        machine left here is not taken for this one's.
+        Return the instructions that a library is built for, or the chip. The stage's key changes with them: a library
+        that another machine left here is not taken for this one's.
         """
-        if self._engine(target) != "tvm":
+        engine = self._engine(target)
+        if engine == "qnn":
+            return self._meets_npu(target)
+        if self.calibration and self.cache_dtype != "int8":
+            raise ConfigError(f"compile.calibration: a {self.cache_dtype} cache needs no texts: leave it out")
+        if self.tokens:
+            raise ConfigError(f"compile.tokens: texts of one length are for an NPU, not for {engine}: leave it out")
+        if engine != "tvm":
             return {}
         from edgepipe.engines.linking import linked_by
         from edgepipe.engines.nvcc import compiled_by
@@ -113,6 +124,15 @@ class Compile:
                 f"the target {target.name} runs {', '.join(target.engines)}, and the recipe asks for {chosen}"
             )
         return chosen
+
+    def _meets_npu(self, target: Target) -> Json:
+        """Return the chip and the texts that the ranges come from."""
+        from edgepipe.compiling.npu import check_npu
+        from edgepipe.quantizers.texts import fingerprint
+
+        if self.cache_dtype == "int8" or self.deflate == "always":
+            raise ConfigError("an NPU's bundle has no int8 cache and is not deflated: leave both options out")
+        return {"chip": asdict(check_npu(target)), **fingerprint(self._texts())}
 
     def _level(self, target: Target) -> Level:
         """Return the level of a target's library; ConfigError or TargetError where none can be built."""
@@ -153,13 +173,30 @@ class Compile:
         path = ctx.work_dir / "bundle"
         path.mkdir()
         model = replace(model, weights=model.weights.only(used_weights(model.graphs)))
-        if chosen == "tvm":
+        if chosen == "qnn":
+            from edgepipe.compiling.npu import build_npu
+
+            manifest = build_npu(model, self._wanted_of_npu(), path, ctx)
+        elif chosen == "tvm":
             from edgepipe.compiling.library import build_library
 
             manifest = build_library(model, self._wanted(model, level, self._level(ctx.target)), path, ctx)
         else:
             manifest = self._with_onnxruntime(model, level, path, ctx)
         return CompiledModel(info=model.info, path=path, manifest=manifest, history=model.history)
+
+    def _wanted_of_npu(self) -> WantedOfNpu:
+        """Say what a graph for an NPU must be like."""
+        from edgepipe.compiling.npu import Wanted
+
+        return Wanted(
+            tokens=self.tokens,
+            least_share=self.npu_share,
+            calibration=self._texts(),
+            checked=bool(self.check_tokens),
+            exact_tolerance=self.exact_tolerance or _TOLERANCE,
+            shipped_tolerance=self.shipped_tolerance or _NPU_TOLERANCE,
+        )
 
     def _wanted(self, model: OnnxModel, accuracy_level: int, level: Level) -> Wanted:
         """Say what a compiled library must be like."""

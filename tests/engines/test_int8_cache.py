@@ -22,6 +22,7 @@ from edgepipe.runtime.onnxruntime import open_decoder, open_graph, run_graph
 from edgepipe.sources import open_model
 from edgepipe.stages.compile import Compile
 from edgepipe.stages.export import Export
+from edgepipe.target import load_target
 from tests.decoders import context, exported, opened
 from tests.reference import attention_naively, coded_naively
 from tests.students.test_models import PAIR
@@ -209,7 +210,7 @@ def test_what_is_refused(decoder: OnnxModel, folder: Path, tmp_path: Path) -> No
     with pytest.raises(ConfigError, match='expected a set or a file, but "self" is neither'):
         Compile(cache_dtype="int8", calibration="self").check(torch_model)
     with pytest.raises(ConfigError, match="a float16 cache needs no texts: leave it out"):
-        Compile(calibration="everyday")
+        Compile(calibration="everyday").meets(load_target("cpu"))
     with pytest.raises(ConfigError, match="grows and stays float32: leave it out"):
         stage(dataclasses.replace(decoder, spec={**decoder.spec, "ends": {}}), context(tmp_path))
     assert stage.reads() == {"sha256": Compile(cache_dtype="int8", calibration="everyday").reads()["sha256"]}

@@ -1,0 +1,204 @@
+"""Compile encoders for an NPU and hold what its emulator gives against float32: the table of docs/npu.md.
+
+    python benchmarks/npu.py [--data FILE]   run what isn't stored yet, store results/npu.json, rewrite the page's table
+    python benchmarks/npu.py --page-only     rewrite the table from the stored run
+
+FILE is STS-B dev (default: stsb-dev.tsv in the folder that EDGEPIPE_DATA names). Pairs are drawn with a seed; both of
+their sentences go through the float32 bundle for the CPU and through the NPU's in the emulator, seconds each. A row is
+kept as soon as it is there, and run again only when `--fresh` asks. Finished bundles stay in runs/npu.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.stored import (
+    RESULTS,
+    ROOT,
+    markdown_table,
+    provenance,
+    read_result,
+    replace_section,
+    write_result,
+)
+from edgepipe.artifacts import CompiledModel, Json, TorchModel
+from edgepipe.measuring.run import describe_machine
+from edgepipe.measuring.scores import spearman
+from edgepipe.pipeline import run, run_stages
+from edgepipe.recipe import resolve
+from edgepipe.report.progress import Progress
+from edgepipe.runtime import Encoder, load
+from edgepipe.sources import open_model
+from edgepipe.store import file_sha256
+from edgepipe.students.result import save
+
+NAME = "npu"
+PAGE = ROOT / "docs" / "npu.md"
+SEED = 0
+TEACHER = "smollm2-135m"
+LAYERS = [0, 1, 2, 3, 4, 5]  # of the teacher, in a student that nobody taught
+HEADER = (
+    *("model", "target", "nodes on the NPU", "bundle, MB", "float32, MB", "sentences"),
+    *("cosine to float32, mean", "worst", "pairs", "Spearman", "of float32"),
+)
+_SCORE, _FIRST, _SECOND = 4, 5, 6  # columns of STS-B
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """Name a model and a target, and how many pairs of sentences are emulated."""
+
+    model: str  # a packaged model, or "student"
+    target: str
+    pairs: int
+
+
+CASES = (
+    Case(model="minilm-l6-v2", target="snapdragon-8gen3-htp", pairs=25),
+    Case(model="student", target="snapdragon-8gen3-htp", pairs=25),
+    Case(model="minilm-l6-v2", target="snapdragon-x-elite-htp", pairs=10),
+)
+
+
+def main(arguments: list[str]) -> None:
+    """Run, store and show, as the arguments say."""
+    parser = argparse.ArgumentParser(description="Hold encoders on an emulated NPU against float32.")
+    folder = Path(os.environ.get("EDGEPIPE_DATA", "."))
+    parser.add_argument("--data", type=Path, default=folder / "stsb-dev.tsv", help="the dev set of STS-B")
+    parser.add_argument("--page-only", action="store_true", help="rewrite the table from the stored run")
+    parser.add_argument("--fresh", action="store_true", help="run what is stored again")
+    options = parser.parse_args(arguments)
+    stored: Json = read_result(NAME) if (RESULTS / f"{NAME}.json").is_file() and not options.fresh else {"rows": []}
+    for case in () if options.page_only else CASES:
+        if any((row["model"], row["target"]) == (case.model, case.target) for row in stored["rows"]):
+            continue
+        row = measure(case, options.data)
+        print(json.dumps({key: value for key, value in row.items() if key != "cosines"}), file=sys.stderr, flush=True)
+        stored["rows"].append(row)
+        stored["machine"] = describe_machine(0)
+        stored["data"] = {"name": options.data.name, "sha256": file_sha256(options.data)}
+        write_result(NAME, stored)
+    replace_section(PAGE, NAME, page_section(stored))
+    print(json.dumps({f"{row['model']} {row['target']}": min(row["cosines"]) for row in stored["rows"]}))
+
+
+def measure(case: Case, data: Path) -> Json:
+    """Build both bundles of a case and run the pairs through them."""
+    came_from = provenance()
+    source = student() if case.model == "student" else case.model
+    plain, npu = (build(case.model, source, target) for target in ("cpu", case.target))
+    rows = [line.split("\t") for line in data.read_text(encoding="utf-8").splitlines()]
+    drawn = [rows[i] for i in sorted(np.random.default_rng(SEED).permutation(len(rows))[: case.pairs])]
+    texts = [row[column] for row in drawn for column in (_FIRST, _SECOND)]
+    float32, started = embedded(plain, texts), time.perf_counter()
+    emulated = embedded(npu, texts)
+    seconds = time.perf_counter() - started
+    scores = np.array([float(row[_SCORE]) for row in drawn])
+    return {
+        "provenance": came_from,
+        "model": case.model,
+        "target": case.target,
+        "npu": {key: npu.manifest["npu"][key] for key in ("nodes", "on_npu", "share", "tokens", "leftovers")},
+        "bundle_bytes": {"float32": bytes_of(plain), "npu": bytes_of(npu)},
+        "parameters": npu.manifest["weights"]["parameters"],
+        "pairs": len(drawn),
+        "cosines": [float(value) for value in cosines(emulated, float32)],
+        "spearman": {
+            "float32": spearman(np.stack([cosines(float32[::2], float32[1::2]), scores], 1)),
+            "npu": spearman(np.stack([cosines(emulated[::2], emulated[1::2]), scores], 1)),
+        },
+        "emulated_s": round(seconds / len(texts), 2),
+    }
+
+
+def student() -> str:
+    """Return the directory of an untaught student: the first layers of a decoder, without its mask."""
+    place = ROOT / "runs" / NAME / "student"
+    if not (place / "config.json").is_file():
+        settings: list[tuple[str, str, object]] = [("distill", "student", "encoder")]
+        settings += [("distill", "encoder_from", LAYERS), ("distill", "untaught", True)]
+        recipe = resolve(target="cpu", settings=settings, stages=["distill"])
+        runs = ROOT / "runs" / NAME
+        made = run_stages(open_model(TEACHER), recipe, runs=runs, fresh=False, listener=Progress())
+        assert isinstance(made, TorchModel)
+        save(made, place)
+    return str(place)
+
+
+def build(name: str, source: str, target: str) -> CompiledModel:
+    """Send a model down the river without a stage that rounds."""
+    folder = ROOT / "runs" / NAME / f"{name}-{target}"
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe_file = folder / "recipe.toml"
+    recipe_file.write_text('stages = ["export", "compile"]\n', encoding="utf-8")
+    made = run(
+        open_model(source),
+        resolve(target=target, file=recipe_file),
+        out=folder / "bundle",
+        runs=folder,
+        fresh=False,
+        listener=Progress(),
+    )
+    assert isinstance(made, CompiledModel)
+    return made
+
+
+def embedded(bundle: CompiledModel, texts: list[str]) -> np.ndarray:
+    """Return the embeddings [n, width] of texts."""
+    encoder = load(bundle.path)
+    assert isinstance(encoder, Encoder)
+    return encoder.embed(texts)
+
+
+def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the cosine of each row of a with that of b."""
+    return np.sum(a * b, 1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+
+
+def bytes_of(bundle: CompiledModel) -> int:
+    """Return the bytes of a bundle's directory."""
+    return sum(file.stat().st_size for file in bundle.path.iterdir())
+
+
+def page_section(result: Json) -> str:
+    """Return the page's table and the sentence below it, from a stored run alone."""
+    cells = [
+        [
+            "untaught student" if row["model"] == "student" else row["model"],
+            row["target"],
+            f"{row['npu']['on_npu']} of {row['npu']['nodes']} ({row['npu']['on_npu'] / row['npu']['nodes']:.1%})",
+            f"{row['bundle_bytes']['npu'] / 1e6:.1f}",
+            f"{row['bundle_bytes']['float32'] / 1e6:.1f}",
+            str(len(row["cosines"])),
+            f"{np.mean(row['cosines']):.4f}",
+            f"{min(row['cosines']):.4f}",
+            str(row["pairs"]),
+            f"{row['spearman']['npu']:.4f}",
+            f"{row['spearman']['float32']:.4f}",
+        ]
+        for row in result["rows"]
+    ]
+    made = sorted({(row["provenance"]["date"], row["provenance"]["commit"][:12]) for row in result["rows"]})
+    versions = result["rows"][0]["provenance"]["versions"]
+    first, said = result["rows"][0], ""
+    if any(row["model"] == "student" for row in result["rows"]):
+        said = f"The student is the first {len(LAYERS)} layers of {TEACHER} without its mask, and nobody taught it. "
+    return (
+        f"{markdown_table(HEADER, cells)}\n\n"
+        f"Pairs of `{result['data']['name']}` drawn with seed {SEED}, all texts {first['npu']['tokens']} tokens. {said}"
+        f"Emulated by onnxruntime-qnn {versions['onnxruntime-qnn']} on {result['machine']['cpu']}; "
+        + ", ".join(f"{date} at `{commit}`" for date, commit in made)
+        + "."
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

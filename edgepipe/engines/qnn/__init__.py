@@ -1,0 +1,42 @@
+"""Lower the portable dialect for a Hexagon NPU: one text of a fixed length, 16-bit activations, 8-bit weights.
+
+    portable graph → fix_sizes → plain_attention     float, what the ranges are seen on
+                   → to_qdq                          pairs of Q and DQ, what the compiler reads
+                   → compile_context                 the graph that ships, and its context binary
+
+Each pass is one file, and says what it rewrites and what it leaves alone.
+"""
+
+from __future__ import annotations
+
+import onnx
+
+from edgepipe.artifacts import OnnxModel
+from edgepipe.engines.qnn.fix_sizes import fix_sizes
+from edgepipe.engines.qnn.plain_attention import plain_attention
+from edgepipe.errors import TargetError
+
+GRAPH = "model"  # the one graph that is lowered: that of an encoder
+_MOST_BYTES = (1 << 31) - 1  # of a graph with its weights inside, as protocol buffers have it
+
+
+def lower(model: OnnxModel, tokens: int, most_axes: int) -> onnx.ModelProto:
+    """Return an encoder's graph for one text of `tokens` tokens, in float and in operators that an NPU has.
+
+    Raises TargetError for what the NPU's shapes can't hold.
+    """
+    floats = sum(4 * weight.size for weight in model.weights.values())
+    if floats > _MOST_BYTES:
+        raise TargetError(
+            f"an NPU's graph is compiled from float weights of {_MOST_BYTES / 1e9:.1f} GB at most, and "
+            f"{model.info.name} has {floats / 1e9:.1f} GB: distil or prune it first"
+        )
+    plain = plain_attention(fix_sizes(model.graphs[GRAPH], model.weights, tokens))
+    graph = plain.graph
+    for value in [*graph.input, *graph.value_info, *graph.output]:
+        axes = len(value.type.tensor_type.shape.dim)
+        if axes > most_axes:
+            raise TargetError(
+                f"the NPU takes tensors of {most_axes} axes at most, and {value.name} has {axes}: take another target"
+            )
+    return plain
