@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -142,7 +142,7 @@ def build(library: Library, path: Path, level: Level | None = None) -> None:
             used = relax.transform.DeadCodeElimination(list(library.functions))(fused)
             fused = schedules.share_out(used, target)
         lowered = tvm.transform.Sequential(planning)(fused)
-    with source_kept():
+    with nullcontext() if level.gpu is None else source_kept():
         built: Any = relax.build(lowered, target=target, relax_pipeline=None)
     options: dict[str, Any]
     if linked_here(level):
