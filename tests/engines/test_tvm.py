@@ -263,7 +263,7 @@ def test_an_unknown_operator(model: OnnxModel, tmp_path: Path) -> None:
 
 
 def test_what_is_refused(model: OnnxModel, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"compile.engine: expected onnxruntime, tvm or auto, got 'llvm'"):
+    with pytest.raises(ConfigError, match=r"compile.engine: expected onnxruntime, tvm, qnn or auto, got 'llvm'"):
         Compile(engine="llvm")
     with pytest.raises(TargetError, match=r"the target test runs onnxruntime, and the recipe asks for tvm"):
         Compile(engine="tvm")(model, context(tmp_path))

@@ -180,7 +180,7 @@ def test_where_the_other_bundle_goes(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (["--engine", "tvm", "--max-drop", "1%", "--goal", "fastest"], 2, "--goal fastest times onnxruntime's kernels"),
         (["--engine", "auto", "--max-drop", "1%"], 2, "--max-drop measures one engine's bundle: name an engine"),
         (["--engine", "auto", "--budget-bytes", "9000"], 2, "a budget of bytes or time measures one engine's bundle"),
-        (["--engine", "llvm"], 2, "compile.engine: expected onnxruntime, tvm or auto, got 'llvm'"),
+        (["--engine", "llvm"], 2, "compile.engine: expected onnxruntime, tvm, qnn or auto, got 'llvm'"),
     ],
 )
 def test_what_is_refused(
