@@ -85,6 +85,15 @@ def counted(value: np.ndarray, feeds: dict[str, np.ndarray]) -> np.ndarray:
     return value[mask] if value.shape[:2] == mask.shape else value
 
 
+def most_of_last_product(plain: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> float:
+    """Return |x| · |w|, w the longest row of the last matrix: no result of that product is larger."""
+    last = [node for node in plain.graph.node if node.op_type == "MatMul"][-1]
+    matrix = next(onnx.numpy_helper.to_array(t) for t in plain.graph.initializer if t.name == last.input[1])
+    shown = onnx.ModelProto.FromString(plain.SerializeToString())
+    shown.graph.output.append(onnx.ValueInfoProto(name=last.input[0]))
+    return float(np.linalg.norm(run(shown, feeds)[last.input[0]]) * np.linalg.norm(matrix, axis=0).max())
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_plain_graphs_compute_the_portable_ones(encoder: Callable[[str], OnnxModel], name: str) -> None:
     """Whatever hides padding, windows and shared heads too: same numbers, fixed shapes, no operator an NPU hasn't."""
@@ -130,7 +139,10 @@ def test_graphs_on_grids(encoder: Callable[[str], OnnxModel], tmp_path: Path, na
         expected, got = run(plain, feed), run(rounded, feed)
         for output, value in expected.items():
             ours, theirs = (counted(one, feed).ravel() for one in (got[output], value))
-            assert ours @ theirs / np.linalg.norm(ours) / np.linalg.norm(theirs) > 0.995, output
+            if output == "logits":  # random ones nearly cancel: beside the most that the head could have made of its x
+                assert np.abs(ours - theirs).max() < 0.02 * most_of_last_product(plain, feed), output
+            else:
+                assert ours @ theirs / np.linalg.norm(ours) / np.linalg.norm(theirs) > 0.995, output
 
 
 def test_codes_that_came_with_a_scale_a_row_are_kept(encoder: Callable[[str], OnnxModel], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
     Attention(q, k, v, mask)  →  Softmax(q · scale · kᵀ + open + hidden) · v
     Where(rows that see nothing, 0, Attention)  →  Attention       with finite masks no row divides by zero
     RotaryEmbedding(x)        →  x · cos + swapped halves(x) · sin
+    Where(tokens, 0, −3.4e38) →  Where(tokens, 0, −100), where an exporter adds that to scores itself
 
 `hidden` [1, 1, 1, N] is 0 for a token and −100 for padding; `open` is what a mask holds when nothing is padded (a
 window, a causal mask, a bias of positions), and left out where that is zero. What a mask means is found by running
@@ -39,9 +40,21 @@ def plain_attention(model: onnx.ModelProto) -> onnx.ModelProto:
             _rotary(nodes, node)
         elif node.op_type == "Where" and node.input[2] in attentions and _is_zero(nodes, node.input[1]):
             skipped[node.output[0]] = node.input[2]
+        elif node.op_type == "Where" and all(name in nodes.constants for name in node.input[1:]):
+            _finite(nodes, node)
         else:
             nodes.out.append(node)
     return nodes.finish()
+
+
+def _finite(nodes: Nodes, node: onnx.NodeProto) -> None:
+    """Write a choice between two constants, a mask that is added to scores, with a finite number for minus infinity."""
+    given = [node.input[0]]
+    for name in node.input[1:]:
+        value = nodes.constants[name]
+        low = value.dtype == np.float32 and bool(np.any(value < _LEAST_HIDDEN))
+        given.append(nodes.constant(np.maximum(value, np.float32(HIDDEN)), f"{name}.finite") if low else name)
+    nodes.op("Where", given, output=node.output[0])
 
 
 def _renamed(node: onnx.NodeProto, names: dict[str, str]) -> onnx.NodeProto:
@@ -152,7 +165,7 @@ def _meaning(nodes: Nodes, mask: str, keys: int) -> tuple[np.ndarray, bool]:
     if shape[2] == keys:  # what padding itself sees is nobody's business
         both = both[0][:, :, some], both[1][:, :, some]
     full = np.broadcast_to(both[0], (*both[0].shape[:3], keys)), np.broadcast_to(both[1], (*both[1].shape[:3], keys))
-    if not (np.array_equal(full[0][..., some], full[1][..., some]) and np.all(full[1][..., ~some] < _LEAST_HIDDEN)):
+    if not (np.array_equal(full[0][..., some], full[1][..., some]) and np.all(full[1][..., ~some] <= HIDDEN)):
         raise TargetError(f"the mask {mask} does more than hide padding, which the NPU path doesn't know yet")
     return opened, True
 
