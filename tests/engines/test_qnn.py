@@ -39,6 +39,12 @@ TRACED = {"bert": {}, "mpnet": {}, "modernbert": {"local_attention": 8, "global_
 # The fast ones differ in masks, heads, poolings and norms; the others take as long again for little that is new
 _FAST = ("mean", "max", "latent", "causal", "encoder qwen3", "bert")
 FORMS = [name if name in _FAST else pytest.param(name, marks=pytest.mark.slow) for name in (*ENCODERS, *TRACED)]
+# A gap: logits of a random head nearly cancel, and what 8 bits of embedding and matrices cost turns them (docs/npu.md)
+_CANCELS = (pytest.mark.slow, pytest.mark.xfail(strict=True, reason="three random logits have a cosine of 0.97"))
+ON_GRIDS = [
+    pytest.param(name, marks=_CANCELS) if name == "classes" else form
+    for name, form in zip((*ENCODERS, *TRACED), FORMS, strict=True)
+]
 
 needs_provider = pytest.mark.skipif(
     not is_installed(), reason="the NPU's compiler isn't here: pip install 'edgepipe[qnn]'"
@@ -115,7 +121,7 @@ def test_plain_graphs_compute_the_portable_ones(encoder: Callable[[str], OnnxMod
             np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max(), rtol=0)
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", ON_GRIDS)
 def test_graphs_on_grids(encoder: Callable[[str], OnnxModel], tmp_path: Path, name: str) -> None:
     """Activations, norms and softmax too, have 16 bits, matrices 8 with a scale a channel; little is lost."""
     model = encoder(name)
@@ -139,10 +145,19 @@ def test_graphs_on_grids(encoder: Callable[[str], OnnxModel], tmp_path: Path, na
         expected, got = run(plain, feed), run(rounded, feed)
         for output, value in expected.items():
             ours, theirs = (counted(one, feed).ravel() for one in (got[output], value))
-            if output == "logits":  # random ones nearly cancel: beside the most that the head could have made of its x
-                assert np.abs(ours - theirs).max() < 0.02 * most_of_last_product(plain, feed), output
-            else:
-                assert ours @ theirs / np.linalg.norm(ours) / np.linalg.norm(theirs) > 0.995, output
+            assert ours @ theirs / np.linalg.norm(ours) / np.linalg.norm(theirs) > 0.995, output
+
+
+@pytest.mark.slow
+def test_logits_on_grids(encoder: Callable[[str], OnnxModel], tmp_path: Path) -> None:
+    """They are off by two hundredths of the most that the head could have made of its x."""
+    model = encoder("classes")
+    plain = engine.lower(model, TOKENS, AXES)
+    feeds = texts(plain)
+    rounded = to_qdq(plain, observe(plain, feeds, tmp_path, lambda *_: None), model.weights)
+    for feed in feeds:
+        error = np.abs(run(plain, feed)["logits"] - run(rounded, feed)["logits"]).max()
+        assert 0 < error < 0.02 * most_of_last_product(plain, feed)
 
 
 def test_codes_that_came_with_a_scale_a_row_are_kept(encoder: Callable[[str], OnnxModel], tmp_path: Path) -> None:
