@@ -65,6 +65,7 @@ SMOLLM2 = Setting(
         "encoder_layers": 2,
         "decoder_layers": 2,
         "hidden": 192,
+        "kv_heads": 1,  # with three query heads of 64: whole heads of this width
         "alpha": 0.0,
         "batch": 32,
         "learning_rate": 1e-3,

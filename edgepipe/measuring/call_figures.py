@@ -19,8 +19,8 @@ from edgepipe.measuring.limits import call_limit
 _SEED = 0  # of the bootstrap: the same samples give the same intervals
 
 
-def call_figures(manifest: Mapping[str, Any], blocks: Sequence[Json], peaks: Json, arithmetic: str) -> Json:
-    """Return what is particular to calls of one bundle's figures; figures.py has the rest."""
+def call_figures(manifest: Mapping[str, Any], blocks: Sequence[Json], peaks: Json | None, arithmetic: str) -> Json:
+    """Return what is particular to calls of one bundle; without `peaks` no limits. figures.py has the rest."""
     shapes = [(batch, tokens) for batch, tokens in blocks[0]["shapes"]]
     spreads, intervals, indexed, rows, limits = {}, {}, {}, [], {}
     for batch, tokens in shapes:
@@ -49,14 +49,18 @@ def call_figures(manifest: Mapping[str, Any], blocks: Sequence[Json], peaks: Jso
                 "tokens_per_second": None if tokens is None else 1e3 * batch * tokens / found.value,
             }
         )
-        if tokens is not None and manifest["model"].get("layers"):
+        if peaks is not None and tokens is not None and manifest["model"].get("layers"):
             limits[name] = call_limit(manifest, batch, tokens, peaks, arithmetic, run_ms).to_json()
-    return {
+    figures = {
         "calls": rows,
         "intervals": intervals,
         "per_index": indexed,
         "spread": spreads,
         "flagged": [name for name, value in spreads.items() if value > FLAG_ABOVE],
+    }
+    if peaks is None:
+        return figures
+    return figures | {
         "limits": {
             "precision": arithmetic,
             "threads": peaks["threads"],

@@ -25,6 +25,7 @@ from edgepipe.measuring.limits import (
     answer_limit,
     decoder_work,
     has_source,
+    on_processor,
     precision,
     prefill_limit,
     source_limit,
@@ -59,14 +60,15 @@ def side_figures(bundle: Path, blocks: Sequence[Json], alone: Mapping[str, Json]
         "memory_without_model_bytes": alone["memory"]["memory_bytes"],
     }
     arithmetic = _arithmetic(bundle, manifest)
+    peaks = alone["limits"] if on_processor(manifest) else None
     if takes_calls(blocks):
-        figures |= call_figures(manifest, blocks, alone["limits"], arithmetic)
+        figures |= call_figures(manifest, blocks, peaks, arithmetic)
     else:
         figures |= token_figures(blocks)
         if "perplexity" in alone:  # a model that continues a text
             figures |= {key: alone["perplexity"][name] for key, name in _PERPLEXITY.items()}
-        if manifest["task"] == "text-generation" or has_source(manifest):
-            figures["limits"] = _limits(manifest, arithmetic, alone["limits"], figures, blocks[0])
+        if peaks is not None and (manifest["task"] == "text-generation" or has_source(manifest)):
+            figures["limits"] = _limits(manifest, arithmetic, peaks, figures, blocks[0])
     return figures | {"samples": list(blocks)}
 
 

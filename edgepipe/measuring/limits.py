@@ -72,6 +72,11 @@ class Limit:
         }
 
 
+def on_processor(manifest: Mapping[str, Any]) -> bool:
+    """Say whether a bundle runs on the processor, whose bandwidth and peaks are measured; not on a GPU or an NPU."""
+    return manifest["engine"] != "qnn" and "gpu" not in manifest.get("library", {})
+
+
 def bytes_per_run(manifest: Mapping[str, Any]) -> int:
     """Return the weight bytes that one run reads: a token's, or a call's of a model without a cache."""
     if manifest["task"] == "text-generation" or has_source(manifest):

@@ -1,4 +1,4 @@
-"""GPUs of NVIDIA: whether this machine's runs the kernels of a library, and what carries tensors to it and back.
+"""GPUs of NVIDIA: whether this machine's runs the kernels of a library, and what it is asked to do.
 
 The driver is asked through its own library, libcuda; nothing of CUDA needs to be installed for that.
 """
@@ -8,20 +8,23 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgepipe.errors import TargetError
+from edgepipe.errors import ContractError, TargetError
 
 CUDA = 2  # DLPack's device type
 # Modules of their own: machine code for one of these runs on no other GPU, nor that of others on them. Sources: NVIDIA,
 # CUDA C++ Programming Guide, "Binary Compatibility"; CUDA GPU Compute Capability, section Jetson.
 _JETSON = frozenset({53, 62, 72, 87, 101, 110})
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*. Source: cuda.h
+_NON_BLOCKING, _RELAXED = 1, 2  # cudaStreamNonBlocking, cudaStreamCaptureModeRelaxed. Source: driver_types.h
 _DRIVER, _RUNTIME = "libcuda.so.1", "libcudart.so.13"
 
 
@@ -90,15 +93,80 @@ class Memory:
 
     def put(self, array: np.ndarray) -> Any:
         """Return a copy of an array on the device."""
-        array = np.ascontiguousarray(array)
         tensor = self._new(array.shape, self._dtype(array.dtype.name), self._device, None)
-        if array.nbytes:
-            self._write(tensor, ctypes.c_void_p(array.ctypes.data), array.nbytes)
+        self.write(tensor, array)
         return tensor
 
+    def write(self, tensor: Any, array: np.ndarray) -> None:
+        """Write an array into a tensor of its shape and dtype."""
+        array = np.ascontiguousarray(array)
+        if array.nbytes:
+            self._write(tensor, ctypes.c_void_p(array.ctypes.data), array.nbytes)
+
     def take(self, tensor: Any) -> np.ndarray:
-        """Return a copy of a tensor here; what was asked of the device is done by then."""
+        """Return a copy of a tensor here."""
         array = np.empty(tuple(tensor.shape), str(tensor.dtype))
         if array.nbytes:
             self._read(tensor, ctypes.c_void_p(array.ctypes.data), array.nbytes)
         return array
+
+
+class Device(Memory):
+    """Order what runs on the first GPU, and record calls so that one request launches all their kernels again.
+
+    Kernels wait in a stream of their own, since those of CUDA's default one can't be recorded. Copies wait for nothing
+    but each other, so what is read back waits for the stream first.
+    """
+
+    def __init__(self, ffi: Any) -> None:
+        device = ffi.device("cuda", 0)
+        super().__init__(ffi, device)
+        self._runtime = ctypes.CDLL(_RUNTIME)
+        self._stream = ctypes.c_void_p()
+        if self._ask("cudaStreamCreateWithFlags", ctypes.byref(self._stream), _NON_BLOCKING):
+            raise TargetError("CUDA gives no stream on this machine's GPU: close what else runs there, or restart it")
+        self.ordered = partial(ffi.use_raw_stream, device, self._stream.value or 0)
+
+    def take(self, tensor: Any) -> np.ndarray:
+        """Return a copy of a tensor here; what was asked of the device is done by then."""
+        self._ask("cudaStreamSynchronize", self._stream)
+        return super().take(tensor)
+
+    def record(self, call: Callable[[], Any]) -> Recording | None:
+        """Make a call whose kernels are kept in place of being run; None where CUDA doesn't let it.
+
+        The call allocates nothing new: one like it went before. Memory that it gave back belongs to the next call, and
+        to the recording while that runs.
+        """
+        graph, program = ctypes.c_void_p(), ctypes.c_void_p()
+        if self._ask("cudaStreamBeginCapture", self._stream, _RELAXED):
+            return None
+        try:
+            result = call()
+        finally:
+            failed = self._ask("cudaStreamEndCapture", self._stream, ctypes.byref(graph))
+        if failed or self._ask("cudaGraphInstantiate", ctypes.byref(program), graph, ctypes.c_ulonglong(0)):
+            return None
+        self._ask("cudaGraphDestroy", graph)
+        return Recording(result, partial(self._ask, "cudaGraphLaunch", program, self._stream), self._forget(program))
+
+    def _forget(self, program: ctypes.c_void_p) -> Callable[[], Any]:
+        return partial(self._ask, "cudaGraphExecDestroy", program)
+
+    def _ask(self, name: str, *arguments: Any) -> int:
+        """Call CUDA's runtime; 0 is success."""
+        return int(getattr(self._runtime, name)(*arguments))
+
+
+class Recording:
+    """Hold the kernels of one call, and what it returned, which every launch writes again."""
+
+    def __init__(self, result: Any, launch: Callable[[], int], forget: Callable[[], Any]) -> None:
+        self.result = result
+        self._launch = launch
+        weakref.finalize(self, forget)
+
+    def launch(self) -> None:
+        """Run the kernels; ContractError where CUDA refuses."""
+        if status := self._launch():
+            raise ContractError(f"CUDA refused to run a recorded call with error {status}: load the bundle again")

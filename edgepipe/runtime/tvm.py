@@ -16,7 +16,8 @@ import mmap
 import os
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,11 +28,12 @@ import numpy as np
 from edgepipe.errors import ConfigError, ContractError, TargetError
 from edgepipe.runtime.bundle import verify_hashes
 from edgepipe.runtime.exits import PART
-from edgepipe.runtime.gpus import CUDA, Memory, check_gpu, open_cuda_runtime
+from edgepipe.runtime.gpus import CUDA, Device, Recording, check_gpu, open_cuda_runtime
 from edgepipe.runtime.library import STORED, FunctionFacts, LibraryFacts, check_processor, read_library
 from edgepipe.runtime.source_reading import Source, SourceReader, reads_sources
 
 _CPU, _POOLED = 1, 2  # DLPack's device type; TVM's allocator that keeps freed blocks
+_MOST_SIZES = 16  # of inputs, for which a function keeps recorded calls
 _BIG_CORES = 1  # TVM's mode of a thread pool
 _ALIGNMENT = 64  # of an array that kernels load vectors from
 _RUNTIME, _GPU_RUNTIME = "libtvm_runtime.so", "libtvm_runtime_cuda.so"
@@ -125,13 +127,15 @@ class Library:
         self.limits = limits
         self._facts = facts
         self._threads = _processors() if threads is None else threads
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         try:
             self._module = self._ffi.load_module(os.fspath(path / facts.file))
             self._machine = self._module["vm_load_executable"]()
             devices = [CUDA, _CPU] if facts.gpu is not None else [_CPU]
             self._machine["vm_initialization"](*(part for kind in devices for part in (kind, 0, _POOLED)))
-            self._memory = None if facts.gpu is None else Memory(self._ffi, self._ffi.device("cuda", 0))
+            self.device = None if facts.gpu is None else Device(self._ffi)
+        except TargetError:
+            raise
         except Exception as error:  # tvm_ffi raises what the C++ side named
             raise TargetError(f"TVM could not load {facts.file}: {str(error).splitlines()[0]}") from error
         self._mapped = _mapped(weights)
@@ -165,16 +169,16 @@ class Library:
             facts = self._facts.tensors[key]
             array = self._mapped[facts.offset : facts.offset + facts.nbytes].view(STORED[facts.dtype])
             array = array.reshape(facts.shape)
-            self._tensors[key] = self._ffi.from_dlpack(array) if self._memory is None else self._memory.put(array)
+            self._tensors[key] = self._ffi.from_dlpack(array) if self.device is None else self.device.put(array)
         return self._tensors[key]
 
     def wrap(self, array: np.ndarray) -> Any:
         """Return an array as TVM sees it, without a copy where it is aligned and the functions run here."""
-        return self._ffi.from_dlpack(_aligned(array)) if self._memory is None else self._memory.put(array)
+        return self._ffi.from_dlpack(_aligned(array)) if self.device is None else self.device.put(array)
 
     def unwrap(self, tensor: Any) -> np.ndarray:
         """Return a tensor of TVM's as an array, without a copy where the functions run here."""
-        return np.from_dlpack(tensor) if self._memory is None else self._memory.take(tensor)
+        return np.from_dlpack(tensor) if self.device is None else self.device.take(tensor)
 
     def run(self, call: Any, arguments: Sequence[Any]) -> Any:
         """Call a function of the virtual machine, one caller at a time, with the threads that were asked for."""
@@ -183,9 +187,21 @@ class Library:
                 self._ffi.get_global_func("runtime.config_threadpool")(_BIG_CORES, self._threads)
                 _POOL.threads = self._threads
             try:
-                return call(*arguments)
+                with nullcontext() if self.device is None else self.device.ordered():
+                    return call(*arguments)
             except Exception as error:
                 raise ContractError(f"the library refused its arguments: {str(error).splitlines()[0]}") from error
+
+    def record(self, call: Any, arguments: Sequence[Any]) -> Recording | None:
+        """Make a call that is only recorded, on a GPU; None where CUDA doesn't let it."""
+        assert self.device is not None
+        with self._lock:
+            return self.device.record(partial(self.run, call, arguments))
+
+    def launch(self, recording: Recording) -> None:
+        """Make a recorded call again, in turn with all others."""
+        with self._lock:
+            recording.launch()
 
 
 def _mapped(file: Path) -> np.ndarray:
@@ -203,6 +219,7 @@ class Function:
         self._library = library
         self._call = call
         self._rest = rest
+        self._repeated: dict[tuple[Any, ...], Repeated | None] = {}
         self.facts = facts
 
     def call(self, caches: Sequence[Any], feeds: Mapping[str, np.ndarray] | None = None) -> Sequence[Any]:
@@ -211,13 +228,22 @@ class Function:
         Raises ConfigError for ids or tokens beyond what the model has, ContractError when the manifest names inputs
         that nobody gives.
         """
-        feeds = feeds or {}
+        inputs = [self._library.wrap(array) for array in self._checked(feeds or {})]
+        found: Sequence[Any] = self._library.run(self._call, [*inputs, *caches, *self._rest])
+        return found
+
+    def repeated(self, caches: Sequence[Any]) -> Repeated | None:
+        """Return what calls the function over the same caches again and again; None where nothing is gained by it."""
+        if self._library.device is None:
+            return None
+        return Repeated(self._library, self._library.device, self._call, [*caches, *self._rest], self._checked)
+
+    def _checked(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """Return the inputs in order."""
         if missing := [name for name in self.facts.inputs if name not in feeds]:
             raise ContractError(f"the library reads {missing[0]!r}, which the model hasn't: build the bundle again")
         self._check_ids(feeds)
-        inputs = [self._library.wrap(feeds[name]) for name in self.facts.inputs]
-        found: Sequence[Any] = self._library.run(self._call, [*inputs, *caches, *self._rest])
-        return found
+        return [feeds[name] for name in self.facts.inputs]
 
     def _check_ids(self, feeds: Mapping[str, np.ndarray]) -> None:
         """Refuse ids and places that no row of a table has: a kernel would not."""
@@ -233,12 +259,70 @@ class Function:
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return the outputs by name."""
-        found = self.call([], feeds)
+        repeated = self._of_shape(feeds)
+        found = (
+            [self._library.unwrap(value) for value in self.call([], feeds)] if repeated is None else repeated.run(feeds)
+        )
         if len(found) != len(self.facts.outputs):
             raise ContractError(
                 f"the library should give {', '.join(self.facts.outputs)}, but gives {len(found)}: build it again"
             )
-        return {name: self._library.unwrap(value) for name, value in zip(self.facts.outputs, found, strict=True)}
+        return dict(zip(self.facts.outputs, found, strict=True))
+
+    def _of_shape(self, feeds: Mapping[str, np.ndarray]) -> Repeated | None:
+        """Return what repeats calls with inputs of these sizes; None beyond the first sizes, or where nothing does."""
+        sizes = tuple((name, array.shape) for name, array in sorted(feeds.items()))
+        if sizes not in self._repeated and len(self._repeated) < _MOST_SIZES:
+            self._repeated.setdefault(sizes, self.repeated([]))
+        return self._repeated.get(sizes)
+
+
+class Repeated:
+    """Call a function on a GPU again and again over the same tensors, with inputs of the same sizes.
+
+    The first call runs as any other does, and has its memory made. The second is recorded: it has the same memory, and
+    all its kernels are launched by one request then, as those of every later call are. Where CUDA doesn't let a call be
+    recorded, all run as the first did. Safe for concurrent callers, who take turns.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        device: Device,
+        call: Any,
+        rest: Sequence[Any],
+        checked: Callable[[Mapping[str, np.ndarray]], list[np.ndarray]],
+    ) -> None:
+        self._library, self._device, self._call, self._rest = library, device, call, rest
+        self._checked = checked
+        self._inputs: list[Any] = []
+        self._recording: Recording | None = None
+        self._records = True
+        self._lock = threading.Lock()
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """Return the outputs in order; errors are those of `Function.call`."""
+        arrays = self._checked(feeds)
+        with self._lock:
+            is_first = not self._inputs
+            if is_first:
+                self._inputs = [self._device.put(array) for array in arrays]
+            else:
+                for tensor, array in zip(self._inputs, arrays, strict=True):
+                    self._device.write(tensor, array)
+            return [self._device.take(tensor) for tensor in self._outputs(is_first)]
+
+    def _outputs(self, is_first: bool) -> Sequence[Any]:
+        arguments = [*self._inputs, *self._rest]
+        if self._recording is None and self._records and not is_first:
+            self._recording = self._library.record(self._call, arguments)
+            self._records = self._recording is not None
+        if self._recording is None:
+            found: Sequence[Any] = self._library.run(self._call, arguments)
+            return found
+        self._library.launch(self._recording)
+        outputs: Sequence[Any] = self._recording.result
+        return outputs
 
 
 class Row:
@@ -247,6 +331,7 @@ class Row:
     def __init__(self, caches: list[Any]) -> None:
         self.caches = caches
         self.source: Source | None = None
+        self.step: Repeated | None = None
 
 
 class Decoder:
@@ -312,8 +397,12 @@ class Decoder:
             "logits_positions": np.asarray(wanted, np.int64),
             **(row.source or {}),
         }
-        function = self._step if ids.shape[1] == 1 and wanted.shape[1] == 1 else self._prefill
-        (logits,) = function.call(row.caches, feeds)
+        is_step = ids.shape[1] == 1 and wanted.shape[1] == 1
+        if is_step and row.source is None:
+            row.step = row.step or self._step.repeated(row.caches)
+            if row.step is not None:
+                return row.step.run(feeds)[0]
+        (logits,) = (self._step if is_step else self._prefill).call(row.caches, feeds)
         return self._library.unwrap(logits)
 
 

@@ -53,8 +53,8 @@ def lower(
     """Return the functions of a model's graphs and the layout of the weights they share; nothing is compiled.
 
     `accuracy_level` is MatMulNBits': from 4 on activations are rounded to 8 bits, where the processor multiplies
-    bytes. `exact` multiplies in float what the model's plan multiplies as integers. `file` is the layout of an earlier
-    lowering of the same model.
+    bytes. `exact` multiplies in float what the model's plan multiplies as integers, and takes none of the kernels that
+    only a GPU's threads run. `file` is the layout of an earlier lowering of the same model.
     """
     plan = model.activations
     if plan is not None and plan.kind == "static":
@@ -67,6 +67,7 @@ def lower(
         file=WeightsFile() if file is None else file,
         level=level,
         integers=bytes_multiply and not exact and (accuracy_level >= _INTEGER_LEVEL or plan is not None),
+        has_threads=level.gpu is not None and not exact,
         multiplied=_multiplied(graphs, model) if level.gpu is None else frozenset(),
     )
     for name, graph in graphs.items():
@@ -118,9 +119,8 @@ def build(library: Library, path: Path, level: Level | None = None) -> None:
     # are computed when a bundle is loaded, into the library. No KillAfterLastUse: memory is planned, so all it does is
     # to write an instruction for every tensor, a tenth of a decoder's library.
     module = library.builder.get()
+    marking = [relax.transform.LegalizeOps(), relax.transform.AnnotateTIROpPattern()]
     fusing = [
-        relax.transform.LegalizeOps(),
-        relax.transform.AnnotateTIROpPattern(),
         relax.transform.FuseOps(),
         relax.transform.FuseTIR(),
         relax.transform.RewriteDataflowReshape(),
@@ -137,7 +137,10 @@ def build(library: Library, path: Path, level: Level | None = None) -> None:
         relax.transform.AttachGlobalSymbol(),
     ]
     with target:
-        fused = tvm.transform.Sequential(fusing)(module)
+        marked = tvm.transform.Sequential(marking)(module)
+        if level.gpu is not None:
+            marked = schedules.products_join(marked)
+        fused = tvm.transform.Sequential(fusing)(marked)
         if level.gpu is not None:  # without functions of reshapes that have become views
             used = relax.transform.DeadCodeElimination(list(library.functions))(fused)
             fused = schedules.share_out(used, target)

@@ -40,6 +40,7 @@ class Library:
     file: WeightsFile
     level: Level
     integers: bool  # round activations to 8 bits, and multiply bytes
+    has_threads: bool  # of a GPU; not where functions for one are only checked, on this machine's processor
     multiplied: frozenset[str]  # weights that some product reads: float ones are packed, and lie in the file once
     builder: Any = field(default_factory=relax.BlockBuilder)
     functions: dict[str, Json] = field(default_factory=dict)  # what the manifest says of each

@@ -22,6 +22,7 @@ from edgepipe.engines.tvm.convert import Function
 from edgepipe.engines.tvm.functions import number
 from edgepipe.engines.tvm.moves import inside, product, widen
 from edgepipe.engines.tvm.products import ATTRIBUTES, widened
+from edgepipe.engines.tvm.schedules import PRODUCT
 from edgepipe.engines.tvm.values import Tensor, Value, Weight, attribute
 
 
@@ -70,12 +71,9 @@ def matmul(f: Function, node: ir.Node) -> Sequence[Value]:
     x, weight = f.read(node, 0), f.value(node, 1)
     if not isinstance(weight, Weight) or not weight.transposed:
         return [f.emit(relax.op.matmul(x.expr, f.read(node, 1).expr))]
-    rows, columns = product(x.shape[:-1]), int(x.shape[-1])
-    flat = f.reshape(x, [rows, columns])
     value = f.quantized(weight.name)
     f.library.products["float32"] += 1
-    found = _float_product(f, weight.name, flat) if value is None else _codes_product(f, weight.name, value, flat)
-    return [f.reshape(found, [*x.shape[:-1], found.shape[-1]])]
+    return [_float_product(f, weight.name, x) if value is None else _codes_product(f, weight.name, value, x)]
 
 
 def _float_product(f: Function, name: str, x: Tensor) -> Tensor:
@@ -85,7 +83,7 @@ def _float_product(f: Function, name: str, x: Tensor) -> Tensor:
     def over(value: Any, stored: Any) -> Any:
         return _product(value, stored.shape[0], lambda row, column: widened(stored(row, column), dtype, 1))
 
-    return f.te(over, x.expr, matrix.expr, name="float_product")
+    return f.te(over, x.expr, matrix.expr, name=f"float_{PRODUCT}")
 
 
 def _codes_product(f: Function, name: str, value: QuantizedTensor, x: Tensor) -> Tensor:
@@ -96,15 +94,19 @@ def _codes_product(f: Function, name: str, value: QuantizedTensor, x: Tensor) ->
     def over(given: Any, *stored: Any) -> Any:
         return _product(given, value.shape[0], _decoder_of(value, stored))
 
-    return f.te(over, x.expr, *parts, name="codes_product")
+    return f.te(over, x.expr, *parts, name=f"codes_{PRODUCT}")
 
 
 def _product(x: Any, rows: Any, weight: Any) -> Any:
-    """Return x [m, columns] times the transposed matrix [rows, columns] of which `weight` gives an element."""
-    columns = x.shape[1]
+    """Return x [..., columns] times the transposed matrix [rows, columns] of which `weight` gives an element."""
+    columns = x.shape[-1]
     decoded = te.compute((rows, columns), weight, name="decoded")  # inlined: no rule leaves it in memory
     k = te.reduce_axis((0, columns), name="k")
-    return te.compute((x.shape[0], rows), lambda i, j: te.sum(x(i, k) * decoded(j, k), axis=k), name="product")
+
+    def at(*index: Any) -> Any:
+        return te.sum(x(*index[:-1], k) * decoded(index[-1], k), axis=k)
+
+    return te.compute((*x.shape[:-1], rows), at, name="product")
 
 
 def norm(*, centred: bool) -> Any:

@@ -11,7 +11,7 @@ from tvm import te, tirx
 
 from edgepipe.artifacts import Json
 from edgepipe.engines.tvm import attention as attentions
-from edgepipe.engines.tvm import expressions
+from edgepipe.engines.tvm import expressions, threads
 from edgepipe.engines.tvm.convert import Function
 from edgepipe.engines.tvm.moves import inside, joined, transposed
 from edgepipe.engines.tvm.values import Value, attribute
@@ -104,10 +104,12 @@ def _cached_attention(f: Function, node: ir.Node) -> Sequence[Value]:
         causal=True,
         window=int(node.metadata_props.get("sliding_window", 0)),
     )
-    if on_gpu:
+    one = f.library.has_threads and known == 1 and threads.fits(a, context)
+    if on_gpu and not one:
         return [expressions.attend(f, a, [q, *kept], None, positions)]
     kernel = f.library.kernel(
-        ("cached_attention", a, context, known), lambda: attentions.attention(a, 1, tokens, context, None)
+        ("cached_attention", a, context, known),
+        lambda: threads.attend_one(a, context) if one else attentions.attention(a, 1, tokens, context, None),
     )
     return f.call(kernel, [q, *kept, positions], [(q.shape, "float32")])
 

@@ -31,6 +31,7 @@ def make_gpu(code: str, folder: Path) -> None:
         types = [text.rsplit(" ", 1)[0].replace("__restrict__", "") for text in parameters.split(", ") if text]
         values = ", ".join(f"*({kind}*)p[{i}]" for i, kind in enumerate(types))
         calls.append(f'extern "C" void emulated_{name}(void** p) {{ {name}({values}); }}')
+        calls.append(f'extern "C" int emulated_count_{name} = {len(types)};')
     code = code.replace("__shared__ alignas(64)", "static __attribute__((aligned(64)))")  # one block runs at a time
     kernels = folder / "kernels.cpp"
     kernels.write_text("\n".join(['#include "kernels.h"', code, *calls, ""]), encoding="utf-8")

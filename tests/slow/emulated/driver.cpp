@@ -9,6 +9,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -35,6 +36,14 @@ ucontext_t scheduler;
 int current;
 void (*kernel)(void**);
 void** arguments;
+
+struct Launch {
+  CUlaunchConfig how;
+  CUfunction function;
+  std::vector<long long> values;  // numbers or addresses, of 8 bytes at most
+};
+std::vector<Launch>* recorded;  // while launches are kept in place of being run
+std::map<CUfunction, int> counts;  // of parameters
 
 void begin() {
   kernel(arguments);
@@ -114,7 +123,9 @@ CUresult cuModuleLoadData(CUmodule* module, const void*) { return *module = (CUm
 CUresult cuModuleUnload(CUmodule) { return CUDA_SUCCESS; }
 CUresult cuModuleGetFunction(CUfunction* function, CUmodule, const char* name) {
   *function = (CUfunction)dlsym(RTLD_DEFAULT, (std::string("emulated_") + name).c_str());
-  return *function ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
+  if (!*function) return CUDA_ERROR_NOT_FOUND;
+  counts[*function] = *(int*)dlsym(RTLD_DEFAULT, (std::string("emulated_count_") + name).c_str());
+  return CUDA_SUCCESS;
 }
 CUresult cuFuncSetAttribute(CUfunction, CUfunction_attribute, int) { return CUDA_SUCCESS; }
 CUresult cuGetErrorName(CUresult, const char** name) { return *name = "emulated", CUDA_SUCCESS; }
@@ -122,6 +133,11 @@ CUresult cuGetErrorString(CUresult, const char** text) { return *text = "emulate
 CUresult cuDeviceGetName(char*, int, CUdevice) { return CUDA_ERROR_NOT_SUPPORTED; }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig* how, CUfunction function, void** parameters, void**) {
+  if (recorded) {
+    Launch launch{*how, function, {}};
+    for (int i = 0; i < counts[function]; ++i) memcpy(&launch.values.emplace_back(), parameters[i], sizeof(long long));
+    return recorded->push_back(std::move(launch)), CUDA_SUCCESS;
+  }
   int count = how->blockDimX * how->blockDimY * how->blockDimZ;
   while ((int)stacks.size() < count) stacks.push_back((char*)malloc(kStack));
   fibers.resize(count);
@@ -146,4 +162,18 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* how, CUfunction function, void**
       }
   return CUDA_SUCCESS;
 }
+
+void emulated_record() { recorded = new std::vector<Launch>; }
+void* emulated_recorded() {
+  void* launches = recorded;
+  return recorded = nullptr, launches;
+}
+void emulated_replay(void* launches) {
+  for (Launch& launch : *(std::vector<Launch>*)launches) {
+    std::vector<void*> parameters;
+    for (long long& value : launch.values) parameters.push_back(&value);
+    cuLaunchKernelEx(&launch.how, launch.function, parameters.data(), nullptr);
+  }
+}
+void emulated_forget(void* launches) { delete (std::vector<Launch>*)launches; }
 }
