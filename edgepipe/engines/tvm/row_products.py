@@ -1,6 +1,6 @@
 """Share out a product of one row among a GPU's threads, with what is fused behind it.
 
-A few neighbouring threads have an output: each multiplies runs of 8 neighbouring weights, whose codes it loads at once
+A warp has an output: each of its threads multiplies runs of 8 neighbouring weights, whose codes it loads at once
 and whose scale it reads once, and their sums are added by shuffles. TVM's rule for such products (dlight's GEMV) loads
 and decodes each weight for itself.
 """
@@ -16,7 +16,7 @@ from tvm.s_tir.dlight.base import try_inline_contiguous_spatial
 
 _RUN = 8  # neighbouring weights of a thread
 _WARP, _BLOCK = 32, 128  # threads
-_FEWEST = 4  # threads for an output: below, loads of neighbours lie too far apart
+_UNROLLED = 8  # runs of a thread
 _LOADED = 16  # bytes, the most of one load
 _SIZES = {"uint8": 1, "float16": 2, "uint16": 2, "float32": 4}
 
@@ -34,8 +34,8 @@ def one_row(function: Any) -> Any:
     if not outer or not all(isinstance(extent, tirx.IntImm) for extent in extents):
         return None
     *heights, columns = (int(extent) for extent in extents)
-    height, lanes = math.prod(heights), math.gcd(columns // _RUN, _WARP)
-    if columns % _RUN or lanes < _FEWEST or height != heights[-1]:
+    height = math.prod(heights)
+    if columns % _RUN or columns < _RUN * _WARP or height != heights[-1]:
         return None
     reads = [region.source for region in schedule.get(block).reads]
     matrix = _largest(reads)
@@ -44,12 +44,15 @@ def one_row(function: Any) -> Any:
     )
     if vector is None:
         return None
-    block_x, own_row = schedule.split(schedule.fuse(*outer), [None, math.gcd(height, _BLOCK // lanes)])
-    runs, lane, run = schedule.split(inner, [None, lanes, _RUN])
+    block_x, own_row = schedule.split(schedule.fuse(*outer), [None, math.gcd(height, _BLOCK // _WARP)])
+    rest, run = schedule.split(inner, [None, _RUN])
+    runs, lane = schedule.split(rest, [None, _WARP])  # the last ones may lack runs
     schedule.reorder(block_x, own_row, lane, runs, run)
     for loop, axis in ((block_x, "blockIdx.x"), (own_row, "threadIdx.y"), (lane, "threadIdx.x")):
         schedule.bind(loop, axis)
     schedule.unroll(run)
+    if columns <= _UNROLLED * _RUN * _WARP:
+        schedule.unroll(runs)  # all loads are under way before the first is needed
     for place in (matrix, vector):
         loaded = schedule.cache_read(block, place, "local")
         schedule.compute_at(loaded, runs)
