@@ -300,6 +300,11 @@ class Repeated:
         self._records = True
         self._lock = threading.Lock()
 
+    @property
+    def is_recorded(self) -> bool:
+        """Say whether calls are launched as one by now."""
+        return self._recording is not None
+
     def run(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """Return the outputs in order; errors are those of `Function.call`."""
         arrays = self._checked(feeds)

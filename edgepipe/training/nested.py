@@ -1,11 +1,12 @@
 """Nested FFNs: one training, a family of students. Each width is the first channels of the next.
 
-    L = mean over widths m of L(student whose MLPs have their first m channels)      all of them at every step,
-    L = L(student at one width, drawn for the step)                                  or one
+    L = Σ m L(student whose MLPs have their first m channels) / Σ m     all widths m at every step,
+    L = L(student at one width, drawn for the step)                     or one
 
-Held-out data are always judged at all widths. What is cut out later (stage prune, importance nested) computes what the
+A width counts as much as it has channels: with equal shares the narrow ones, which share their channels with all others,
+took from the whole width more than they gained. Held-out data are always judged at all widths. What is cut out later (stage prune, importance nested) computes what the
 student computed here. Source: MatFormer, arXiv:2310.07707; the paper draws a width per step, a public reproduction
-(RAIVNLab/MatFormer-OLMo) sums all of them.
+(RAIVNLab/MatFormer-OLMo) sums all of them. The paper leaves the shares open ("λ").
 """
 # ruff: noqa: TID253  this is training's side: imported only where a model is trained
 
@@ -53,6 +54,7 @@ def nested(objective: Objective, widths: Sequence[int], *, every: bool, seed: in
                 figures[f"width {width}"] = found.loss.detach()
             else:
                 figures = dict(found.figures)
-        return Step(torch.stack(losses).mean(), weight, figures)
+        shares = torch.tensor(widths if every else (1,), dtype=losses[0].dtype)
+        return Step((shares * torch.stack(losses)).sum() / shares.sum(), weight, figures)
 
     return at_all

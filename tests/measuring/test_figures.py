@@ -47,6 +47,7 @@ def bundle(tmp_path: Path) -> Path:
     ]
     manifest = {
         "task": "text-generation",
+        "engine": "onnxruntime",
         "weights": {"bytes": 2500, "bits_per_weight": 4.5, "parts": parts},
         "cache": {"bytes": 64, "dtype": "float16"},
         "model": {"layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 4, "hidden_size": 8, "vocab_size": 64},
@@ -99,6 +100,17 @@ def test_a_wide_spread_is_flagged(bundle: Path) -> None:
     assert found["flagged"] == []
     assert found["spread"]["ttft_ms"] == pytest.approx(10 / 105, abs=0.01)
     assert figures_of(bundle, [quiet, block(2.0)])["flagged"] == ["token_ms", "ttft_ms"]
+
+
+@pytest.mark.parametrize(
+    "elsewhere", [{"engine": "qnn"}, {"engine": "tvm", "library": {"gpu": {}, "arithmetic": "int8"}}]
+)
+def test_what_runs_elsewhere_has_no_limits(bundle: Path, elsewhere: Json) -> None:
+    """Bandwidth and peaks are measured of the processor."""
+    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    (bundle / "manifest.json").write_text(json.dumps(manifest | elsewhere), encoding="utf-8")
+    found = figures_of(bundle, [block()])
+    assert "limits" not in found and found["token_ms"]
 
 
 def test_limits_stand_beside_the_figures(bundle: Path) -> None:

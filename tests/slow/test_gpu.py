@@ -23,7 +23,7 @@ from edgepipe.runtime import load
 from edgepipe.runtime.gpus import capability_here
 from edgepipe.sources import open_model
 from edgepipe.stages.export import Export
-from tests.decoders import context, random_ids
+from tests.decoders import DECODERS, context, random_ids
 from tests.engines.tvm_bundles import NOTE, decoder
 from tests.slow import emulated
 from tests.slow.test_cross import CLOSE, DECODE, EMBED, SENTENCES, built, compressed, off
@@ -44,6 +44,7 @@ with_cuobjdump = pytest.mark.skipif(not CUOBJDUMP.exists(), reason="nvcc's folde
 on_gpu = pytest.mark.skipif(capability_here() is None, reason="this machine shows no GPU of NVIDIA")
 _FATBIN = struct.Struct("<IHHQ")  # magic, version, bytes of this header, bytes that follow. Source: fatbinary_section.h
 _MAGIC = 0xBA55ED50
+LONG_ROWS = "llama of long rows"  # long enough for the kernels of one row
 
 
 @pytest.fixture(scope="module")
@@ -146,14 +147,32 @@ def emulate(model: OnnxModel, folder: Path, code: str, arguments: Path, monkeypa
     return found
 
 
-@pytest.mark.parametrize(("kind", "grid"), [("llama grouped", "4 bits minima"), ("llama tied", "float32")])
+@pytest.mark.parametrize(
+    ("kind", "grid"),
+    [
+        ("llama grouped", "4 bits minima"),
+        ("llama tied", "float32"),
+        ("mistral window", "8 bits zero points"),
+        (LONG_ROWS, "4 bits"),
+        (LONG_ROWS, "2 bits"),
+        (LONG_ROWS, "8 bits zero points"),
+        (LONG_ROWS, "float32"),
+    ],
+)
 def test_a_decoder_on_a_gpu_in_software(
     folder: Path, tmp_path: Path, kind: str, grid: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """TVM's own runtime launches the kernels: threads, shared memory and shuffles give the portable graph's logits."""
+    """TVM's own runtime launches the kernels: threads, shared memory and shuffles give the portable graph's logits.
+
+    Steps are recorded, and launched as one.
+    """
+    # Rows of 36 and 40 runs of 8 weights: of the second ones not all threads of a warp have one
+    wide = {"hidden_size": 288, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 320}
+    monkeypatch.setitem(DECODERS, LONG_ROWS, ("llama", wide))
     model = decoder(folder, kind, grid)
     np.save(tmp_path / "ids.npy", random_ids(model))
-    got = emulate(model, tmp_path, DECODE, tmp_path / "ids.npy", monkeypatch)
+    code = f"{DECODE}\nassert cache[0].step.is_recorded\n"
+    got = emulate(model, tmp_path, code, tmp_path / "ids.npy", monkeypatch)
     assert off(got, prompt_logits(model, random_ids(model))) < 1e-4
 
 
