@@ -3,10 +3,10 @@
     L = Σ m L(student whose MLPs have their first m channels) / Σ m     all widths m at every step,
     L = L(student at one width, drawn for the step)                     or one
 
-A width counts as much as it has channels: with equal shares the narrow ones, which share their channels with all others,
-took from the whole width more than they gained. Held-out data are always judged at all widths. What is cut out later (stage prune, importance nested) computes what the
-student computed here. Source: MatFormer, arXiv:2310.07707; the paper draws a width per step, a public reproduction
-(RAIVNLab/MatFormer-OLMo) sums all of them. The paper leaves the shares open ("λ").
+A width counts as much as it has channels: with equal shares the narrow ones, which share their channels with all
+others, took from the whole width more than they gained. Held-out data are always judged at all widths. What is cut out
+later (stage prune, importance nested) computes what the student computed here. Source: MatFormer, arXiv:2310.07707; the
+paper draws a width per step and leaves the shares open ("λ"), a public reproduction (RAIVNLab/MatFormer-OLMo) sums all.
 """
 # ruff: noqa: TID253  this is training's side: imported only where a model is trained
 

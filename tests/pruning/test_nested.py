@@ -139,7 +139,8 @@ def test_a_step_draws_one_width_and_judging_takes_all() -> None:
     assert set(seen) == {8, 16, 32, None}
     found = nested(objective, WIDTHS, every=True, seed=3)(student, batch, 0)
     assert seen[-4:] == [8, 16, 32, None]
-    assert found.loss.item() == pytest.approx(np.mean([x.item() for x in found.figures.values()]), rel=1e-5)
+    expected = np.average([x.item() for x in found.figures.values()], weights=WIDTHS)
+    assert found.loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_student_is_made_nested_with_what_matters_first(folder: Path) -> None:
