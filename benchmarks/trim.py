@@ -5,11 +5,15 @@
 
 FILE is the dev set of the E2E challenge (default: e2e-dev.csv in the folder that EDGEPIPE_DATA names). Each trimmed
 bundle takes turns with the untrimmed one, both at 4 bits. Finished bundles stay in runs/trim.
+
+A last one is trimmed to the first four fifths of FILE; of the texts of the rest, those whose tokens are all kept must
+have the logits that the untrimmed bundle gives these tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import sys
@@ -17,12 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.stored import ROOT, markdown_table, provenance, read_result, replace_section, write_result
 from edgepipe.artifacts import CompiledModel
 from edgepipe.pipeline import run
 from edgepipe.recipe import resolve
 from edgepipe.report.progress import Progress
 from edgepipe.rows import open_data, read_texts
+from edgepipe.runtime import Model, load
 from edgepipe.sources import open_model
 from edgepipe.stages.measure import Measure
 from edgepipe.students.trimming import trim
@@ -35,13 +42,14 @@ HEADER = (
     *("bundle, MB", "head, MB/token", "ms/token", "ms/token untrimmed", "ratio"),
 )
 _PART = "embedding and head"
+_HELD_OUT = 5  # one in so many rows is held out, the last ones
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
     """Name what the vocabulary is trimmed to."""
 
-    data: str  # "E2E": the file given; else the name of a shipped text
+    data: str  # "E2E": the file given; else a file, or the name of a shipped text
     size: int = 0  # tokens at most, 0: all that are used
 
 
@@ -102,12 +110,41 @@ def measure(data: Path) -> dict[str, Any]:
         "tokens": whole.manifest["model"]["vocab_size"],
         "head_bytes": head_bytes(whole),
         "rows": rows,
+        "held_out": held_out(whole, data),
     }
+
+
+def held_out(whole: CompiledModel, data: Path) -> dict[str, Any]:
+    """Compare logits on texts that the vocabulary wasn't trimmed to; of the untrimmed bundle those of kept tokens."""
+    with data.open(encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    cut = len(rows) - len(rows) // _HELD_OUT
+    first = ROOT / "runs" / NAME / "first.csv"
+    with first.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([header, *rows[:cut]])
+    bundle = build(Variant(data=str(first)), data)
+    _, kept = trim(open_model(MODEL), read_texts(open_data(str(first), "trimming")), None)
+    before, after = load(whole.path), load(bundle.path)
+    assert isinstance(before, Model)
+    assert isinstance(after, Model)
+    texts = list(dict.fromkeys(row[1] for row in rows[cut:]))
+    known, same, equal, worst, tokens = set(kept.old_ids.tolist()), 0, 0, 0.0, 0
+    inside = [text for text in texts if known.issuperset(before.tokenizer.encode(text))]
+    for text in inside:
+        ids = after.tokenizer.encode(text)
+        assert kept.old_ids[ids].tolist() == before.tokenizer.encode(text)
+        expected, got = before.logits(text)[:, kept.old_ids], after.logits(text)
+        worst = max(worst, float(np.abs(got - expected).max() / np.abs(expected).max()))
+        same += int((got.argmax(axis=1) == expected.argmax(axis=1)).sum())
+        equal += np.array_equal(got, expected)
+        tokens += len(ids)
+    found = {"texts": len(texts), "inside": len(inside), "tokens": tokens}
+    return {**found, "same_token": same, "same_bits": equal, "largest_error": worst}
 
 
 def build(variant: Variant | None, data: Path) -> CompiledModel:
     """Send the model down the river, trimmed or not."""
-    folder = ROOT / "runs" / NAME / ("whole" if variant is None else f"{variant.data}-{variant.size}")
+    folder = ROOT / "runs" / NAME / ("whole" if variant is None else f"{Path(variant.data).stem}-{variant.size}")
     folder.mkdir(parents=True, exist_ok=True)
     recipe_file = folder / "recipe.toml"
     recipe_file.write_text('stages = ["quantize", "export", "compile"]\n', encoding="utf-8")
@@ -160,7 +197,14 @@ def page_section(result: dict[str, Any]) -> str:
         f"{machine['cpu']}, {machine['cores']} cores seen, onnxruntime {result['versions']['onnxruntime']}, commit "
         f"`{result['commit'][:12]}`, {result['date']}; load average at the start {result['load_average_1min']:.1f}."
     )
-    return f"{markdown_table(HEADER, cells)}\n\n{said}"
+    held = result["held_out"]
+    kept = (
+        f"Trimmed to the first four fifths of E2E, {held['inside']} of {held['texts']} further texts keep all of their "
+        f"tokens. After {held['same_token']:,} of these {held['tokens']:,} both bundles give the same kept token the "
+        f"highest logit; logits differ by {held['largest_error']:.0e} of the largest at most, and those of "
+        f"{held['same_bits']} texts not at all."
+    )
+    return f"{markdown_table(HEADER, cells)}\n\n{said}\n\n{kept}"
 
 
 if __name__ == "__main__":
