@@ -77,3 +77,25 @@ def test_a_width_is_set_beside_the_one_that_was_trained_alone() -> None:
 def test_the_page_shows_what_is_stored() -> None:
     result = json.loads((RESULTS / "nested.json").read_text(encoding="utf-8"))
     assert section(nested.PAGE, "nested") == page_section(result).strip()
+
+
+@pytest.mark.skipif(not (RESULTS / "nested.json").is_file(), reason="no run of benchmarks/nested.py is stored")
+@pytest.mark.parametrize(
+    "width",
+    [
+        *SMOLLM2.widths[:-1],
+        pytest.param(
+            SMOLLM2.widths[-1],
+            marks=pytest.mark.xfail(strict=True, reason="the whole width pays for the others: 3.8 % after 400 steps"),
+        ),
+    ],
+)
+def test_a_width_is_as_good_as_one_that_was_trained_alone(width: int) -> None:
+    """At most 2 % of the loss; slices of a plain student are far off, and a mixed member takes seconds."""
+    rows = {row["name"]: row for row in read_result("nested")["rows"]}
+    whole = str(SMOLLM2.widths[-1])
+    alone, found = rows[f"alone {width}"]["losses"][str(width)], rows["nested"]["losses"][str(width)]
+    assert rows["nested"]["mixed"]["seconds"] < 10
+    if str(width) != whole:
+        assert rows[f"alone {whole}"]["losses"][str(width)] > 2 * found
+    assert found <= 1.02 * alone
