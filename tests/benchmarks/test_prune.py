@@ -31,6 +31,8 @@ from tests.encoders import save_encoder
 from tests.stages.test_prune import STUDENTS
 from tests.students.tiny import save_tiny_student
 
+MODELS = ("minilm-l6-v2", "smollm2-135m")
+
 
 def test_every_model_has_a_dense_row_first() -> None:
     rows = rows_of()
@@ -129,3 +131,44 @@ def test_the_page_shows_what_is_stored() -> None:
     result = json.loads((RESULTS / "prune.json").read_text(encoding="utf-8"))
     for name, text in page_sections(result).items():
         assert section(prune.PAGE, name) == text.strip()
+
+
+stored = pytest.mark.skipif(not (RESULTS / "prune.json").is_file(), reason="no run of benchmarks/prune.py is stored")
+
+
+def rows(**facts: Any) -> list[dict[str, Any]]:
+    """Return the stored rows that say this of themselves."""
+    result = json.loads((RESULTS / "prune.json").read_text(encoding="utf-8"))
+    return [row for row in result["rows"] if all(row[name] == value for name, value in facts.items())]
+
+
+@stored
+def test_what_is_cut_off_is_time_saved() -> None:
+    """At least 0.8 of what the multiply-adds predict, of both models at both ratios."""
+    cut = [row for row in rows() if "speed" in row]
+    assert {(row["model"], row["ratio"]) for row in cut} == {(m, r) for m in MODELS for r in (0.25, 0.5)}
+    for row in cut:
+        (dense,) = rows(model=row["model"], arm="dense")
+        predicted = dense["multiply_adds"] / row["multiply_adds"]
+        assert 1 / row["speed"]["ratio"]["value"] > 0.8 * predicted, row["name"]
+
+
+@stored
+def test_recovery_brings_the_model_closer() -> None:
+    for model in MODELS:
+        better = max if model == MODELS[0] else min
+        for ratio in (0.25, 0.5):
+            (untaught, taught) = sorted(rows(model=model, ratio=ratio), key=lambda row: row["steps"])
+            values = [row["quality"]["value"] for row in (untaught, taught)]
+            assert better(values) == values[1], (model, ratio)
+
+
+@stored
+def test_zeros_cost_little_and_go_before_the_grid() -> None:
+    """2:4 and 4 bits are within a point of 4 bits alone, and pruning first is as good with every seed."""
+    (plain,) = rows(arm=FOUR_BITS.name)
+    (recovered,) = rows(arm=PRUNED_FIRST.name, steps=MINILM.steps)
+    assert recovered["quality"]["value"] > plain["quality"]["value"] - 0.01
+    for seed in range(3):
+        (first,), (last,) = (rows(arm=arm.name, steps=100, seed=seed) for arm in (PRUNED_FIRST, QUANTIZED_FIRST))
+        assert first["quality"]["value"] >= last["quality"]["value"], seed
