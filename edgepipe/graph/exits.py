@@ -9,15 +9,16 @@ Graphs beside `decoder`, which stays as it is (B rows, S new tokens, L positions
     fill_k   states, added, position_ids → new_key.i, new_value.i [B, S, kv_heads · head_dim] of the layers of part k
     head     normed → logits [B, L, vocab]
 
-At an exit a translator stands in for the layers behind it: norm(x + A·x + b), with the whole model's last norm. A gate is
-w·gelu(G·normed + c) + d. The sum is left to the next part, for in `decoder` it is fused with the norm behind it: so all
-parts together compute what `decoder` computes, bit by bit.
+At an exit a translator stands in for the layers behind it: norm(x + A·x + b), with the whole model's last norm. A gate
+is w·gelu(G·normed + c) + d. The sum is left to the next part, for in `decoder` it is fused with the norm behind it: so
+all parts together compute what `decoder` computes, bit by bit.
 Sources: Tuned Lens (arXiv:2303.08112) for translators; CALM (arXiv:2207.07061) and DYNAMAX (arXiv:2504.20922) for exits
 by confidence, with keys and values of the skipped layers made of the state at the exit (state propagation).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import onnx_ir as ir
@@ -28,8 +29,8 @@ from edgepipe.graph.blocks import ints, keys_and_values, linear, norm, pick_posi
 from edgepipe.graph.dialect import GraphBuilder
 from edgepipe.graph.llama import decoder_layers, embedded, head_logits
 from edgepipe.graph.shape import Shape, check_exits
-from edgepipe.runtime.leaving import FILL, HEAD
 from edgepipe.runtime.exits import GATE, PART
+from edgepipe.runtime.leaving import FILL, HEAD
 
 GATE_WIDTH = 64  # features of a gate's hidden layer
 _FLOAT, _INT64 = ir.DataType.FLOAT, ir.DataType.INT64
@@ -61,7 +62,7 @@ def exit_weights(shape: Shape, exits: Sequence[int]) -> dict[str, tuple[int, ...
 def build_exits(shape: Shape, config: Json, exits: Sequence[int]) -> dict[str, bytes]:
     """Build the graphs by name; `exits` are layers after which a token may leave."""
     depths = (0, *exits, shape.layers)
-    layers = [range(first, last) for first, last in zip(depths, depths[1:], strict=False)]
+    layers = [range(first, last) for first, last in itertools.pairwise(depths)]
     parts = {f"{PART}{k}": _build_part(shape, config, k, layers[k], k == len(exits)) for k in range(len(layers))}
     fills = {f"{FILL}{k}": _build_fill(shape, config, k, layers[k]) for k in range(1, len(layers))}
     return {**parts, **fills, HEAD: _build_head(shape)}

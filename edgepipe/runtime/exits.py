@@ -39,9 +39,7 @@ def check_threshold(threshold: object, manifest: Mapping[str, Any]) -> float:
     if threshold is None:
         return USUAL_THRESHOLD if "model" in manifest["ends"] else 1.0
     if not has_exits(manifest):
-        raise ConfigError(
-            "exit_threshold: this bundle's model has no exits, all of it is run: leave it out"
-        )
+        raise ConfigError("exit_threshold: this bundle's model has no exits, all of it is run: leave it out")
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
         raise ConfigError(f"exit_threshold must be a number from 0 to 1, but is {threshold!r}")
     return float(threshold)

@@ -76,6 +76,18 @@ def above(threshold: float) -> Leaves:
     return lambda _number, odds: odds > least
 
 
+def taking(ways: Sequence[int]) -> Leaves:
+    """Return a rule by which each token leaves behind the part that it has been given, one token after another."""
+    place = -1
+
+    def rule(number: int, _odds: float) -> bool:
+        nonlocal place
+        place += number == 0  # every token is asked at the first exit
+        return ways[place] == number
+
+    return rule
+
+
 class LeavingDecoder:
     """Offer what one graph of a decoder offers, over its parts. Safe for concurrent calls on different caches."""
 

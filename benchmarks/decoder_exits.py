@@ -1,0 +1,261 @@
+"""What do tokens lose that leave a decoder early?  Perplexity, layers and time by threshold, beside leaving at random.
+
+    python benchmarks/decoder_exits.py --data DIR [--no-times]   run what isn't stored
+    python benchmarks/decoder_exits.py --page-only               rewrite docs/prune.md from it
+
+DIR (default: what EDGEPIPE_DATA names) holds wikitext2-valid.txt. SmolLM2 gets exits from texts of its first half;
+windows of its last quarter are scored through the bundle, token by token, as if they had been generated. Leaving at
+random gives each token an exit by lot, in the shares in which the gates of that threshold let them leave. Operators are
+counted by onnxruntime's profiler over the first tokens. `--no-times` builds and leaves the rest for a quiet machine:
+times are of the very runs that are scored, thresholds in turn window by window.
+
+Training took 8 minutes of one core's time; rows take 3. Windows are stored one by one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import onnxruntime as ort
+
+from benchmarks.stored import RESULTS, ROOT, markdown_table, provenance, read_result, replace_section, write_result
+from edgepipe.artifacts import CompiledModel, Json
+from edgepipe.measuring.run import describe_machine
+from edgepipe.pipeline import run
+from edgepipe.recipe import resolve
+from edgepipe.report.progress import Progress
+from edgepipe.runtime import Model, load, open_graphs, read_bundle
+from edgepipe.runtime.leaving import Leaves, LeavingDecoder, Parts, above, taking
+from edgepipe.runtime.onnxruntime import open_decoder, open_leaving
+from edgepipe.runtime.sampling import log_softmax
+from edgepipe.sources import open_model
+from edgepipe.store import file_sha256
+
+NAME, MODEL = "decoder-exits", "smollm2-135m"
+PAGE = ROOT / "docs" / "prune.md"
+TEXT = "wikitext2-valid.txt"
+OPTIONS: dict[str, object] = {"layers": [18, 24], "samples": 64, "tokens": 256, "steps": 200}  # of the stage
+THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # the last one: all layers, by the graph of all layers
+WINDOW, WINDOWS, COUNTED, THREADS = 256, 6, 48, 1
+HEADER = (
+    "threshold",
+    "mean layers",
+    "perplexity",
+    "leaving at random",
+    "likeliest token as all layers', %",
+    "at random, %",
+    "operators a token",
+    "ms a token",
+)
+
+
+def main(arguments: list[str]) -> None:
+    """Run, store and show, as the arguments say."""
+    parser = argparse.ArgumentParser(description="Compare leaving a decoder by its gates with leaving at random.")
+    parser.add_argument(
+        "--data", type=Path, default=Path(os.environ.get("EDGEPIPE_DATA", ".")), help="the data's folder"
+    )
+    parser.add_argument(
+        "--no-times", action="store_true", help="build alone: leave scores and times for a quiet machine"
+    )
+    parser.add_argument("--page-only", action="store_true", help="rewrite the table from what is stored")
+    options = parser.parse_args(arguments)
+    if not options.page_only:
+        bundle, record, held = bundle_of(options.data / TEXT)
+        if options.no_times:
+            return
+        take(bundle, record, held)
+    result = read_result(NAME)
+    replace_section(PAGE, NAME, page_section(result))
+    print(json.dumps({row["threshold"]: row["perplexity"] for row in rows_of(result)}))
+
+
+def bundle_of(file: Path) -> tuple[Path, Json, str]:
+    """Return the bundle, the record of its exits, and the text that they haven't seen."""
+    folder = ROOT / "runs" / NAME
+    folder.mkdir(parents=True, exist_ok=True)
+    text = file.read_text(encoding="utf-8")
+    seen = folder / "first-half.txt"
+    seen.write_text(text[: len(text) // 2], encoding="utf-8")
+    recipe_file = folder / "recipe.toml"
+    recipe_file.write_text('stages = ["exits", "export", "compile"]\n', encoding="utf-8")
+    settings = [("exits", name, value) for name, value in {**OPTIONS, "calibration": str(seen)}.items()]
+    recipe = resolve(target="cpu", file=recipe_file, settings=settings)
+    made = run(open_model(MODEL), recipe, out=None, runs=folder, fresh=False, listener=Progress())
+    assert isinstance(made, CompiledModel)
+    record = next(record for record in made.history if record.stage == "exits")
+    return made.path, record.figures["exits"], text[-len(text) // 4 :]
+
+
+def take(bundle: Path, record: Json, held: str) -> None:
+    """Score and time what isn't stored of this bundle."""
+    made = file_sha256(bundle / "manifest.json")
+    result = read_result(NAME) if (RESULTS / f"{NAME}.json").is_file() else None
+    if result is None or result["bundle"] != made:
+        result = {"bundle": made, "exits": record, "options": OPTIONS, "provenance": provenance(), "windows": []}
+        result |= {"machine": describe_machine(THREADS), "window_tokens": WINDOW, "operators": {}}
+    manifest = read_bundle(bundle).manifest
+    ids = tokenized(bundle, held)
+    for threshold in THRESHOLDS:
+        if str(threshold) not in result["operators"]:
+            result["operators"][str(threshold)] = executed(bundle, threshold, ids[:COUNTED])[0].total() / COUNTED
+            write_result(NAME, result)
+    whole, parts = open_decoder(bundle, manifest, THREADS), open_leaving(bundle, manifest, THREADS)
+    run_steps(whole, ids[:COUNTED])
+    for threshold in THRESHOLDS[:-1]:  # warm
+        run_steps(leaving(parts, manifest, above(threshold)), ids[:COUNTED])
+    for number in range(len(result["windows"]), WINDOWS):
+        window = ids[number * WINDOW : (number + 1) * WINDOW]
+        full = run_steps(whole, window)
+        found = {"1.0": judged(full, full, window) | {"left": {str(manifest["model"]["layers"]): len(window)}}}
+        for threshold in THRESHOLDS[:-1]:
+            by_gates = run_steps(leaving(parts, manifest, above(threshold)), window)
+            order = np.random.default_rng([number, round(100 * threshold)]).permutation(by_gates.depths)
+            lots = [parts.depths.index(depth) for depth in order.tolist()]
+            by_lot = run_steps(leaving(parts, manifest, taking(lots)), window)
+            found[str(threshold)] = judged(by_gates, full, window)
+            found[f"{threshold} at random"] = judged(by_lot, full, window)
+        result["windows"].append(found)
+        write_result(NAME, result)
+
+
+def tokenized(bundle: Path, text: str) -> list[int]:
+    """Return the ids of the windows that are scored."""
+    model = load(bundle, threads=THREADS)
+    assert isinstance(model, Model)
+    return model.encode(text)[: WINDOW * WINDOWS]
+
+
+def leaving(parts: Parts, manifest: Json, leaves: Leaves) -> LeavingDecoder:
+    """Return a decoder with a rule of its own over the opened parts."""
+    return LeavingDecoder(parts, manifest["model"], manifest["cache"]["dtype"], leaves)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steps:
+    """Hold what a run of tokens one by one gave."""
+
+    log_p: np.ndarray  # [n, vocab] after each token
+    seconds: float  # of the runs alone
+    depths: list[int]  # layers that each token went through; empty where all did
+
+
+def run_steps(decoder: Any, ids: Sequence[int]) -> Steps:
+    """Run tokens one by one, as if they had been generated."""
+    cache, rows, seconds, depths = decoder.new_cache(1), [], 0.0, []
+    one, first = np.array([1]), np.array([[0]])
+    before = getattr(decoder, "tokens_by_depth", {})
+    for place, token in enumerate(ids):
+        given, past = np.array([[token]]), np.array([place])
+        started = time.perf_counter()
+        logits = decoder.run(cache, given, past, one, first)
+        seconds += time.perf_counter() - started
+        rows.append(log_softmax(logits[0, 0]))
+        if before:
+            after = decoder.tokens_by_depth
+            depths.append(next(depth for depth in after if after[depth] > before[depth]))
+            before = after
+    return Steps(log_p=np.stack(rows), seconds=seconds, depths=depths)
+
+
+def judged(steps: Steps, full: Steps, ids: Sequence[int]) -> Json:
+    """Return what one window says of a way of leaving: the last token's answer has nothing to compare with."""
+    scored = np.arange(len(ids) - 1)
+    return {
+        "nll": -float(steps.log_p[scored, ids[1:]].sum()),
+        "scored": len(scored),
+        "agrees": int((steps.log_p.argmax(1) == full.log_p.argmax(1)).sum()),
+        "tokens": len(ids),
+        "left": {str(depth): count for depth, count in sorted(Counter(steps.depths).items())},
+        "seconds": steps.seconds,
+    }
+
+
+def executed(bundle: Path, threshold: float, ids: Sequence[int]) -> tuple[Counter[str], int]:
+    """Run tokens one by one, profiled; return operators that ran, by name, and the layers they went through."""
+    sessions: list[Any] = []
+    with tempfile.TemporaryDirectory() as folder:
+
+        class Profiled(ort.InferenceSession):  # type: ignore[misc]
+            def __init__(self, file: str, options: ort.SessionOptions, **given: Any) -> None:
+                options.enable_profiling = True
+                options.profile_file_prefix = f"{Path(folder) / Path(file).stem}"
+                super().__init__(file, options, **given)
+                sessions.append(self)
+
+        with patch.object(ort, "InferenceSession", Profiled):
+            decoder = open_graphs(read_bundle(bundle), THREADS, threshold)
+        depths = run_steps(decoder, ids).depths
+        traces = [Path(session.end_profiling()).read_text(encoding="utf-8") for session in sessions]
+    events = [event for trace in traces for event in json.loads(trace)]
+    kernels = [event for event in events if event["cat"] == "Node" and event["name"].endswith("_kernel_time")]
+    layers = int(read_bundle(bundle).manifest["model"]["layers"])
+    return Counter(event["args"]["op_name"] for event in kernels), sum(depths) if depths else layers * len(ids)
+
+
+def rows_of(result: Json) -> list[Json]:
+    """Return a row for each threshold, all windows together."""
+    rows = []
+    for threshold in THRESHOLDS:
+        row: Json = {"threshold": threshold, "operators": result["operators"][str(threshold)]}
+        for name, suffix in (("", ""), (" at random", "_at_random")):
+            found = [window.get(f"{threshold}{name}") for window in result["windows"]]
+            if None in found:
+                continue
+            total = {key: sum(one[key] for one in found) for key in ("nll", "scored", "agrees", "tokens", "seconds")}
+            layers = sum(int(depth) * count for one in found for depth, count in one["left"].items())
+            row |= {
+                f"perplexity{suffix}": math.exp(total["nll"] / total["scored"]),
+                f"agrees{suffix}": total["agrees"] / total["tokens"],
+                f"mean_layers{suffix}": layers / total["tokens"],
+                f"ms{suffix}": 1000 * total["seconds"] / total["tokens"],
+            }
+        rows.append(row)
+    return rows
+
+
+def page_section(result: Json) -> str:
+    """Return the table and the sentences below it, from what is stored alone."""
+    rows = rows_of(result)
+    cells = [
+        [
+            f"{row['threshold']:g}",
+            f"{row['mean_layers']:.1f}",
+            f"{row['perplexity']:.1f}",
+            f"{row['perplexity_at_random']:.1f}" if "perplexity_at_random" in row else "",
+            f"{100 * row['agrees']:.1f}",
+            f"{100 * row['agrees_at_random']:.1f}" if "agrees_at_random" in row else "",
+            f"{row['operators']:.0f}",
+            f"{row['ms']:.2f}",
+        ]
+        for row in rows
+    ]
+    exits, came = result["exits"], result["provenance"]
+    each = ", ".join(f"{100 * one['agrees']:.0f} % after {one['layers']} layers" for one in exits["exits"])
+    said = (
+        f"SmolLM2 as it came (4 bits, a float16 cache), {sum(w['1.0']['tokens'] for w in result['windows']):,} tokens of "
+        f"the last quarter of WikiText-2's validation text in windows of {result['window_tokens']}, one by one. Exits "
+        f"from {exits['train_tokens']:,} tokens of its first half, gates from {exits['gate_tokens']:,} others of it, "
+        f"where the exit's likeliest token is that of all layers in {each}. Leaving at random: the same depths, other "
+        f"tokens. Operators that onnxruntime ran, the mean of {COUNTED} tokens. Times: {THREADS} thread, "
+        f"{result['machine']['cpu']}, load average {came['load_average_1min']:.1f}. {came['date']} at "
+        f"`{came['commit'][:12]}`."
+    )
+    return f"{markdown_table(HEADER, cells)}\n\n{said}"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
