@@ -245,14 +245,14 @@ def page_section(result: Json) -> str:
     ]
     exits, came = result["exits"], result["provenance"]
     each = ", ".join(f"{100 * one['agrees']:.0f} % after {one['layers']} layers" for one in exits["exits"])
+    tokens = sum(window["1.0"]["tokens"] for window in result["windows"])
     said = (
-        f"SmolLM2 as it came (4 bits, a float16 cache), {sum(w['1.0']['tokens'] for w in result['windows']):,} tokens of "
-        f"the last quarter of WikiText-2's validation text in windows of {result['window_tokens']}, one by one. Exits "
-        f"from {exits['train_tokens']:,} tokens of its first half, gates from {exits['gate_tokens']:,} others of it, "
-        f"where the exit's likeliest token is that of all layers in {each}. Leaving at random: the same depths, other "
-        f"tokens. Operators that onnxruntime ran, the mean of {COUNTED} tokens. Times: {THREADS} thread, "
-        f"{result['machine']['cpu']}, load average {came['load_average_1min']:.1f}. {came['date']} at "
-        f"`{came['commit'][:12]}`."
+        f"SmolLM2 as it came (4 bits, a float16 cache), {tokens:,} tokens of the last quarter of WikiText-2's "
+        f"validation text in windows of {result['window_tokens']}, one by one. Exits from {exits['train_tokens']:,} "
+        f"tokens of its first half, gates from {exits['gate_tokens']:,} others of it, where the exit's likeliest token "
+        f"is that of all layers in {each}. Leaving at random: the same depths, other tokens. Operators that onnxruntime "
+        f"ran, the mean of {COUNTED} tokens. Times: {THREADS} thread, {result['machine']['cpu']}, load average "
+        f"{came['load_average_1min']:.1f}. {came['date']} at `{came['commit'][:12]}`."
     )
     return f"{markdown_table(HEADER, cells)}\n\n{said}"
 
