@@ -250,9 +250,9 @@ def page_section(result: Json) -> str:
         f"SmolLM2 as it came (4 bits, a float16 cache), {tokens:,} tokens of the last quarter of WikiText-2's "
         f"validation text in windows of {result['window_tokens']}, one by one. Exits from {exits['train_tokens']:,} "
         f"tokens of its first half, gates from {exits['gate_tokens']:,} others of it, where the exit's likeliest token "
-        f"is that of all layers in {each}. Leaving at random: the same depths, other tokens. Operators that onnxruntime "
-        f"ran, the mean of {COUNTED} tokens. Times: {THREADS} thread, {result['machine']['cpu']}, load average "
-        f"{came['load_average_1min']:.1f}. {came['date']} at `{came['commit'][:12]}`."
+        f"is that of all layers in {each}. Leaving at random: the same depths, other tokens. Operators that "
+        f"onnxruntime ran: the mean of {COUNTED} tokens. Times: {THREADS} thread, {result['machine']['cpu']}, load "
+        f"average {came['load_average_1min']:.1f}. {came['date']} at `{came['commit'][:12]}`."
     )
     return f"{markdown_table(HEADER, cells)}\n\n{said}"
 
