@@ -155,7 +155,8 @@ class LeavingDecoder:
         for run in bound.parts:
             run()
         bound.head()
-        return bound.arrays["logits"][0]
+        logits: np.ndarray = bound.arrays["logits"][0]
+        return logits
 
     def _step(self, row: Row, token: int, past: int) -> np.ndarray:
         """Append a token through as many layers as it wants; return its logits [vocab]."""
@@ -178,7 +179,8 @@ class LeavingDecoder:
         bound.head()
         with self._counting:
             self._left[self._parts.depths[number]] += 1
-        return bound.arrays["logits"][0, 0].copy()
+        logits: np.ndarray = bound.arrays["logits"][0, 0].copy()
+        return logits
 
     def _bind(self, row: Row, tokens: int) -> _Bound:
         """Make arrays for some new tokens of a row, and bind the graphs to them: once for single tokens, 0.4 ms a time
@@ -186,7 +188,7 @@ class LeavingDecoder:
         """
         last = len(self._parts.parts) - 1
         dims, width = (1, tokens, self._hidden), (1, tokens, self._shape[1] * self._shape[3])
-        arrays = {
+        arrays: dict[str, np.ndarray] = {
             "input_ids": np.zeros((1, tokens), np.int64),
             "position_ids": np.zeros((1, tokens), np.int64),
             "logits_positions": np.zeros((1, 1), np.int64),

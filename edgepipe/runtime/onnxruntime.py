@@ -391,7 +391,7 @@ def open_leaving(path: Path, manifest: Mapping[str, Any], threads: int | None) -
             outputs |= {"next_states": states, "next_added": states, GATE: (floats, (None, None))}
         parts.append(opened(f"{PART}{number}", inputs, outputs))
         if number:
-            made = {f"new_{layer}": new for layer in layers}
+            made: _Ends = {f"new_{layer}": new for layer in layers}
             fills[number] = opened(f"{FILL}{number}", {**between, "position_ids": ids}, made)
     logits = (floats, (None, None, model["vocab_size"]))
     return Parts(parts=parts, fills=fills, head=opened(HEAD, {"normed": states}, {"logits": logits}), depths=depths)

@@ -96,7 +96,7 @@ class Exits:
         for one in record["exits"]:
             ctx.note(
                 f"after {one['layers']} layers the likeliest token is that of all in {one['agrees']:.1%} of "
-                f"{record['gate_tokens']:,} places, and the gate says rightly whether in {one['told']:.1%}"
+                f"{record['gate_tokens']:,} places, and the gate, fitted to them, says so rightly in {one['told']:.1%}"
             )
         info = dataclasses.replace(model.info, config={**model.info.config, "exits": list(self.layers)})
         return dataclasses.replace(model, info=info, weights=model.weights.replace(weights))
