@@ -6,11 +6,10 @@
 DIR (default: what EDGEPIPE_DATA names) holds wikitext2-valid.txt. SmolLM2 gets exits from texts of its first half;
 windows of its last quarter are scored through the bundle, token by token, as if they had been generated. Leaving at
 random gives each token an exit by lot, in the shares in which the gates of that threshold let them leave. Operators are
-counted by onnxruntime's profiler over the first tokens. `--no-times` builds and leaves the rest for a quiet machine:
-times are of the very runs that are scored, thresholds in turn window by window.
+counted by onnxruntime's profiler over the first tokens. Times are of the same tokens, thresholds in turn, by the clock
+and by the processor; `--no-times` leaves them for a quiet machine.
 
-Building took 12 minutes on a busy machine, 10 of them for the states of the texts; windows take 3 on a quiet one, and
-are stored one by one.
+Building took 12 minutes on a busy machine, 10 of them for the states of the texts. Windows are stored one by one.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ BUNDLE = ROOT / "runs" / NAME / f"{MODEL}-cpu" / "bundle"
 TEXT = "wikitext2-valid.txt"
 OPTIONS: dict[str, object] = {"layers": [18, 24], "samples": 64, "tokens": 256, "steps": 200}  # of the stage
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # the last one: all layers, by the graph of all layers
-WINDOW, WINDOWS, COUNTED, THREADS = 256, 6, 48, 1
+WINDOW, WINDOWS, COUNTED, TURNS, THREADS = 256, 4, 48, 5, 1
 HEADER = (
     "threshold",
     "mean layers",
@@ -61,6 +60,7 @@ HEADER = (
     "at random, %",
     "operators a token",
     "ms a token",
+    "of the processor",
 )
 
 
@@ -70,15 +70,13 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--data", type=Path, default=Path(os.environ.get("EDGEPIPE_DATA", ".")), help="the data's folder"
     )
-    parser.add_argument("--no-times", action="store_true", help="build alone: scores are timed, on a quiet machine")
+    parser.add_argument("--no-times", action="store_true", help="leave times for a run on a quiet machine")
     parser.add_argument("--page-only", action="store_true", help="rewrite the table from what is stored")
     options = parser.parse_args(arguments)
     if not options.page_only:
         result = built(options.data / TEXT)
-        if options.no_times:
-            return
         text = (options.data / TEXT).read_text(encoding="utf-8")
-        take(result, text[-len(text) // 4 :])
+        take(result, text[-len(text) // 4 :], times=not options.no_times)
     result = read_result(NAME)
     replace_section(PAGE, NAME, page_section(result))
     print(json.dumps({row["threshold"]: row["perplexity"] for row in rows_of(result)}))
@@ -108,21 +106,16 @@ def built(file: Path) -> Json:
     return result
 
 
-def take(result: Json, held: str) -> None:
-    """Score and time the windows that aren't stored of this bundle."""
-    bundle = BUNDLE
+def take(result: Json, held: str, *, times: bool) -> None:
+    """Score and time what isn't stored of this bundle."""
+    manifest, ids = read_bundle(BUNDLE).manifest, tokenized(held)
     if not result["windows"]:
-        result |= {"provenance": provenance(), "machine": describe_machine(THREADS), "window_tokens": WINDOW}
-    manifest = read_bundle(bundle).manifest
-    ids = tokenized(bundle, held)
+        result |= {"provenance": provenance(), "window_tokens": WINDOW}
     for threshold in THRESHOLDS:
         if str(threshold) not in result["operators"]:
-            result["operators"][str(threshold)] = executed(bundle, threshold, ids[:COUNTED])[0].total() / COUNTED
+            result["operators"][str(threshold)] = executed(BUNDLE, threshold, ids[:COUNTED])[0].total() / COUNTED
             write_result(NAME, result)
-    whole, parts = open_decoder(bundle, manifest, THREADS), open_leaving(bundle, manifest, THREADS)
-    run_steps(whole, ids[:COUNTED])
-    for threshold in THRESHOLDS[:-1]:  # warm
-        run_steps(leaving(parts, manifest, above(threshold)), ids[:COUNTED])
+    whole, parts = open_decoder(BUNDLE, manifest, THREADS), open_leaving(BUNDLE, manifest, THREADS)
     for number in range(len(result["windows"]), WINDOWS):
         window = ids[number * WINDOW : (number + 1) * WINDOW]
         full = run_steps(whole, window)
@@ -136,11 +129,22 @@ def take(result: Json, held: str) -> None:
             found[f"{threshold} at random"] = judged(by_lot, full, window)
         result["windows"].append(found)
         write_result(NAME, result)
+    if times and "times" not in result:
+        found = {"provenance": provenance(), "machine": describe_machine(THREADS), "tokens": COUNTED}
+        seconds: dict[str, list[list[float]]] = {str(threshold): [] for threshold in THRESHOLDS}
+        for turn in range(TURNS + 1):
+            for threshold in THRESHOLDS:
+                decoder = whole if threshold == 1 else leaving(parts, manifest, above(threshold))
+                steps = run_steps(decoder, ids[:COUNTED])
+                if turn:  # the first one warms up
+                    seconds[str(threshold)].append([steps.seconds, steps.processor])
+        result["times"] = {**found, "seconds": seconds}
+        write_result(NAME, result)
 
 
-def tokenized(bundle: Path, text: str) -> list[int]:
+def tokenized(text: str) -> list[int]:
     """Return the ids of the windows that are scored."""
-    model = load(bundle, threads=THREADS)
+    model = load(BUNDLE, threads=THREADS)
     assert isinstance(model, Model)
     return model.encode(text)[: WINDOW * WINDOWS]
 
@@ -155,26 +159,29 @@ class Steps:
     """Hold what a run of tokens one by one gave."""
 
     log_p: np.ndarray  # [n, vocab] after each token
-    seconds: float  # of the runs alone
+    seconds: float  # of the runs alone, by the clock
+    processor: float  # and by the processor
     depths: list[int]  # layers that each token went through; empty where all did
 
 
 def run_steps(decoder: Any, ids: Sequence[int]) -> Steps:
     """Run tokens one by one, as if they had been generated."""
-    cache, rows, seconds, depths = decoder.new_cache(1), [], 0.0, []
+    cache, rows, depths = decoder.new_cache(1), [], []
+    seconds = processor = 0.0
     one, first = np.array([1]), np.array([[0]])
     before = getattr(decoder, "tokens_by_depth", {})
     for place, token in enumerate(ids):
         given, past = np.array([[token]]), np.array([place])
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         logits = decoder.run(cache, given, past, one, first)
         seconds += time.perf_counter() - started
+        processor += time.process_time() - worked
         rows.append(log_softmax(logits[0, 0]))
         if before:
             after = decoder.tokens_by_depth
             depths.append(next(depth for depth in after if after[depth] > before[depth]))
             before = after
-    return Steps(log_p=np.stack(rows), seconds=seconds, depths=depths)
+    return Steps(log_p=np.stack(rows), seconds=seconds, processor=processor, depths=depths)
 
 
 def judged(steps: Steps, full: Steps, ids: Sequence[int]) -> Json:
@@ -186,7 +193,6 @@ def judged(steps: Steps, full: Steps, ids: Sequence[int]) -> Json:
         "agrees": int((steps.log_p.argmax(1) == full.log_p.argmax(1)).sum()),
         "tokens": len(ids),
         "left": {str(depth): count for depth, count in sorted(Counter(steps.depths).items())},
-        "seconds": steps.seconds,
     }
 
 
@@ -221,13 +227,12 @@ def rows_of(result: Json) -> list[Json]:
             found = [window.get(f"{threshold}{name}") for window in result["windows"]]
             if None in found:
                 continue
-            total = {key: sum(one[key] for one in found) for key in ("nll", "scored", "agrees", "tokens", "seconds")}
+            total = {key: sum(one[key] for one in found) for key in ("nll", "scored", "agrees", "tokens")}
             layers = sum(int(depth) * count for one in found for depth, count in one["left"].items())
             row |= {
                 f"perplexity{suffix}": math.exp(total["nll"] / total["scored"]),
                 f"agrees{suffix}": total["agrees"] / total["tokens"],
                 f"mean_layers{suffix}": layers / total["tokens"],
-                f"ms{suffix}": 1000 * total["seconds"] / total["tokens"],
             }
         rows.append(row)
     return rows
@@ -235,7 +240,14 @@ def rows_of(result: Json) -> list[Json]:
 
 def page_section(result: Json) -> str:
     """Return the table and the sentences below it, from what is stored alone."""
-    rows = rows_of(result)
+    rows, times = rows_of(result), result.get("times")
+
+    def took(threshold: float) -> list[str]:
+        if times is None:
+            return []
+        found = np.median(times["seconds"][str(float(threshold))], axis=0)
+        return [f"{1000 * one / times['tokens']:.2f}" for one in found.tolist()]
+
     cells = [
         [
             f"{row['threshold']:g}",
@@ -245,7 +257,7 @@ def page_section(result: Json) -> str:
             f"{100 * row['agrees']:.1f}",
             f"{100 * row['agrees_at_random']:.1f}" if "agrees_at_random" in row else "",
             f"{row['operators']:.0f}",
-            f"{row['ms']:.2f}",
+            *took(row["threshold"]),
         ]
         for row in rows
     ]
@@ -257,10 +269,15 @@ def page_section(result: Json) -> str:
         f"validation text in windows of {result['window_tokens']}, one by one. Exits from {exits['train_tokens']:,} "
         f"tokens of its first half, gates from {exits['gate_tokens']:,} others of it, where the exit's likeliest token "
         f"is that of all layers in {each}. Leaving at random: the same depths, other tokens. Operators that "
-        f"onnxruntime ran: the mean of {COUNTED} tokens. Times: {THREADS} thread, {result['machine']['cpu']}, load "
-        f"average {came['load_average_1min']:.1f}. {came['date']} at `{came['commit'][:12]}`."
+        f"onnxruntime ran: the mean of {COUNTED} tokens. {came['date']} at `{came['commit'][:12]}`."
     )
-    return f"{markdown_table(HEADER, cells)}\n\n{said}"
+    if times is not None:
+        said += (
+            f" Times of {times['tokens']} tokens: the median of {TURNS} turns, {THREADS} thread, "
+            f"{times['machine']['cpu']}, load average {times['provenance']['load_average_1min']:.1f}, "
+            f"{times['provenance']['date']}."
+        )
+    return f"{markdown_table(HEADER if times else HEADER[:-2], cells)}\n\n{said}"
 
 
 if __name__ == "__main__":
