@@ -122,8 +122,8 @@ def take(result: Json, held: str, *, times: bool) -> None:
         found = {"1.0": judged(full, full, window) | {"left": {str(manifest["model"]["layers"]): len(window)}}}
         for threshold in THRESHOLDS[:-1]:
             by_gates = run_steps(leaving(parts, manifest, above(threshold)), window)
-            order = np.random.default_rng([number, round(100 * threshold)]).permutation(by_gates.depths)
-            lots = [parts.depths.index(depth) for depth in order.tolist()]
+            order = np.random.default_rng([number, round(100 * threshold)]).permutation(by_gates.depths[1:])
+            lots = [parts.depths.index(depth) for depth in (by_gates.depths[0], *order.tolist())]  # the first stays
             by_lot = run_steps(leaving(parts, manifest, taking(lots)), window)
             found[str(threshold)] = judged(by_gates, full, window)
             found[f"{threshold} at random"] = judged(by_lot, full, window)

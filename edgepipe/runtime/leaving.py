@@ -2,7 +2,8 @@
 
 A token goes through part after part until a gate is above the threshold; the head is run once, for where it left. The
 keys and values of the layers it has skipped are made of its state at the exit, so that later tokens find something
-there. A prompt goes through all layers: it is run at once, and only its last token's answer is wanted.
+there. A prompt goes through all layers: it is run at once, and only its last token's answer is wanted. So does the very
+first token wherever it runs: later ones look at it when they look at nothing (attention sinks, arXiv:2309.17453).
 
 Rows run one after another, each with a cache of its own: they leave at different layers.
 """
@@ -167,7 +168,10 @@ class LeavingDecoder:
         last = len(bound.parts) - 1
         for number, run in enumerate(bound.parts):
             run()
-            if number == last or self._leaves(number, float(bound.gates[number][0, 0])):
+            if number == last:
+                break
+            gone = self._leaves(number, float(bound.gates[number][0, 0]))
+            if gone and past:
                 break
         if number < last:
             for name in ("states", "added"):

@@ -403,7 +403,7 @@ class Compile:
 
         exits = len(model.spec["exits"])
         ids = Asked.seeded(model.spec, 2 * exits + 2, ctx.seed + 1).ids
-        ways = [number % (exits + 1) for number in range(ids.shape[1])]  # every way after every other
+        ways = [(number - 1) % (exits + 1) for number in range(ids.shape[1])]  # the first token never leaves
         exact_graphs = _write_exact(exact, path)
         manifest = {"graphs": exact_graphs, "model": model.spec, "cache": {"dtype": self.cache_dtype}}
         whole, parts = open_decoder(path, manifest, None), open_leaving(path, manifest, None)

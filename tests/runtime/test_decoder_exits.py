@@ -71,7 +71,7 @@ def opened(bundle: Path, threshold: float | None = None) -> Model:
     return model
 
 
-@pytest.mark.parametrize("ways", [[0] * 9, [1] * 9, [2, 0, 1, 1, 0, 2, 0, 2, 1]])
+@pytest.mark.parametrize("ways", [[2, *[0] * 8], [2, *[1] * 8], [2, 0, 1, 1, 0, 2, 0, 2, 1]])
 def test_each_way_out_is_what_numpy_computes(folder: Path, bundle: Path, ways: list[int]) -> None:
     ids = ids_of(len(ways))
     decoder_ = leaving(bundle, taking(ways))
@@ -80,6 +80,14 @@ def test_each_way_out_is_what_numpy_computes(folder: Path, bundle: Path, ways: l
     np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
     counts = {depth: ways.count(way) for way, depth in enumerate(DEPTHS)}
     assert decoder_.tokens_by_depth == counts
+
+
+def test_the_first_token_never_leaves(bundle: Path, plain: Path) -> None:
+    """All later ones look at it."""
+    decoder_ = leaving(bundle, above(0.0))
+    got, expected = one_by_one(decoder_, ids_of(1)), one_by_one(whole(plain), ids_of(1))
+    assert np.array_equal(got, expected)
+    assert decoder_.tokens_by_depth == dict(zip(DEPTHS, (0, 0, 1), strict=True))
 
 
 def test_skipped_layers_have_keys_and_values_that_later_tokens_see(bundle: Path) -> None:
@@ -163,7 +171,8 @@ def test_thresholds_of_a_loaded_bundle(bundle: Path, plain: Path) -> None:
         left = model.tokens_by_depth
         assert sum(left.values()) == len(model.encode(PROMPT)) - 1  # each scored as if it had been generated
         means.append(sum(depth * count for depth, count in left.items()) / sum(left.values()))
-    assert means[0] == EXITS[0]
+    count = len(opened(bundle).encode(PROMPT)) - 1
+    assert means[0] == (EXITS[0] * (count - 1) + LAYERS) / count
     assert means == sorted(means)
     assert means[-1] > means[0]
 
@@ -187,7 +196,7 @@ def test_skipped_layers_are_not_run(bundle: Path) -> None:
         operators, ran = executed(bundle, threshold, ids)
         assert operators["GroupQueryAttention"] == operators["QuickGelu"] == ran
         totals[threshold] = ran, operators.total()
-    assert totals[0.0][0] == EXITS[0] * len(ids)
+    assert totals[0.0][0] == EXITS[0] * (len(ids) - 1) + LAYERS
     assert totals[1.0][0] == LAYERS * len(ids)
     assert totals[0.0][0] < totals[0.5][0] < totals[1.0][0]
     assert totals[0.0][1] < totals[1.0][1]

@@ -31,7 +31,7 @@ SMALL: dict[str, Any] = {"layers": (1, 3), "samples": 60, "tokens": 32, "batch":
 def test_it_adds_exits_and_leaves_the_model_alone(tmp_path: Path) -> None:
     """And the same seed gives the same exits."""
     model, notes = decoder(tmp_path, "llama grouped"), []
-    made = Exits(**SMALL, steps=30)(model, context(tmp_path, notes))
+    made = Exits(**SMALL, steps=10)(model, context(tmp_path, notes))
     assert made.info.config == {**model.info.config, "exits": [1, 3]}
     own = {name: weight for name, weight in made.weights.items() if name.startswith("exits.")}
     wanted = exit_weights(read_shape(model.info.config, None), (1, 3))
@@ -40,7 +40,7 @@ def test_it_adds_exits_and_leaves_the_model_alone(tmp_path: Path) -> None:
     for name in model.weights:
         assert np.array_equal(made.weights.float32(name), model.weights.float32(name))
     assert len([note for note in notes if "layers the likeliest token is that of all in" in note]) == 2
-    again = Exits(**SMALL, steps=30)(model, context(tmp_path))
+    again = Exits(**SMALL, steps=10)(model, context(tmp_path))
     for name in wanted:
         assert np.array_equal(made.weights.float32(name), again.weights.float32(name))
 
@@ -48,7 +48,7 @@ def test_it_adds_exits_and_leaves_the_model_alone(tmp_path: Path) -> None:
 def test_training_brings_an_exit_nearer_to_all_layers(tmp_path: Path) -> None:
     figures: list[Any] = []
     ctx = dataclasses.replace(context(tmp_path), figures=figures.append)
-    Exits(**SMALL, steps=60)(decoder(tmp_path, "llama grouped"), ctx)
+    Exits(**SMALL, steps=200)(decoder(tmp_path, "llama grouped"), ctx)
     (record,) = (one["exits"] for one in figures)
     assert record["train_tokens"] + record["gate_tokens"] == 60 * 32
     for one in record["exits"]:
@@ -67,8 +67,8 @@ def test_a_translator_finds_a_linear_change() -> None:
 
 def test_a_gate_learns_what_states_say() -> None:
     torch.manual_seed(0)
-    states = torch.randn(2000, 12) * torch.linspace(0.1, 3, 12)
-    right = states[:, 0].abs() > 0.07  # no hyperplane parts them
+    states = torch.randn(6000, 12) * torch.linspace(0.1, 3, 12)
+    right = states[:, 0] > 0.02  # the smallest of them says it
     gate = _gate(states, right)
     told = ((gate(states)[:, 0] > 0) == right).float().mean()
     assert told > 0.85
@@ -88,8 +88,8 @@ def test_down_the_river_and_scored(tmp_path: Path, tiny_model_dir: Path) -> None
         return evaluate(Path(made["bundle"]), "prose-eval", options, listener=Silent())
 
     early, whole, unsaid = scored(0), scored(1), scored(None)
-    assert early["details"]["mean_layers"] == 1
-    assert early["details"]["tokens_by_layers"] == {"1": 58, "2": 0}
+    assert early["details"]["tokens_by_layers"] == {"1": 56, "2": 2}, "the first token of a window stays"
+    assert early["details"]["mean_layers"] == (56 + 2 * 2) / 58
     assert whole["value"] == unsaid["value"] != early["value"]
     assert "mean_layers" not in whole["details"]
 
@@ -129,7 +129,11 @@ def test_models_that_cannot_have_exits_are_refused(tmp_path: Path, family_dir: C
         ("exits export compile", [("compile", "engine", "tvm")], "runs on onnxruntime, and the recipe asks for tvm"),
         ("exits export compile", [("compile", "cache_dtype", "int8")], "fills in keys and values as floats"),
         ("exits prune export compile", [], "prune: the model has exits"),
-        ("exits quantize export compile", [("quantize", "steps", 5)], "quantize.steps: the model has exits"),
+        (
+            "exits quantize export compile",
+            [("quantize", "bits", 8), ("quantize", "activations", "static")],
+            "quantize.activations=static: the model has exits",
+        ),
     ],
 )
 def test_what_does_not_go_with_exits_is_refused_before_any_work(
