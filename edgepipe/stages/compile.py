@@ -410,7 +410,7 @@ class Compile:
         for file in exact_graphs.values():
             (path / file).unlink()
         by_parts = [LeavingDecoder(parts, model.spec, self.cache_dtype, rule) for rule in (above(1), taking(ways))]
-        got = [one_by_one(decoder, ids) for decoder in (whole, *by_parts)]
+        got = [one_by_one(whole, ids), *(one_by_one(decoder, ids) for decoder in by_parts)]
         if not np.array_equal(got[0], got[1]):
             raise ContractError(
                 "the parts of the decoder, all run, differ from the graph of all layers: build it again"

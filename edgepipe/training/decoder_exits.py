@@ -66,7 +66,7 @@ class _Top:
 
     def likeliest(self, states: Tensor) -> Tensor:
         """Return the likeliest token [n] of each state [n, hidden]."""
-        return torch.cat([(self.norm(part) @ self.head.T).argmax(-1) for part in states.split(_ROWS)])
+        return torch.cat([(self.norm(part) @ self.head.T).argmax(-1) for part in torch.split(states, _ROWS)])
 
     def some(self) -> Callable[[Tensor, Tensor], Tensor]:
         """Return log-probabilities of states [n, hidden] among some tokens [m] → [n, m]."""
@@ -103,7 +103,7 @@ def _train(whole: _States, train: int, top: _Top, teaching: Teaching, ctx: Conte
             labels = top.likeliest(moved) == right
             normed = top.norm(moved)
         gate = _gate(normed, labels)
-        told = (gate(normed)[:, 0] > 0) == labels
+        told = (gate(normed) > 0) == labels
         record["exits"].append(
             {
                 "layers": depth,
@@ -115,10 +115,10 @@ def _train(whole: _States, train: int, top: _Top, teaching: Teaching, ctx: Conte
         named = {
             "translate.weight": translator.weight,
             "translate.bias": translator.bias,
-            "gate_in.weight": gate[0].weight,
-            "gate_in.bias": gate[0].bias,
-            "gate_out.weight": gate[2].weight[0],
-            "gate_out.bias": gate[2].bias,
+            "gate_in.weight": gate.inner.weight,
+            "gate_in.bias": gate.inner.bias,
+            "gate_out.weight": gate.outer.weight[0],
+            "gate_out.bias": gate.outer.bias,
         }
         for name, value in named.items():
             full = f"exits.{number}.{name}"
@@ -156,7 +156,7 @@ def _likely(last: Tensor, top: _Top) -> Tensor:
     """Return the tokens [m] that are most often among the likeliest."""
     places = last[:: max(1, len(last) // _LOOKED_AT)]
     counts = torch.zeros(len(top.head), dtype=torch.int64)
-    for part in places.split(_ROWS):
+    for part in torch.split(places, _ROWS):
         best = (top.norm(part) @ top.head.T).topk(min(_TOP, len(top.head))).indices
         counts += torch.bincount(best.flatten(), minlength=len(counts))
     return counts.argsort(descending=True, stable=True)[:_LIKELY]
@@ -191,30 +191,44 @@ def _distil(
         given = log_p(states[rows] + translator(states[rows]), likely)
         loss = functional.kl_div(given, wanted, log_target=True, reduction="batchmean")
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         losses.append(float(loss.detach()))
         ctx.progress("what stands in for later layers", step, teaching.steps)
     return [float(np.mean(part)) for part in np.array_split(losses, min(10, len(losses)))] if losses else []
 
 
-def _gate(normed: Tensor, right: Tensor) -> nn.Sequential:
+class _Gate(nn.Module):
+    """Give the log odds [n] of normed states [n, hidden]."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(hidden, GATE_WIDTH)
+        self.outer = nn.Linear(GATE_WIDTH, 1)
+
+    def forward(self, normed: Tensor) -> Tensor:
+        """Return the log odds."""
+        odds: Tensor = self.outer(functional.gelu(self.inner(normed)))[:, 0]
+        return odds
+
+
+def _gate(normed: Tensor, right: Tensor) -> _Gate:
     """Return a gate trained to tell where an exit is right, from normed states [n, hidden] and labels [n] bool."""
-    gate = nn.Sequential(nn.Linear(normed.shape[1], GATE_WIDTH), nn.GELU(), nn.Linear(GATE_WIDTH, 1))
+    gate = _Gate(normed.shape[1])
     scale = normed.std(0).clamp_min(1e-6)
     x, y = normed / scale, right.float()
     optimizer = torch.optim.AdamW(gate.parameters(), lr=_GATE_RATE, weight_decay=_GATE_DECAY)
     total = _GATE_PASSES * -(-len(x) // _GATE_BATCH)
     step = 0
     for _ in range(_GATE_PASSES):
-        for rows in torch.randperm(len(x)).split(_GATE_BATCH):
+        for rows in torch.split(torch.randperm(len(x)), _GATE_BATCH):
             for group in optimizer.param_groups:
                 group["lr"] = _GATE_RATE * (1 - step / total)
-            loss = functional.binary_cross_entropy_with_logits(gate(x[rows])[:, 0], y[rows])
+            loss = functional.binary_cross_entropy_with_logits(gate(x[rows]), y[rows])
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             step += 1
     with torch.no_grad():
-        gate[0].weight.div_(scale)  # type: ignore[operator]
+        gate.inner.weight.div_(scale)
     return gate
