@@ -10,6 +10,7 @@ Rows run one after another, each with a cache of its own: they leave at differen
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections import Counter
@@ -20,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from edgepipe.errors import ContractError
-from edgepipe.runtime.exits import GATE
+from edgepipe.runtime.exits import GATE, PART
 
 FILL, HEAD = "fill_", "head"  # names of graphs: keys and values of a part's layers, by its number; logits
 
@@ -47,6 +48,47 @@ class Parts:
     def layers(self, number: int) -> range:
         """Return the layers of a part."""
         return range((0, *self.depths)[number], self.depths[number])
+
+
+def ends_of_parts(model: Mapping[str, Any], cache_dtype: str) -> dict[str, dict[str, Any]]:
+    """Return inputs and outputs of the graphs by name, as a manifest describes ends; an axis with a name is free."""
+    heads, size = int(model["kv_heads"]), int(model["head_dim"])
+
+    def end(dtype: str, *shape: int | str) -> dict[str, Any]:
+        return {"dtype": dtype, "shape": [*shape]}
+
+    ids, wanted = end("int64", "batch", "sequence"), end("int64", "batch", "wanted")
+    states = end("float32", "batch", "sequence", int(model["hidden_size"]))
+    normed = end("float32", "batch", "wanted", int(model["hidden_size"]))
+    cache = end(cache_dtype, "batch", heads, int(model["context"]), size)
+    lengths = {"seqlens_k": end("int32", "batch"), "total_sequence_length": end("int32", 1)}
+    between = {"states": states, "added": states}
+    logits = end("float32", "batch", "wanted", int(model["vocab_size"]))
+    found: dict[str, dict[str, Any]] = {HEAD: {"inputs": {"normed": normed}, "outputs": {"logits": logits}}}
+    depths = (0, *model["exits"], model["layers"])
+    for number, (first, last) in enumerate(itertools.pairwise(depths)):
+        layers = [f"{kind}.{i}" for i in range(first, last) for kind in ("key", "value")]
+        inputs = {**(between if number else {"input_ids": ids}), **lengths, "logits_positions": wanted}
+        outputs = {"normed": normed, **{f"present_{layer}": cache for layer in layers}}
+        if number < len(depths) - 2:
+            outputs |= {"next_states": states, "next_added": states, GATE: end("float32", "batch", "wanted")}
+        inputs |= {f"past_{layer}": cache for layer in layers}
+        found[f"{PART}{number}"] = {"inputs": inputs, "outputs": outputs}
+        if number:
+            new = {f"new_{layer}": end("float32", "batch", "sequence", heads * size) for layer in layers}
+            found[f"{FILL}{number}"] = {"inputs": {**between, "position_ids": ids}, "outputs": new}
+    return found
+
+
+def join_parts(graphs: Mapping[str, Bindable], model: Mapping[str, Any]) -> Parts:
+    """Return opened graphs, given by name, in the order in which they run."""
+    depths = (*model["exits"], model["layers"])
+    return Parts(
+        parts=[graphs[f"{PART}{number}"] for number in range(len(depths))],
+        fills={number: graphs[f"{FILL}{number}"] for number in range(1, len(depths))},
+        head=graphs[HEAD],
+        depths=depths,
+    )
 
 
 @dataclass(slots=True, kw_only=True)

@@ -17,8 +17,8 @@ import numpy as np
 import onnxruntime as ort
 
 from edgepipe.errors import ContractError, TargetError
-from edgepipe.runtime.exits import GATE, PART
-from edgepipe.runtime.leaving import FILL, HEAD, Parts
+from edgepipe.runtime.exits import PART
+from edgepipe.runtime.leaving import Parts, ends_of_parts, join_parts
 from edgepipe.runtime.packed import Unpacked, unpack_weights
 from edgepipe.runtime.source_reading import SOURCE_MASK, Source, SourceReader, reads_sources
 
@@ -357,44 +357,13 @@ def open_parts(path: Path, manifest: Mapping[str, Any], threads: int | None) -> 
 
 
 def open_leaving(path: Path, manifest: Mapping[str, Any], threads: int | None) -> Parts:
-    """Open the graphs of a decoder with exits, but for that of all layers.
-
-    Raises TargetError when onnxruntime can't load one, ContractError when its ends are others than the model's facts
-    make them.
-    """
-    model, dtype = manifest["model"], manifest["cache"]["dtype"]
-    weights = unpack_weights(path, dict(manifest))
-    depths = (*model["exits"], model["layers"])
-    floats, ids = "tensor(float)", ("tensor(int64)", (None, None))
-    states = (floats, (None, None, model["hidden_size"]))
-    cache = (_TENSORS[dtype], (None, model["kv_heads"], model["context"], model["head_dim"]))
-    new = (floats, (None, None, model["kv_heads"] * model["head_dim"]))
-
-    def opened(role: str, inputs: _Ends, outputs: _Ends) -> Bindable:
+    """Open the graphs of a decoder with exits, but for that of all layers; raises what `open_parts` does."""
+    weights, graphs = unpack_weights(path, dict(manifest)), {}
+    for role, ends in ends_of_parts(manifest["model"], manifest["cache"]["dtype"]).items():
         session = open_session(path / manifest["graphs"][role], threads, others=True, weights=weights)
-        _compare_ends(session, inputs, outputs)
-        return Bindable(session)
-
-    parts, fills, last = [], {}, len(depths) - 1
-    between: _Ends = {"states": states, "added": states}
-    for number, depth in enumerate(depths):
-        layers = [f"{kind}.{i}" for i in range((0, *depths)[number], depth) for kind in ("key", "value")]
-        inputs: _Ends = {
-            **(between if number else {"input_ids": ids}),
-            "seqlens_k": ("tensor(int32)", (None,)),
-            "total_sequence_length": ("tensor(int32)", (1,)),
-            "logits_positions": ids,
-            **{f"past_{layer}": cache for layer in layers},
-        }
-        outputs: _Ends = {"normed": states, **{f"present_{layer}": cache for layer in layers}}
-        if number < last:
-            outputs |= {"next_states": states, "next_added": states, GATE: (floats, (None, None))}
-        parts.append(opened(f"{PART}{number}", inputs, outputs))
-        if number:
-            made: _Ends = {f"new_{layer}": new for layer in layers}
-            fills[number] = opened(f"{FILL}{number}", {**between, "position_ids": ids}, made)
-    logits = (floats, (None, None, model["vocab_size"]))
-    return Parts(parts=parts, fills=fills, head=opened(HEAD, {"normed": states}, {"logits": logits}), depths=depths)
+        check_graph_ends(session, ends)
+        graphs[role] = Bindable(session)
+    return join_parts(graphs, manifest["model"])
 
 
 _Ends = dict[str, tuple[str, tuple[int | None, ...]]]
