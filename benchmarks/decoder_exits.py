@@ -48,9 +48,9 @@ NAME, MODEL = "decoder-exits", "smollm2-135m"
 PAGE = ROOT / "docs" / "prune.md"
 BUNDLE = ROOT / "runs" / NAME / f"{MODEL}-cpu" / "bundle"
 TEXT = "wikitext2-valid.txt"
-OPTIONS: dict[str, object] = {"layers": [18, 24], "samples": 64, "tokens": 256, "steps": 200}  # of the stage
+OPTIONS: dict[str, object] = {"layers": [24, 27], "samples": 64, "tokens": 256, "steps": 200}  # of the stage
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # the last one: all layers, by the graph of all layers
-WINDOW, WINDOWS, COUNTED, TURNS, THREADS = 256, 3, 48, 3, 1
+WINDOW, WINDOWS, COUNTED, TURNS, THREADS = 256, 4, 48, 5, 1
 HEADER = (
     "threshold",
     "mean layers",

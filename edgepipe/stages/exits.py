@@ -26,7 +26,7 @@ class Exits:
     layers: tuple[int, ...] = ()  # of a decoder: layers after which tokens may leave, growing, below all of them
     calibration: str = ""  # texts it learns from: a set, a file, or "self" (the model writes them); empty: everyday
     samples: int = 128  # rows of these texts at most
-    tokens: int = 256  # of a row
+    tokens: int = 256  # tokens of a row
     steps: int = 300  # of training what stands in for the layers behind an exit
     batch: int = 256  # tokens of a step
     learning_rate: float = 1e-3  # highest one, after the warm-up
@@ -41,8 +41,6 @@ class Exits:
             raise ConfigError(f"exits.learning_rate: expected above 0 and up to 1, got {self.learning_rate}")
         if not 0 < self.gate_data < 1:
             raise ConfigError(f"exits.gate_data: expected a share above 0 and below 1, got {self.gate_data}")
-        if not self.layers:
-            raise ConfigError("exits.layers: expected layers after which tokens may leave, got none")
 
     @property
     def exits(self) -> tuple[int, ...]:
@@ -66,6 +64,8 @@ class Exits:
                 f"exits: expected a decoder of the Llama family ({', '.join(VARIANTS)}), but {model.info.name} is "
                 "none; an encoder gets them from distill.exits"
             )
+        if not self.layers:
+            raise ConfigError("exits.layers: expected layers after which tokens may leave, got none")
         if model.info.config.get("exits"):
             raise ConfigError(f"exits: {model.info.name} has exits already: leave the stage out")
         if model.activations is not None:

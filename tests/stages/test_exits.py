@@ -97,7 +97,6 @@ def test_down_the_river_and_scored(tmp_path: Path, tiny_model_dir: Path) -> None
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"layers": ()}, "exits.layers: expected layers after which tokens may leave, got none"),
         ({"samples": 1}, "exits.samples: expected at least 2, got 1"),
         ({"steps": -1}, "exits.steps: expected at least 0, got -1"),
         ({"gate_data": 1.0}, "exits.gate_data: expected a share above 0 and below 1, got 1.0"),
@@ -116,6 +115,8 @@ def test_exits_that_are_not_between_layers_are_refused(tmp_path: Path, layers: t
 
 
 def test_models_that_cannot_have_exits_are_refused(tmp_path: Path, family_dir: Callable[[str], Path]) -> None:
+    with pytest.raises(ConfigError, match=r"exits\.layers: expected layers after which tokens may leave, got none"):
+        Exits().check(decoder(tmp_path, "llama"))
     with pytest.raises(ConfigError, match="has exits already: leave the stage out"):
         Exits(layers=(1,)).check(with_exits(decoder(tmp_path, "llama")))
     for family in ("gpt2", "bert"):
