@@ -140,7 +140,7 @@ def compress_command(
     chosen += [parse_setting(text) for text in settings]
     chosen += [(stage, option, value) for stage, option, value in flags if value is not None]
     before = [stage for stage, asked in (("trim", trim_vocab), ("distill", student)) if asked is not None]
-    before += ["prune"] if any(stage == "prune" for stage, _, _ in chosen) else []
+    before += [name for name in ("prune", "exits") if any(stage == name for stage, _, _ in chosen)]
     recipe = resolve(target=target, file=recipe_file, settings=chosen, seed=seed, before=before)
     _say(f"recipe: {json.dumps(recipe.to_json())}")
     if dry_run:
@@ -339,7 +339,7 @@ def measure_command(
 @click.option("--max-new-tokens", default=64, show_default=True, help="Tokens of an answer at most.")
 @click.option("--stop", multiple=True, help="End an answer before this text.")
 @click.option("--batch", default=8, show_default=True, help="Examples that run together.")
-@click.option("--exit-threshold", type=float, help="When texts leave an encoder with exits.  [default: 0.5]")
+@click.option("--exit-threshold", type=float, help="When texts or tokens leave at exits.  [default: 0.5; decoder: 1]")
 @click.option("--threads", default=0, help="Threads of the engine.  [default: one per physical core]")
 @click.option("--seed", default=0, show_default=True, help="Seed of the intervals and of --limit.")
 def eval_command(

@@ -179,8 +179,10 @@ def _check(model: TorchModel, recipe: Recipe) -> None:
             stage.check(model)
         elif hasattr(stage, "reads"):
             stage.reads()
-        if leaves and not same and hasattr(stage, "check_exits"):
-            stage.check_exits("the student")
+        if leaves and hasattr(stage, "check_exits"):
+            stage.check_exits("the model" if same else "the student")
+        if hasattr(stage, "check_beside"):
+            stage.check_beside(dict(recipe.stages), recipe.target)
         same = same and not getattr(stage, "makes_another", False)
         leaves = leaves or bool(getattr(stage, "exits", ()))
 

@@ -24,7 +24,7 @@ from edgepipe.package_data import did_you_mean, fill_record
 from edgepipe.target import Target, load_target
 
 DEFAULT_STAGES = ("quantize", "export", "compile", "measure")
-_ORDER = ("trim", "distill", "prune", *DEFAULT_STAGES)  # where a stage goes that a flag asks for
+_ORDER = ("trim", "distill", "prune", "exits", *DEFAULT_STAGES)  # where a stage goes that a flag asks for
 _TOP_LEVEL = ("target", "stages", "seed")
 
 Stage = Any  # an instance of the dataclass in stages/NAME.py: options, and a __call__ from artifact to artifact

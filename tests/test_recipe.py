@@ -147,7 +147,7 @@ def test_settings_of_another_form(text: str) -> None:
         ),
         (
             [("shrink", "steps", 4)],
-            r"^there is no stage 'shrink': known are compile, distill, export, measure, prune, quantize, trim$",
+            r"^there is no stage 'shrink': known are compile, distill, exits, export, measure, prune, quantize, trim$",
         ),
         ([("", "bits", 4)], r"^there is no stage ''"),
         (
@@ -284,7 +284,7 @@ def test_a_negative_seed_from_a_flag() -> None:
 
 
 def test_every_stage_is_found_by_its_file() -> None:
-    assert list_stages() == ("compile", "distill", "export", "measure", "prune", "quantize", "trim")
+    assert list_stages() == ("compile", "distill", "exits", "export", "measure", "prune", "quantize", "trim")
     for name in list_stages():
         kind = find_stage(name)
         assert kind.__module__ == f"edgepipe.stages.{name}"

@@ -50,7 +50,8 @@ def test_an_unknown_stage() -> None:
     with pytest.raises(ConfigError, match=r"no stage 'exporrt' \(did you mean 'export'"):
         stage_options_help("exporrt")
     with pytest.raises(
-        ConfigError, match="no stage 'shrink': known are compile, distill, export, measure, prune, quantize, trim"
+        ConfigError,
+        match="no stage 'shrink': known are compile, distill, exits, export, measure, prune, quantize, trim",
     ):
         stage_options_help("shrink")
 

@@ -107,3 +107,11 @@ def in_steps(
         logits = decoder.run(cache, asked.ids[:, start:end], np.array([start]), np.array([end - start]), positions)
         pieces.append(logits.copy())
     return [np.concatenate(pieces, axis=1), *found]
+
+
+def one_by_one(decoder: Decoder, ids: np.ndarray) -> np.ndarray:
+    """Return the logits [n, vocab] of an opened decoder for ids [1, n], run token by token from the first on."""
+    cache = decoder.new_cache(1)
+    one, first = np.array([1]), np.array([[0]])
+    steps = (decoder.run(cache, ids[:, [i]], np.array([i]), one, first)[0, 0].copy() for i in range(ids.shape[1]))
+    return np.stack(list(steps))

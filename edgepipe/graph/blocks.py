@@ -42,6 +42,20 @@ def self_projections(
     return q, k, v
 
 
+def keys_and_values(
+    g: GraphBuilder, s: Shape, i: int, p: str, h: ir.Value, positions: ir.Value, tables: Tables
+) -> tuple[ir.Value, ir.Value]:
+    """Return what `self_projections` does, but for the queries."""
+    width = s.kv_heads * s.head_dim
+    k = linear(g, p + "self_attn.k_proj", h, width, s.hidden, bias=s.qkv_bias)
+    v = linear(g, p + "self_attn.v_proj", h, width, s.hidden, bias=s.qkv_bias)
+    if s.variant.qk_norm:
+        k = head_norm(g, s, p + "self_attn.k_norm.weight", k, s.kv_heads)
+    if s.ropes[i]:
+        k = g.op("RotaryEmbedding", [k, *tables, positions], {"num_heads": s.kv_heads})
+    return k, v
+
+
 def cached_attention(g: GraphBuilder, s: Shape, i: int, qkv: Projected, positions: ir.Value) -> ir.Value:
     """Attend causally over past and new tokens; the graph gains layer `i`'s past inputs and present outputs."""
     past = [

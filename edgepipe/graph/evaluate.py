@@ -15,6 +15,8 @@ from onnx.reference import ReferenceEvaluator
 
 from edgepipe.artifacts import OnnxModel
 from edgepipe.graph.dialect import OPSET, weight_name
+from edgepipe.runtime.exits import PART
+from edgepipe.runtime.leaving import FILL, HEAD
 from edgepipe.weights import WeightStore
 
 
@@ -65,6 +67,35 @@ def logits_in_pieces(
         caches = {name.replace("present_", "past_"): value for name, value in found.items()}
         start += count
     return np.concatenate(logits, axis=1)
+
+
+def logits_leaving(model: OnnxModel, input_ids: np.ndarray, leaves: Sequence[int]) -> np.ndarray:
+    """Return logits [tokens, vocab] float32 of ids [1, tokens] one by one, each leaving behind the part that it names.
+
+    Keys and values of the layers that a token skips are made by the graphs that fill them in (graph/exits.py).
+    """
+    spec, weights = model.spec, model.weights
+    depths = (0, *spec["exits"], spec["layers"])
+    empty = np.zeros((1, spec["kv_heads"], 0, spec["head_dim"]), np.float32)
+    caches = {f"{kind}.{i}": empty for kind in ("key", "value") for i in range(spec["layers"])}
+    rows = []
+    for place, part in enumerate(leaves):
+        step = {"position_ids": np.array([[place]]), "logits_positions": np.array([[0]])}
+        given = {"input_ids": input_ids[:, [place]]}
+        for number in range(part + 1):
+            own = range(depths[number], depths[number + 1])
+            past = {f"past_{kind}.{i}": caches[f"{kind}.{i}"] for kind in ("key", "value") for i in own}
+            found = evaluate(model.graphs[f"{PART}{number}"], weights, {**given, **step, **past})
+            caches |= {name.removeprefix("present_"): found[name] for name in found if name.startswith("present_")}
+            given = {name: found[f"next_{name}"] for name in ("states", "added") if f"next_{name}" in found}
+        for number in range(part + 1, len(depths) - 1):
+            feeds = {**given, "position_ids": step["position_ids"]}
+            for name, value in evaluate(model.graphs[f"{FILL}{number}"], weights, feeds).items():
+                new = value.reshape(1, 1, spec["kv_heads"], spec["head_dim"]).swapaxes(1, 2)
+                name = name.removeprefix("new_")
+                caches[name] = np.concatenate([caches[name], new], axis=2)
+        rows.append(evaluate(model.graphs[HEAD], weights, {"normed": found["normed"]})["logits"][0, 0])
+    return np.stack(rows)
 
 
 def prompt_logits(model: OnnxModel, input_ids: np.ndarray) -> np.ndarray:

@@ -12,11 +12,14 @@ Graph `decoder` (B batch, S new tokens, P past tokens, T = P + S, L logits posit
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx_ir as ir
 
 from edgepipe.artifacts import Json, ModelInfo
 from edgepipe.errors import ConfigError
 from edgepipe.graph.blocks import (
+    Tables,
     attention_output,
     cached_attention,
     linear,
@@ -48,10 +51,13 @@ def expected_weights(shape: Shape, *, tied: bool) -> dict[str, tuple[int, ...]]:
     return names
 
 
-def check_weights(weights: WeightStore, shape: Shape) -> None:
-    """Compare a store with what the config promises; ConfigError names the first tensor that contradicts it."""
+def check_weights(weights: WeightStore, shape: Shape, others: Mapping[str, tuple[int, ...]] | None = None) -> None:
+    """Compare a store with what the config promises; ConfigError names the first tensor that contradicts it.
+
+    `others` are parameters beside those of the family, with their shapes.
+    """
     tied = weights.aliases.get("lm_head.weight") is not None
-    expected = expected_weights(shape, tied=tied)
+    expected = {**expected_weights(shape, tied=tied), **(others or {})}
     for name, dims in expected.items():
         if name not in weights:
             raise ConfigError(f"config.json promises {name} {list(dims)}, but the weights do not have it")
@@ -74,17 +80,33 @@ def build_decoder(shape: Shape, config: Json) -> bytes:
     positions = g.input("position_ids", ir.DataType.INT64, ["batch", "sequence"])
     wanted = g.input("logits_positions", ir.DataType.INT64, ["batch", "wanted"])
     tables = rotary_tables(g, shape, config)
+    x = decoder_layers(g, shape, embedded(g, shape, ids), positions, tables, range(shape.layers))
+    picked = pick_positions(g, norm(g, shape, "model.norm.weight", x), wanted)
+    g.output("logits", head_logits(g, shape, picked), ir.DataType.FLOAT, ["batch", "wanted", shape.vocab])
+    return g.finish()
+
+
+def embedded(g: GraphBuilder, shape: Shape, ids: ir.Value) -> ir.Value:
+    """Return the embeddings [B, S, hidden] of ids [B, S]."""
     x = g.op("Gather", [g.weight("model.embed_tokens.weight", [shape.vocab, shape.hidden]), ids])
-    x = scaled(g, x, shape.embedding_scale)
-    for i in range(shape.layers):
+    return scaled(g, x, shape.embedding_scale)
+
+
+def decoder_layers(
+    g: GraphBuilder, shape: Shape, x: ir.Value, positions: ir.Value, tables: Tables, layers: range
+) -> ir.Value:
+    """Run some of the layers on the stream x [B, S, hidden], each with its past and present."""
+    for i in layers:
         p = f"model.layers.{i}."
         h = norm(g, shape, p + "input_layernorm.weight", x)
         qkv = self_projections(g, shape, i, p, h, positions, tables)
         y = cached_attention(g, shape, i, qkv, positions)
         x = attention_output(g, shape, p + "self_attn.o_proj", x, y)
         x = mlp(g, shape, p, x)
-    picked = pick_positions(g, norm(g, shape, "model.norm.weight", x), wanted)
-    logits = linear(g, "lm_head", picked, shape.vocab, shape.hidden, bias=False)
-    logits = scaled(g, logits, 1 / shape.logits_divisor)
-    g.output("logits", logits, ir.DataType.FLOAT, ["batch", "wanted", shape.vocab])
-    return g.finish()
+    return x
+
+
+def head_logits(g: GraphBuilder, shape: Shape, normed: ir.Value) -> ir.Value:
+    """Return the logits [B, L, vocab] of normed states [B, L, hidden]."""
+    logits = linear(g, "lm_head", normed, shape.vocab, shape.hidden, bias=False)
+    return scaled(g, logits, 1 / shape.logits_divisor)

@@ -6,7 +6,7 @@ Source: Touvron et al., arXiv:2302.13971, and the model files of transformers 5.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -199,6 +199,12 @@ def rotary_frequencies(config: Json, shape: Shape) -> tuple[np.ndarray, float]:
         return (1.0 / (base**steps)).numpy(), 1.0
     inverse, factor = ROPE_INIT_FUNCTIONS[kind](c, torch.device("cpu"))
     return inverse.float().numpy(), float(factor)
+
+
+def check_exits(exits: Sequence[int], layers: int) -> None:
+    """Refuse exits that don't stand between layers."""
+    if sorted({*exits}) != [*exits] or not 1 <= exits[0] <= exits[-1] < layers:
+        raise ConfigError(f"exits: expected growing numbers of layers from 1 to below all {layers}, got {[*exits]}")
 
 
 def block_weights(shape: Shape, p: str) -> dict[str, tuple[int, ...]]:

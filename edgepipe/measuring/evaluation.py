@@ -119,13 +119,16 @@ def _score_text(bundle: Path, against: Path | None, data: Data, options: Evaluat
             raise ConfigError(f"{bundle} and {against} have vocabularies of different sizes: they can't be compared")
         model, reference = open_scorer(bundle), open_scorer(against)
         found = quality.compare_windows(model, reference, windows, lambda d, n: progress("kl-to-float", d, n))
-        return _Scored(rows=found.rows, against=None, details=_divergence_details(found, window))
+        details = {**_divergence_details(found, window), **_depths(model)}
+        return _Scored(rows=found.rows, against=None, details=details)
     rows = []
+    left: list[Json] = []
     for number, path in enumerate(paths):
         scored = open_scorer(path)  # one model at a time in memory
         rows.append(quality.score_windows(scored, windows, _tick(progress, "perplexity", number, len(paths))))
+        left.append(_depths(scored))
         del scored
-    details = {"tokens": int(rows[0][:, 1].sum()), "window_tokens": window}
+    details = {"tokens": int(rows[0][:, 1].sum()), "window_tokens": window, **left[0]}
     return _Scored(rows=rows[0], against=rows[1] if against is not None else None, details=details)
 
 
@@ -203,7 +206,7 @@ def _label(
         )
     _check_chat(model, options)
     rows = tasks.chosen_rows(model, labelled, labels, options.prompt, options.chat, tick)
-    return rows[:, :1], {**details, "prompts_cut": int(rows[:, 1].sum())}
+    return rows[:, :1], {**details, **_depths(model), "prompts_cut": int(rows[:, 1].sum())}
 
 
 def _answer(path: Path, asked: list[examples.Asked], options: Evaluation, tick: tasks.Tick) -> tuple[np.ndarray, Json]:
@@ -224,7 +227,7 @@ def _answer(path: Path, asked: list[examples.Asked], options: Evaluation, tick: 
     )
     wanted = [one.references for one in asked]
     shown = [{"input": o.text, "answer": a, "references": o.references} for o, a in zip(asked, answers, strict=True)]
-    details: Json = {"references": sum(map(len, wanted)), "answers": shown[:_SHOWN_ANSWERS]}
+    details: Json = {"references": sum(map(len, wanted)), "answers": shown[:_SHOWN_ANSWERS], **_depths(model)}
     if options.metric == "bleu":
         return scores.bleu_rows(answers, wanted), {"signature": scores.bleu_signature(answers, wanted), **details}
     if options.metric == "exact":
@@ -247,13 +250,15 @@ def _open(path: Path, options: Evaluation) -> object:
 
 
 def _depths(model: object) -> Json:
-    """Return how many layers texts went through, of an encoder with exits; nothing of others."""
-    found = model.texts_by_depth if isinstance(model, Encoder) else {}
+    """Return how many layers texts, or a decoder's tokens, went through where they may leave; nothing of others."""
+    what = "texts" if isinstance(model, Encoder) else "tokens"
+    found: dict[int, int] = {}
+    if isinstance(model, Encoder | Model):
+        found = model.texts_by_depth if isinstance(model, Encoder) else model.tokens_by_depth
     if not found:
         return {}
-    texts = sum(found.values())
-    mean = sum(depth * count for depth, count in found.items()) / texts
-    return {"mean_layers": mean, "texts_by_layers": {str(depth): count for depth, count in found.items()}}
+    mean = sum(depth * count for depth, count in found.items()) / max(1, sum(found.values()))
+    return {"mean_layers": mean, f"{what}_by_layers": {str(depth): count for depth, count in found.items()}}
 
 
 def _refusal(path: Path, metric: str, what: str) -> ConfigError:

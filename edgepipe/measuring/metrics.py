@@ -10,9 +10,9 @@ from edgepipe.measuring import quality, scores, tasks
 from edgepipe.package_data import did_you_mean
 from edgepipe.rows import Columns, parse_columns
 
-_TEXT_OPTIONS = frozenset({"tokens", "window", "stride"})
+_TEXT_OPTIONS = frozenset({"tokens", "window", "stride", "exit_threshold"})
 TABLE_OPTIONS = frozenset({"limit", "columns", "header", "batch"})
-_ANSWER_OPTIONS = TABLE_OPTIONS | {"prompt", "chat", "max_new_tokens", "stop"}
+_ANSWER_OPTIONS = TABLE_OPTIONS | {"prompt", "chat", "max_new_tokens", "stop", "exit_threshold"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +85,7 @@ class Evaluation:
     max_new_tokens: int = 64
     stop: tuple[str, ...] = ()  # an answer ends before one of these
     batch: int = 8  # examples that run together
-    exit_threshold: float | None = None  # of an encoder with exits: when a text leaves; None: 0.5
+    exit_threshold: float | None = None  # of a model with exits: when what it reads leaves; None: 0.5, a decoder 1
     threads: int = 0  # of the engine; 0: its choice
     seed: int = 0  # of the bootstrap and of `limit`
 

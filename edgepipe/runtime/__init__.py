@@ -13,6 +13,7 @@ from edgepipe.errors import ConfigError, ContractError, TargetError
 from edgepipe.runtime.bundle import GENERATION, Bundle, read_bundle, verify_hashes
 from edgepipe.runtime.encoder import Encoder
 from edgepipe.runtime.exits import USUAL_THRESHOLD, LeavingGraph, check_threshold, has_exits
+from edgepipe.runtime.leaving import LeavingDecoder, above
 from edgepipe.runtime.prompts import Message
 from edgepipe.runtime.text_generation import Generation, Model
 
@@ -42,8 +43,9 @@ def load(
 
     :param threads: processor threads of the engine, shared by all callers; None = the engine's choice.
     :param callers: calls that may run at a time, ≥ 1.
-    :param exit_threshold: of an encoder with exits, from 0 to 1: a text leaves at the first exit whose gate gives a
-        higher probability that the answer there is right already; 1: none leaves. None = 0.5.
+    :param exit_threshold: of a model with exits, from 0 to 1: a text, or a token of a decoder, leaves at the first exit
+        whose gate gives a higher probability that the answer there is right already; 1: none leaves. None = 0.5 for an
+        encoder, 1 for a decoder.
     :raises ConfigError: when `path` is no bundle, or a value is out of range.
     :raises ContractError: when a file of the bundle is missing or has the wrong size, or the graph isn't the one
         the manifest describes. Hashes are not read here: see `verify_hashes`.
@@ -66,8 +68,8 @@ def open_graphs(
 ) -> Any:
     """Open the graphs of a bundle in its engine: a decoder (text_generation.py says what it offers), or one graph.
 
-    Of a model with exits the parts are opened, and offered as one graph (exits.py); not `in_parts`, its graph of all
-    layers.
+    Of a model with exits the parts are opened, and offered as one graph (exits.py, leaving.py); not `in_parts`, and of
+    a decoder at 1, its graph of all layers.
 
     Raises TargetError when the engine isn't there or can't load them, ContractError when the manifest describes others.
     """
@@ -87,6 +89,9 @@ def open_graphs(
     from edgepipe.runtime.packed import unpack_weights
 
     if not manifest["ends"]:
+        if has_exits(manifest) and in_parts and exit_threshold < 1:
+            parts = engine.open_leaving(bundle.path, manifest, threads)
+            return LeavingDecoder(parts, manifest["model"], manifest["cache"]["dtype"], above(exit_threshold))
         return engine.open_decoder(bundle.path, manifest, threads)
     if has_exits(manifest) and in_parts:
         return LeavingGraph(engine.open_parts(bundle.path, manifest, threads), _depths(manifest), exit_threshold)

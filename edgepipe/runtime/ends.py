@@ -6,11 +6,12 @@ are what the manifest says is checked when the engine opens them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgepipe.errors import ConfigError
 from edgepipe.runtime.exits import PART
+from edgepipe.runtime.leaving import FILL, HEAD
 
 ROLES = {"text-generation": ("decoder",), "text2text-generation": ("encoder", "decoder")}  # graphs; else: model
 DTYPES = ("float32", "float16", "int64", "int32", "bool")
@@ -27,8 +28,15 @@ def check_ends(manifest: Mapping[str, Any]) -> None:
     """Raise ConfigError unless `ends`, whose types have been checked, has the graphs, names and shapes of the task."""
     task, ends, model = manifest["task"], manifest["ends"], manifest["model"]
     roles = ROLES.get(task, ("model",))
-    if not ends and task in ROLES:
-        return  # a preallocated cache: the ends of such graphs follow from the sizes
+    if not ends and task in ROLES:  # a preallocated cache: the ends of such graphs follow from the sizes
+        if "exits" in model:
+            _check_parts(manifest, behind=FILL, others=(HEAD,))
+            if manifest["engine"] != "onnxruntime" or manifest["cache"]["dtype"] == "int8":
+                raise ConfigError(
+                    "manifest.json: a decoder with model.exits is for onnxruntime, with a cache of floats: build it "
+                    "again"
+                )
+        return
     if set(ends) != set(roles):
         named = ", ".join(ends) or "none"
         raise ConfigError(f"manifest.json: ends must describe {' and '.join(roles)} for {task}, but describe {named}")
@@ -90,8 +98,22 @@ def _check_model(
 
 
 def _check_exits(manifest: Mapping[str, Any]) -> None:
-    """Raise ConfigError unless a model's exits stand between its layers, each has its graph, and rows can leave."""
-    model, ends = manifest["model"], manifest["ends"]
+    """Raise ConfigError unless an encoder's exits have their graphs, and rows can leave."""
+    ends = manifest["ends"]
+    _check_parts(manifest)
+    texts: Ends = dict.fromkeys(_TEXT_INPUTS[:2], ("int64", (_FREE, _FREE)))
+    _compare(ends["model"]["inputs"], texts, "ends.model.inputs")
+    for name, facts in ends["model"]["outputs"].items():
+        if not facts["shape"] or not isinstance(facts["shape"][0], str):
+            raise ConfigError(f"manifest.json: ends.model.outputs.{name[:80]} must have a row for each text")
+
+
+def _check_parts(manifest: Mapping[str, Any], *, behind: str = "", others: Sequence[str] = ()) -> None:
+    """Raise ConfigError unless a model's exits stand between its layers, and each has its graphs.
+
+    `behind` begins the names of a graph for each part but the first, beside the part itself; `others` are further ones.
+    """
+    model = manifest["model"]
     exits, layers = model["exits"], model.get("layers")
     numbers = [*exits, layers] if isinstance(exits, list) and exits else [None]
     whole = [number for number in numbers if type(number) is int and 1 <= number <= _MOST_LAYERS]
@@ -100,14 +122,11 @@ def _check_exits(manifest: Mapping[str, Any]) -> None:
     hidden = model.get("hidden_size")
     if type(hidden) is not int or hidden < 1:
         raise ConfigError("manifest.json: model.hidden_size must be a whole number of at least 1 where there are exits")
-    for number in range(len(numbers)):
-        if f"{PART}{number}" not in manifest["graphs"]:
-            raise ConfigError(f"manifest.json: graphs must name {PART}{number} for model.exits, but does not")
-    texts: Ends = dict.fromkeys(_TEXT_INPUTS[:2], ("int64", (_FREE, _FREE)))
-    _compare(ends["model"]["inputs"], texts, "ends.model.inputs")
-    for name, facts in ends["model"]["outputs"].items():
-        if not facts["shape"] or not isinstance(facts["shape"][0], str):
-            raise ConfigError(f"manifest.json: ends.model.outputs.{name[:80]} must have a row for each text")
+    wanted = [f"{PART}{number}" for number in range(len(numbers))]
+    wanted += [f"{behind}{number}" for number in range(1, len(numbers)) if behind]
+    for name in (*wanted, *others):
+        if name not in manifest["graphs"]:
+            raise ConfigError(f"manifest.json: graphs must name {name} for model.exits, but does not")
 
 
 def _compare(described: Mapping[str, Any], expected: Ends, where: str) -> None:

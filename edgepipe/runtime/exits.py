@@ -27,18 +27,19 @@ USUAL_THRESHOLD = 0.5  # leave where that is likelier right than not: what gates
 
 
 def has_exits(manifest: Mapping[str, Any]) -> bool:
-    """Say whether a bundle is of an encoder whose texts may leave between its layers."""
-    return "model" in manifest["ends"] and bool(manifest["model"].get("exits"))
+    """Say whether a bundle is of a model whose texts, or a decoder's tokens, may leave between its layers."""
+    return bool(manifest["model"].get("exits"))
 
 
 def check_threshold(threshold: object, manifest: Mapping[str, Any]) -> float:
-    """Return the threshold that counts; ConfigError when it is no share, or the bundle has no exits."""
+    """Return the threshold that counts; ConfigError when it is no share, or the bundle has no exits.
+
+    Of a decoder all tokens go through all layers unless somebody asks for less: what one loses, the next ones build on.
+    """
     if threshold is None:
-        return USUAL_THRESHOLD
+        return USUAL_THRESHOLD if "model" in manifest["ends"] else 1.0
     if not has_exits(manifest):
-        raise ConfigError(
-            "exit_threshold: this bundle's model has no exits, all texts go through all layers: leave it out"
-        )
+        raise ConfigError("exit_threshold: this bundle's model has no exits, all of it is run: leave it out")
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
         raise ConfigError(f"exit_threshold must be a number from 0 to 1, but is {threshold!r}")
     return float(threshold)

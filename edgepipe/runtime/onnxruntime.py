@@ -18,6 +18,7 @@ import onnxruntime as ort
 
 from edgepipe.errors import ContractError, TargetError
 from edgepipe.runtime.exits import PART
+from edgepipe.runtime.leaving import Parts, ends_of_parts, join_parts
 from edgepipe.runtime.packed import Unpacked, unpack_weights
 from edgepipe.runtime.source_reading import SOURCE_MASK, Source, SourceReader, reads_sources
 
@@ -290,6 +291,28 @@ class Graph:
         return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
 
 
+class Bindable:
+    """Bind one graph to arrays that stay where they are. Safe for concurrent calls on different arrays."""
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self._session = session
+
+    def bind(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> Callable[[], None]:
+        """Return what computes the graph once; an array that is input and output is changed where it lies."""
+        binding = self._session.io_binding()
+        arrays = {id(array): array for array in (*inputs.values(), *outputs.values())}
+        values = {key: ort.OrtValue.ortvalue_from_numpy(array) for key, array in arrays.items()}
+        for name, array in inputs.items():
+            binding.bind_ortvalue_input(name, values[id(array)])
+        for name, array in outputs.items():
+            binding.bind_ortvalue_output(name, values[id(array)])
+
+        def compute(_alive: object = (values, arrays)) -> None:
+            self._session.run_with_iobinding(binding)
+
+        return compute
+
+
 def open_graph(
     file: Path,
     threads: int | None,
@@ -331,6 +354,16 @@ def open_parts(path: Path, manifest: Mapping[str, Any], threads: int | None) -> 
         _compare_ends(session, {**inputs, "attention_mask": ids}, {**answer, **leaving})
         parts.append(Graph(session))
     return parts
+
+
+def open_leaving(path: Path, manifest: Mapping[str, Any], threads: int | None) -> Parts:
+    """Open the graphs of a decoder with exits, but for that of all layers; raises what `open_parts` does."""
+    weights, graphs = unpack_weights(path, dict(manifest)), {}
+    for role, ends in ends_of_parts(manifest["model"], manifest["cache"]["dtype"]).items():
+        session = open_session(path / manifest["graphs"][role], threads, others=True, weights=weights)
+        check_graph_ends(session, ends)
+        graphs[role] = Bindable(session)
+    return join_parts(graphs, manifest["model"])
 
 
 _Ends = dict[str, tuple[str, tuple[int | None, ...]]]

@@ -16,6 +16,7 @@ from edgepipe.errors import ConfigError
 from edgepipe.runtime.bundle import Bundle
 from edgepipe.runtime.caches import CachePool, Slot
 from edgepipe.runtime.chat import ChatTemplate
+from edgepipe.runtime.leaving import LeavingDecoder
 from edgepipe.runtime.prompts import Message, checked_ids, checked_stop, choice_ids, split_prompts
 from edgepipe.runtime.sampling import Sampling, choose_token, log_softmax, random_generator
 from edgepipe.runtime.tokenizer import StopFilter, Tokenizer
@@ -116,6 +117,14 @@ class Model:
     def cache_bytes(self) -> int:
         """Return the bytes of one caller's key/value cache at full context."""
         return self._decoder.cache_bytes
+
+    @property
+    def tokens_by_depth(self) -> dict[int, int]:
+        """Return how many tokens that ran alone left after how many layers, since the model was loaded.
+
+        Empty where it has no exits, or was loaded with a threshold of 1.
+        """
+        return self._decoder.tokens_by_depth if isinstance(self._decoder, LeavingDecoder) else {}
 
     @property
     def manifest(self) -> Mapping[str, Any]:

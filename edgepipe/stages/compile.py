@@ -16,8 +16,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgepipe.artifacts import ActivationPlan, CompiledModel, Context, Json, ModelInfo, OnnxModel, TorchModel
-from edgepipe.compiling.checks import EXACT, Asked, beside_one, in_steps, portable, within, worst_error, worst_loss
-from edgepipe.errors import ConfigError, TargetError
+from edgepipe.compiling.checks import (
+    EXACT,
+    Asked,
+    beside_one,
+    in_steps,
+    one_by_one,
+    portable,
+    within,
+    worst_error,
+    worst_loss,
+)
+from edgepipe.errors import ConfigError, ContractError, TargetError
 from edgepipe.runtime.exits import GATE
 from edgepipe.target import AUTO, ENGINES, Target
 
@@ -169,6 +179,10 @@ class Compile:
         from edgepipe.graph.parts import used_weights
 
         chosen = self._engine(ctx.target)
+        if "exits" in model.spec and "ends" not in model.spec:
+            from edgepipe.stages.exits import check_engine
+
+            check_engine(chosen, self.cache_dtype)
         level = self.accuracy_level if self.accuracy_level >= 0 else ctx.target.onnxruntime.accuracy_level
         path = ctx.work_dir / "bundle"
         path.mkdir()
@@ -375,6 +389,35 @@ class Compile:
             got = _runin_steps(path, files, model, asked, self.cache_dtype, scales)
             found += f", {within('as shipped', worst_loss(got, expected), self._allowed(model))}"
         ctx.note(found)
+        if "exits" in model.spec:
+            self._check_leaving(model, exact, path, ctx)
+
+    def _check_leaving(self, model: OnnxModel, exact: Mapping[str, bytes], path: Path, ctx: Context) -> None:
+        """Compare tokens that leave at each exit with the portable graphs, and those that leave at none with them all.
+
+        What is left at none runs other graphs than `decoder`, and must give the same bits.
+        """
+        from edgepipe.graph.evaluate import logits_leaving
+        from edgepipe.runtime.leaving import LeavingDecoder, above, taking
+        from edgepipe.runtime.onnxruntime import open_decoder, open_leaving
+
+        exits = len(model.spec["exits"])
+        ids = Asked.seeded(model.spec, 2 * exits + 2, ctx.seed + 1).ids
+        ways = [(number - 1) % (exits + 1) for number in range(ids.shape[1])]  # the first token never leaves
+        exact_graphs = _write_exact(exact, path)
+        manifest = {"graphs": exact_graphs, "model": model.spec, "cache": {"dtype": self.cache_dtype}}
+        whole, parts = open_decoder(path, manifest, None), open_leaving(path, manifest, None)
+        for file in exact_graphs.values():
+            (path / file).unlink()
+        by_parts = [LeavingDecoder(parts, model.spec, self.cache_dtype, rule) for rule in (above(1), taking(ways))]
+        got = [one_by_one(whole, ids), *(one_by_one(decoder, ids) for decoder in by_parts)]
+        if not np.array_equal(got[0], got[1]):
+            raise ContractError(
+                "the parts of the decoder, all run, differ from the graph of all layers: build it again"
+            )
+        worst = worst_error([got[2]], [logits_leaving(model, ids, ways)])
+        allowed = self.exact_tolerance or _CACHE_TOLERANCES[self.cache_dtype]
+        ctx.note(f"tokens that leave at the exits agree with the portable graphs: {within('exact', worst, allowed)}")
 
 
 def _with_texts(feeds: dict[str, np.ndarray], plan: ActivationPlan | None, *, answers: bool) -> dict[str, np.ndarray]:

@@ -101,19 +101,22 @@ class Export:
 
     def _shape(self, model: TorchModel) -> Shape:
         """Return the facts a Llama's graph is built from."""
+        from edgepipe.graph.exits import exit_weights, read_exits
         from edgepipe.graph.llama import check_weights
         from edgepipe.graph.shape import read_shape
 
         shape = read_shape(model.info.config, self.context or None, _DEFAULT_CONTEXT)
-        check_weights(model.weights, shape)
+        check_weights(model.weights, shape, exit_weights(shape, read_exits(model.info.config)))
         return shape
 
     def _build(self, model: TorchModel, ctx: Context) -> OnnxModel:
-        """Return a model of the Llama family as the graph `decoder`."""
+        """Return a model of the Llama family as the graph `decoder`, and where it has exits its parts."""
+        from edgepipe.graph.exits import build_exits, read_exits
         from edgepipe.graph.llama import build_decoder
 
-        shape = self._shape(model)
-        graph = build_decoder(shape, model.info.config)
+        shape, exits = self._shape(model), read_exits(model.info.config)
+        graphs = {"decoder": build_decoder(shape, model.info.config)}
+        graphs |= build_exits(shape, model.info.config, exits) if exits else {}
         spec = {
             "layers": shape.layers,
             "heads": shape.heads,
@@ -124,10 +127,9 @@ class Export:
             "context": shape.context,
             "bos_token_id": model.info.bos_token_id,
             "eos_token_ids": list(model.info.eos_token_ids),
+            **({"exits": list(exits)} if exits else {}),
         }
-        exported = OnnxModel(
-            info=model.info, graphs={"decoder": graph}, weights=model.weights, spec=spec, history=model.history
-        )
+        exported = OnnxModel(info=model.info, graphs=graphs, weights=model.weights, spec=spec, history=model.history)
         if self.check_tokens:
             self._check_built(model, exported, ctx)
         return exported

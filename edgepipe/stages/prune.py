@@ -151,7 +151,7 @@ class Prune:
         return read
 
     def check_exits(self, name: str) -> None:
-        """Refuse an encoder with exits, before it is trained too."""
+        """Refuse a model with exits, an encoder's before it is trained too."""
         raise ConfigError(
             f"prune: {name} has exits, whose gates are fitted to its layers as they are: make it smaller before "
             "(distill.ffn, kv_heads, hidden, encoder_layers)"

@@ -21,7 +21,7 @@ from typing import Literal
 
 from edgepipe.artifacts import Json
 from edgepipe.errors import ConfigError
-from edgepipe.graph.shape import Shape, block_weights, read_shape
+from edgepipe.graph.shape import VARIANTS, Shape, block_weights, check_exits, read_shape
 
 Kind = Literal["encoder", "encoder-decoder"]
 MODEL_TYPES: dict[str, Kind] = {
@@ -127,15 +127,10 @@ class StudentConfig:
         }
 
 
-def check_exits(exits: Sequence[int], layers: int) -> None:
-    """Refuse exits that don't stand between an encoder's layers."""
-    if sorted({*exits}) != [*exits] or not 1 <= exits[0] <= exits[-1] < layers:
-        raise ConfigError(f"exits: expected growing numbers of layers from 1 to below all {layers}, got {[*exits]}")
-
-
 def has_exits(config: Json) -> bool:
-    """Say whether a config.json is that of an encoder student with exits."""
-    return is_student(config) and bool(config.get("exits"))
+    """Say whether a config.json is that of an encoder student, or a decoder, with exits."""
+    known = is_student(config) or str(config.get("model_type")) in VARIANTS
+    return known and bool(config.get("exits"))
 
 
 def is_student(config: Json) -> bool:

@@ -190,8 +190,6 @@ def test_eval_says_how_many_layers_texts_went_through(folder: Path) -> None:
     assert found["details"] == details, "the other bundle has no exits, and runs as it does"
     with pytest.raises(ConfigError, match="has no exits"):
         evaluate(plain, str(data), how, listener=Silent())
-    with pytest.raises(ConfigError, match="--exit-threshold means nothing for perplexity"):
-        Evaluation(metric="perplexity", exit_threshold=0.5)
 
 
 def test_the_manifest_is_one_that_readers_without_exits_take(folder: Path) -> None:

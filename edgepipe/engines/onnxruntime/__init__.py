@@ -68,14 +68,14 @@ def lower(
         source = ir.from_proto(onnx.load_model_from_string(portable))
         graph = source.graph
         # Over many rows a call's own cost is nothing, and the Split copies: apart, an encoder takes 2–4 % less
-        whole_text = bool(_WHOLE_TEXT.fullmatch(name))
+        cached = preallocated and (name == "decoder" or name.startswith(PART))
+        whole_text = bool(_WHOLE_TEXT.fullmatch(name)) and not cached
         if not whole_text:
             join_projections(graph, model.weights, rounded)
         if built:
             fuse_reading(graph)
         else:
             whole_heads(graph)
-        cached = preallocated and name == "decoder"
         if cached:
             fuse_attention(graph, model.spec, CACHE_DTYPES[cache_dtype], scales)
         if cache_dtype == "int8" and preallocated:
