@@ -1,0 +1,75 @@
+"""Which tiling a product takes: what ships for a level, and what a search tries in its place (docs/tvm.md).
+
+A product is known by its matrix (grid, shape), by how many rows of x it takes (one token, or any number of them) and by
+its arithmetic. How the tiles are shared out among threads is the same for all tilings, so that a thread's work decides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgepipe.engines.tvm.products import Codes, Floats
+from edgepipe.levels import Level
+
+_MOST_AT_ONCE = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tiling:
+    """Say how a product goes through its matrix; every tiling gives the same numbers, but for the order of sums."""
+
+    rows: int  # of x that share a load of the matrix
+    tiles: int = 1  # of codes that share a load of x
+    words: int = 1  # of codes, or columns of floats, with sums of their own: fewer additions wait for each other
+    table: bool = False  # codes of 2 and 4 bits become floats by a look-up, where Level.table says that there is one
+
+    def __post_init__(self) -> None:
+        """Refuse what would fill a library with one kernel."""
+        for size in (self.rows, self.tiles, self.words):
+            if type(size) is not int or not 1 <= size <= _MOST_AT_ONCE:
+                raise ValueError(f"expected 1 to {_MOST_AT_ONCE}, got {size!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Product:
+    """Describe one product with a packed matrix."""
+
+    w: Codes | Floats
+    rows: int | None  # of x; None: any number
+    integers: str  # the instruction that multiplies bytes; empty: float32
+
+    @property
+    def key(self) -> str:
+        """Return its name in a database: all that its kernel depends on."""
+        w, rows = self.w, "1 row" if self.rows == 1 else f"{self.rows or 'any'} rows"
+        if isinstance(w, Floats):
+            grid = f"{w.dtype} by {w.width}"
+        else:
+            minima = f" {w.minima_dtype}" if w.offset == "minima" else ""
+            grid = f"{w.bits} bits, groups of {w.group}, {w.scale_dtype}, {w.offset}{minima}"
+        return f"{w.shape[0]}x{w.shape[1]}, {grid}; {rows}, {self.integers or 'float32'}"
+
+
+def default(product: Product, level: Level) -> Tiling:
+    """Return the tiling that ships."""
+    return Tiling(rows=min(product.rows or level.rows, level.rows))
+
+
+def candidates(product: Product, level: Level) -> list[Tiling]:
+    """Return what a search tries beside the default: as many sums as the level's registers hold, more or less."""
+    one, most = product.rows == 1, level.rows
+    if isinstance(product.w, Floats):
+        sizes = [(1, 1, 2), (1, 1, 4)] if one else [(n, 1, 1) for n in (most // 2, 3 * most // 4, 3 * most // 2)]
+    elif one:
+        sizes = [(1, tiles, words) for words in (1, 2, 4) for tiles in (1, 2)]
+    else:
+        half = most // 2
+        sizes = [(most, 1, 1), (half, 2, 1), (half, 4, 1), (half, 2, 2), (most, 2, 1), (most, 1, 2)]
+        sizes += [(3 * most // 4, 2, 1), (3 * most // 2, 1, 1)]
+    looks_up = level.table and isinstance(product.w, Codes) and product.w.bits < 8 and not product.integers
+    found = [
+        Tiling(rows=min(product.rows or rows, rows), tiles=tiles, words=words, table=table)
+        for rows, tiles, words in sizes
+        for table in ((False, True) if looks_up else (False,))
+    ]
+    return [tiling for tiling in dict.fromkeys(found) if tiling != default(product, level)]

@@ -1,0 +1,98 @@
+"""Time the kernels of a product in turns: each alone, on one thread, over random matrices of the real size.
+
+A turn goes through as many matrices as the model has of a shape, up to 64 MB, so that they come from where they come
+from in a model, and through few ones again and again until the clock sees something.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tvm
+
+from edgepipe.engines.tvm.products import LANES, WORD, Codes, codes_product, float_product, stored_dtype
+from edgepipe.engines.tvm.tiling import Product, Tiling
+from edgepipe.levels import Level
+from edgepipe.runtime.tvm import open_package, use_threads
+
+ROWS = 128  # of x where any number may come
+_MATRIX_BYTES = 64e6
+_TURN_S = 1e-3  # a turn is at least about as long
+
+
+def compiled(product: Product, tiling: Tiling, level: Level) -> Any:
+    """Compile one kernel for this machine."""
+    if isinstance(product.w, Codes):
+        kernel = codes_product(product.w, product.rows, tiling, integers=product.integers)
+    else:
+        kernel = float_product(product.w, product.rows, tiling)
+    module = tvm.IRModule({"main": kernel.with_attr("global_symbol", "main")})
+    return tvm.compile(module, target=tvm.target.Target(level.target()))["main"]
+
+
+class Operands:
+    """Hold random operands of a product."""
+
+    def __init__(self, product: Product, matrices: int, *, seed: int = 0) -> None:
+        self._ffi = open_package()
+        w, rows = product.w, product.rows or ROWS
+        self._random = np.random.default_rng(seed)
+        shapes = _matrix(product)
+        nbytes = sum(np.prod(shape) * np.dtype(stored_dtype(dtype)).itemsize for shape, dtype in shapes)
+        self._y = tvm.runtime.tensor(np.zeros((rows, w.shape[0]), np.float32))
+        columns, x = w.shape[1], []
+        if isinstance(w, Codes):
+            columns = w.columns
+            x = [self._filled((rows, w.groups), "float32") for _ in range(1 + bool(product.integers))]
+        x.insert(0, self._filled((rows, columns), "int8" if product.integers else "float32"))
+        count = max(1, min(matrices, int(_MATRIX_BYTES / nbytes)))
+        made = [[self._filled(*one) for one in shapes] for _ in range(count)]
+        self._calls = [[*x, *matrix, self._y] for matrix in made]
+
+    def _filled(self, shape: Sequence[int], dtype: str) -> Any:
+        if dtype in ("uint8", "int8"):
+            array = self._random.integers(0, 256, shape, np.uint8).view(dtype)
+        else:
+            array = self._random.standard_normal(shape, np.float32)
+            array = (array.view(np.uint32) >> 16).astype(np.uint16) if dtype == "bfloat16" else array.astype(dtype)
+        return tvm.runtime.tensor(array)
+
+    def run(self, kernel: Any) -> np.ndarray:
+        """Return what a kernel gives for the first matrix."""
+        kernel(*self._calls[0])
+        found: np.ndarray = self._y.numpy()
+        return found
+
+    def turn(self, kernel: Any) -> Callable[[], float]:
+        """Return what takes one turn of a kernel → seconds for a pass over the matrices."""
+        use_threads(self._ffi, 1)
+        begun = time.perf_counter()
+        self._pass(kernel)  # warm
+        again = max(1, int(_TURN_S / (time.perf_counter() - begun)))
+
+        def take() -> float:
+            begun = time.perf_counter()
+            for _ in range(again):
+                self._pass(kernel)
+            return (time.perf_counter() - begun) / again
+
+        return take
+
+    def _pass(self, kernel: Any) -> None:
+        for call in self._calls:
+            kernel(*call)
+
+
+def _matrix(product: Product) -> list[tuple[tuple[int, ...], str]]:
+    """Return shapes and dtypes of what a matrix consists of, in the order of the kernel's arguments."""
+    w = product.w
+    if not isinstance(w, Codes):
+        return [((w.tiles, w.shape[1], w.width), w.dtype)]
+    grouped = (w.tiles, w.groups, LANES)
+    parts = [((w.tiles, w.columns // w.per_word, LANES * WORD), "uint8"), (grouped, w.scale_dtype)]
+    offsets: dict[str, list[tuple[tuple[int, ...], str]]]
+    offsets = {"middle": [], "zero_points": [(grouped, "uint8")], "minima": [(grouped, w.minima_dtype)]}
+    return [*parts, *offsets[w.offset]]
