@@ -116,7 +116,7 @@ class Compile:
         engine = self._engine(target)
         if engine != "tvm" and (self.tune is not None or self.tuning):
             raise ConfigError(
-                f"compile.tune and compile.tuning are for the kernels of tvm, not for {engine}: leave them out"
+                f"compile.tune and compile.tuning are for tvm's kernels, not for {engine}'s: leave them out"
             )
         if engine == "qnn":
             return self._meets_npu(target)
