@@ -172,9 +172,10 @@ def _work(product: Product) -> int:
 def _searched(product: Product, matrices: int, level: Level, until: float) -> Json | None:
     """Return the entry of a product: the tiling that is faster than the default, if any. None: time was over."""
     from edgepipe.engines.tvm.tiling import candidates, default
-    from edgepipe.engines.tvm.timing import Operands, compiled
+    from edgepipe.engines.tvm.timing import Operands, compiled, shortened
 
-    operands = Operands(product, matrices)
+    product, matrices = shortened(product), matrices * product.w.shape[0]
+    operands = Operands(product, matrices // product.w.shape[0])
     tilings = candidates(product, level)
     turns = []
     for tiling in (default(product, level), *tilings):

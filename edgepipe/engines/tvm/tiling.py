@@ -57,16 +57,16 @@ def default(product: Product, level: Level) -> Tiling:
 
 def candidates(product: Product, level: Level) -> list[Tiling]:
     """Return what a search tries beside the default: as many sums as the level's registers hold, more or less."""
-    one, most = product.rows == 1, level.rows
-    if isinstance(product.w, Floats):
-        sizes = [(1, 1, 2), (1, 1, 4)] if one else [(n, 1, 1) for n in (most // 2, 3 * most // 4, 3 * most // 2)]
-    elif one:
-        sizes = [(1, tiles, words) for words in (1, 2, 4) for tiles in (1, 2)]
+    most, half = level.rows, level.rows // 2
+    codes = product.w if isinstance(product.w, Codes) else None
+    if product.rows == 1:
+        sizes = [(1, tiles, words) for words in (1, 2, 4) for tiles in ((1, 2) if codes else (1,))]
+    elif codes:
+        sizes = [(most, 1, 1), (half, 2, 1), (half, 4, 1), (half, 2, 2), (most, 2, 1), (most, 1, 2), (most - 2, 2, 1)]
     else:
-        half = most // 2
-        sizes = [(most, 1, 1), (half, 2, 1), (half, 4, 1), (half, 2, 2), (most, 2, 1), (most, 1, 2)]
-        sizes += [(3 * most // 4, 2, 1), (3 * most // 2, 1, 1)]
-    looks_up = level.table and isinstance(product.w, Codes) and product.w.bits < 8 and not product.integers
+        sizes = [(rows, 1, 1) for rows in (half, most - 2, most, most + half)]
+    # With many rows decoding hardly counts
+    looks_up = level.table and codes and codes.bits < 8 and product.rows == 1 and not product.integers
     found = [
         Tiling(rows=min(product.rows or rows, rows), tiles=tiles, words=words, table=table)
         for rows, tiles, words in sizes

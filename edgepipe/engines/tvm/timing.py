@@ -1,13 +1,15 @@
 """Time the kernels of a product in turns: each alone, on one thread, over random matrices of the real size.
 
-A turn goes through as many matrices as the model has of a shape, up to 64 MB, so that they come from where they come
-from in a model, and through few ones again and again until the clock sees something.
+A turn of one row goes through as many matrices as the model has of a shape, up to 64 MB, so that they come from where
+they come from in a model. With more rows one matrix does: multiplying takes longer than reading. Tiles know nothing of
+each other, so the first rows of a large matrix stand for all. Short turns are repeated until the clock sees something.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,14 @@ from edgepipe.runtime.tvm import open_package, use_threads
 
 ROWS = 128  # of x where any number may come
 _MATRIX_BYTES = 64e6
+_MOST_OUT = 4096  # rows of a matrix
 _TURN_S = 1e-3  # a turn is at least about as long
+
+
+def shortened(product: Product) -> Product:
+    """Return a product with the first rows of its matrix."""
+    out, columns = product.w.shape
+    return replace(product, w=replace(product.w, shape=(min(out, _MOST_OUT), columns)))
 
 
 def compiled(product: Product, tiling: Tiling, level: Level) -> Any:
@@ -34,7 +43,7 @@ def compiled(product: Product, tiling: Tiling, level: Level) -> Any:
 
 
 class Operands:
-    """Hold random operands of a product."""
+    """Hold random operands of a product, with at least one of so many matrices."""
 
     def __init__(self, product: Product, matrices: int, *, seed: int = 0) -> None:
         self._ffi = open_package()
@@ -48,7 +57,7 @@ class Operands:
             columns = w.columns
             x = [self._filled((rows, w.groups), "float32") for _ in range(1 + bool(product.integers))]
         x.insert(0, self._filled((rows, columns), "int8" if product.integers else "float32"))
-        count = max(1, min(matrices, int(_MATRIX_BYTES / nbytes)))
+        count = max(1, min(matrices, int(_MATRIX_BYTES / nbytes))) if rows == 1 else 1
         made = [[self._filled(*one) for one in shapes] for _ in range(count)]
         self._calls = [[*x, *matrix, self._y] for matrix in made]
 
@@ -59,12 +68,6 @@ class Operands:
             array = self._random.standard_normal(shape, np.float32)
             array = (array.view(np.uint32) >> 16).astype(np.uint16) if dtype == "bfloat16" else array.astype(dtype)
         return tvm.runtime.tensor(array)
-
-    def run(self, kernel: Any) -> np.ndarray:
-        """Return what a kernel gives for the first matrix."""
-        kernel(*self._calls[0])
-        found: np.ndarray = self._y.numpy()
-        return found
 
     def turn(self, kernel: Any) -> Callable[[], float]:
         """Return what takes one turn of a kernel → seconds for a pass over the matrices."""
