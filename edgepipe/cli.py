@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 import edgepipe
-from edgepipe.errors import EdgepipeError, StageError
+from edgepipe.errors import ConfigError, EdgepipeError, StageError
 
 _INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
 _OVER_BUDGET = 3
@@ -118,6 +118,8 @@ def compress_command(
     from edgepipe.recipe import parse_setting, resolve
     from edgepipe.search.asked import asked_of, number_of, room_of
 
+    if tune is not None and not tune > 0:
+        raise ConfigError(f"--tune: expected minutes above 0, got {tune:g}; leave it out for the defaults")
     search = asked_of(
         bits=bits,
         embedding_bits=embedding_bits,

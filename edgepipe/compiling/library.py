@@ -38,7 +38,7 @@ class Wanted:
     check_tokens: int  # 0 leaves the check out
     exact_tolerance: float  # largest error of exact arithmetic, in largest outputs
     shipped_tolerance: float  # RMS difference as shipped, in RMS
-    tune: float | None = None  # minutes of a search for tilings
+    tune: float = 0.0  # minutes of a search for tilings; 0: none
     tuning: str = ""  # a database that has them
 
 
@@ -105,10 +105,10 @@ def _tilings(lower: Callable[..., Any], wanted: Wanted, path: Path, ctx: Context
     """Return what takes the place of the default tilings, and leave it in `path`; nothing where nobody asks for it."""
     from edgepipe.compiling.tuning import read_database, tune
 
-    if wanted.tune is None and not wanted.tuning:
+    if not wanted.tune and not wanted.tuning:
         return {}
     products = lower().asked
-    if wanted.tune is not None:
+    if wanted.tune:
         found = tune(products, wanted.level, wanted.tune, ctx)
     else:
         found = read_database(Path(wanted.tuning), wanted.level)

@@ -55,7 +55,7 @@ class Compile:
     tokens: int = 0  # of every text on an NPU, whose shapes are fixed; 0: 64, or the context where that is less
     npu_share: float = 0.95  # least share of the nodes that must lie on an NPU, in [0, 1]
     deflate: str = "auto"  # weights are stored deflated: auto, where masks make that a tenth smaller; always; never
-    tune: float | None = None  # minutes in which tvm's kernels are tuned on this machine (docs/tvm.md); none by default
+    tune: float = 0.0  # minutes in which tvm's products are tuned on this machine (docs/tvm.md); 0: its defaults
     tuning: str = ""  # a tuning database in place of that: the tuning.json of a bundle that was tuned
     check_tokens: int = 16  # tokens of the numeric check against the portable graph; 0 leaves it out
     exact_tolerance: float = 0.0  # error of exact arithmetic, in largest logits; 0: 1e-3, float16 cache 2e-2, int8 0.2
@@ -75,9 +75,9 @@ class Compile:
             raise ConfigError("compile.tokens must not be negative, and compile.npu_share must be from 0 to 1")
         if self.deflate not in _DEFLATES:
             raise ConfigError(f"compile.deflate: expected one of {', '.join(_DEFLATES)}, got {self.deflate!r}")
-        if self.tune is not None and not 0 < self.tune < math.inf:
-            raise ConfigError(f"compile.tune: expected minutes above 0, got {self.tune}: leave it out for the defaults")
-        if self.tune is not None and self.tuning:
+        if not 0 <= self.tune < math.inf:
+            raise ConfigError(f"compile.tune: expected minutes above 0, or 0 for the defaults, got {self.tune}")
+        if self.tune and self.tuning:
             raise ConfigError("compile.tune searches and compile.tuning names what was found: leave one out")
         if self.check_tokens < 0 or self.exact_tolerance < 0 or self.shipped_tolerance < 0:
             raise ConfigError("compile.check_tokens and the tolerances must not be negative")
@@ -114,7 +114,7 @@ class Compile:
         that another machine left here is not taken for this one's.
         """
         engine = self._engine(target)
-        if engine != "tvm" and (self.tune is not None or self.tuning):
+        if engine != "tvm" and (self.tune or self.tuning):
             raise ConfigError(
                 f"compile.tune and compile.tuning are for tvm's kernels, not for {engine}'s: leave them out"
             )
@@ -138,7 +138,7 @@ class Compile:
 
         if self.tuning:
             read_database(Path(self.tuning), level)
-        return {} if self.tune is None else {"tuned_on": check_tunable(level)}
+        return {"tuned_on": check_tunable(level)} if self.tune else {}
 
     def _engine(self, target: Target) -> str:
         """Return the engine that is asked for, or the target's first; TargetError where the target hasn't it."""
