@@ -92,7 +92,10 @@ def tune(products: Counter[Product], level: Level, minutes: float, ctx: Context)
 
     What the user's cache has of them already isn't searched again.
     """
+    from edgepipe.engines.tvm.timing import matrix_bytes
+
     until = time.monotonic() + 60 * minutes
+    read = sum(matrix_bytes(one) * products[one] for one in products if one.rows == 1)  # for every token
     order = sorted(products, key=lambda product: _work(product) * products[product], reverse=True)
     path = database_path(level)
     with alone(path.with_suffix(".lock"), f"the tuning database {path}"):
@@ -101,7 +104,7 @@ def tune(products: Counter[Product], level: Level, minutes: float, ctx: Context)
             if product.key in entries:
                 continue
             ctx.progress(f"tuning {product.key}", done, len(order))
-            entry = _searched(product, products[product], level, until)
+            entry = _searched(product, read, level, until)
             if entry is None:
                 break
             entries[product.key] = entry
@@ -169,13 +172,13 @@ def _work(product: Product) -> int:
     return out * columns * (_STEPS if product.rows == 1 else product.rows or ROWS)
 
 
-def _searched(product: Product, matrices: int, level: Level, until: float) -> Json | None:
+def _searched(product: Product, model_bytes: int, level: Level, until: float) -> Json | None:
     """Return the entry of a product: the tiling that is faster than the default, if any. None: time was over."""
     from edgepipe.engines.tvm.tiling import candidates, default
     from edgepipe.engines.tvm.timing import Operands, compiled, shortened
 
-    product, matrices = shortened(product), matrices * product.w.shape[0]
-    operands = Operands(product, matrices // product.w.shape[0])
+    product = shortened(product)
+    operands = Operands(product, model_bytes)
     tilings = candidates(product, level)
     turns = []
     for tiling in (default(product, level), *tilings):
@@ -212,8 +215,9 @@ def _beside(usual: Any, other: Any) -> Json:
 def _said(own: Mapping[str, Json], count: int, minutes: float) -> str:
     """Sum a search up in a sentence."""
     gains = sorted(entry["ratio"] for entry in own.values() if entry["tiling"] is not None)
-    between = f", {gains[0]:.2f} to {gains[-1]:.2f} times on one thread" if gains else ""
-    said = f"tuned on {cpu_name()}: {len(gains)} of {count} products are faster than by default{between}"
+    between = " to ".join(dict.fromkeys(f"{gain:.2f}" for gain in gains[:1] + gains[-1:]))
+    faster = f", {between} times as fast as the default on one thread" if gains else ""
+    said = f"tuned on {cpu_name()}: another tiling for {len(gains)} of {count} products{faster}"
     missed = count - len(own)
     more = f"; {missed} were not reached in {minutes:g} min, and a run with more minutes goes on with them"
     return said + (more if missed else "")

@@ -1,12 +1,13 @@
 """Time the kernels of a product in turns: each alone, on one thread, over random matrices of the real size.
 
-A turn of one row goes through as many matrices as the model has of a shape, up to 64 MB, so that they come from where
-they come from in a model. With more rows one matrix does: multiplying takes longer than reading. Tiles know nothing of
-each other, so the first rows of a large matrix stand for all. Short turns are repeated until the clock sees something.
+A turn of one row goes through as many matrices as make up a model's bytes, up to 128 MB, so that they come from where
+they come from in a model: from memory, unless a cache holds it whole. With more rows one matrix does: multiplying takes
+longer than reading. Tiles know nothing of each other, so the first rows of a large matrix stand for all.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,15 +22,20 @@ from edgepipe.levels import Level
 from edgepipe.runtime.tvm import open_package, use_threads
 
 ROWS = 128  # of x where any number may come
-_MATRIX_BYTES = 64e6
+_MOST_BYTES = 128e6
 _MOST_OUT = 4096  # rows of a matrix
-_TURN_S = 1e-3  # a turn is at least about as long
+_TURN_S = 1e-3  # a turn is at least about as long: short ones are repeated until the clock sees something
 
 
 def shortened(product: Product) -> Product:
     """Return a product with the first rows of its matrix."""
     out, columns = product.w.shape
     return replace(product, w=replace(product.w, shape=(min(out, _MOST_OUT), columns)))
+
+
+def matrix_bytes(product: Product) -> int:
+    """Return the bytes of a product's matrix."""
+    return sum(math.prod(shape) * np.dtype(stored_dtype(dtype)).itemsize for shape, dtype in _matrix(product))
 
 
 def compiled(product: Product, tiling: Tiling, level: Level) -> Any:
@@ -43,23 +49,22 @@ def compiled(product: Product, tiling: Tiling, level: Level) -> Any:
 
 
 class Operands:
-    """Hold random operands of a product, with at least one of so many matrices."""
+    """Hold random operands of a product of a model whose matrices take so many bytes."""
 
-    def __init__(self, product: Product, matrices: int, *, seed: int = 0) -> None:
+    def __init__(self, product: Product, model_bytes: int) -> None:
         self._ffi = open_package()
         w, rows = product.w, product.rows or ROWS
-        self._random = np.random.default_rng(seed)
-        shapes = _matrix(product)
-        nbytes = sum(np.prod(shape) * np.dtype(stored_dtype(dtype)).itemsize for shape, dtype in shapes)
+        self._random = np.random.default_rng(0)
         self._y = tvm.runtime.tensor(np.zeros((rows, w.shape[0]), np.float32))
         columns, x = w.shape[1], []
         if isinstance(w, Codes):
             columns = w.columns
             x = [self._filled((rows, w.groups), "float32") for _ in range(1 + bool(product.integers))]
         x.insert(0, self._filled((rows, columns), "int8" if product.integers else "float32"))
-        count = max(1, min(matrices, int(_MATRIX_BYTES / nbytes))) if rows == 1 else 1
-        made = [[self._filled(*one) for one in shapes] for _ in range(count)]
-        self._calls = [[*x, *matrix, self._y] for matrix in made]
+        count = int(min(model_bytes, _MOST_BYTES) / matrix_bytes(product)) if rows == 1 else 1
+        parts = [self._filled(*one) for one in _matrix(product)]
+        matrices = [parts, *([tvm.runtime.tensor(part.numpy()) for part in parts] for _ in range(count - 1))]
+        self._calls = [[*x, *matrix, self._y] for matrix in matrices]
 
     def _filled(self, shape: Sequence[int], dtype: str) -> Any:
         if dtype in ("uint8", "int8"):
