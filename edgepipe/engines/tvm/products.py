@@ -26,7 +26,7 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from edgepipe.engines.tvm.functions import scratch, typed
+from edgepipe.engines.tvm.functions import ask_for, scratch, typed
 
 if TYPE_CHECKING:
     from edgepipe.engines.tvm.tiling import Tiling
@@ -351,6 +351,8 @@ def codes_product(w: Codes, rows: int | None, tiling: Tiling, *, integers: str) 
                             word = T.Bind(g * words + start * at_once + i)
                             column = T.Bind(word * w.per_word)
                             for tile, part in zip(tiles, parts, strict=True):
+                                if tiling.ahead:
+                                    ask_for(codes, tile, word + tiling.ahead, 0)
                                 add(w, part[i], (codes, tile, word), x, at, column)
                     for tile, part, acc in zip(tiles, parts, accs, strict=True):
                         scale = T.Bind(widened(scales[tile, g, lanes_at(0)], w.scale_dtype, LANES))
