@@ -89,10 +89,11 @@ class Compile:
 
     def reads(self) -> Json:
         """Return what identifies the texts that ranges come from, and a tuning database."""
+        if self.cache_dtype != "int8" and not self.calibration:
+            return self._tuning_read()
         from edgepipe.quantizers.texts import fingerprint
 
-        texts = fingerprint(self._texts()) if self.cache_dtype == "int8" or self.calibration else {}
-        return texts | self._tuning_read()
+        return fingerprint(self._texts()) | self._tuning_read()
 
     def _tuning_read(self) -> Json:
         from edgepipe.store import file_sha256
