@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 SCHEMA, SCHEMA_DEFLATED = 2, 3  # a reader of the former would go wrong only where weights are deflated
 MANIFEST = "manifest.json"
 FILE_NAME, DEFLATED = "weights.bin", "weights.bin.z"  # of the weights: as graphs read them, and one zlib stream of that
+TUNING = "tuning.json"  # how a compiled library's kernels go through their matrices, where that was searched for
 _PIECE = 1 << 20  # bytes that are deflated at a time
 _TOKENIZER = "tokenizer.json"
 _TEMPLATE = "chat_template.jinja"
@@ -71,6 +72,7 @@ def write_bundle(
     deflated = (path / DEFLATED).exists()
     stored = npu["file"] if npu is not None else DEFLATED if deflated else FILE_NAME
     names = [*dict.fromkeys(graphs.values()), stored]
+    names += [TUNING] if (path / TUNING).exists() else []
     if model.info.tokenizer:
         (path / _TOKENIZER).write_bytes(model.info.tokenizer[_TOKENIZER])
         names.append(_TOKENIZER)

@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 import edgepipe
-from edgepipe.errors import EdgepipeError, StageError
+from edgepipe.errors import ConfigError, EdgepipeError, StageError
 
 _INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
 _OVER_BUDGET = 3
@@ -59,6 +59,7 @@ def main() -> None:
 @click.option("--embedding-bits", type=int, help="Bits of embedding and output head: 2, 4, 8 or 16.  [default: 8]")
 @click.option("--engine", help="onnxruntime, tvm, qnn, or auto: the faster here (docs/tvm.md).  [default: target's]")
 @click.option("--keep-both", is_flag=True, help="With --engine auto: keep the bundle of the other engine too.")
+@click.option("--tune", type=float, metavar="MINUTES", help="Tune the kernels of --engine tvm here (docs/tvm.md).")
 @click.option("--trim-vocab", metavar="DATA", help="Keep only the tokens that the texts of a file use (docs/trim.md).")
 @click.option("--student", help="Distill MODEL into an encoder-decoder, encoder or decoder first (docs/distill.md).")
 @click.option("--data", help="What a student learns from, or --max-drop is measured on: .jsonl, .csv, .tsv, a text.")
@@ -89,6 +90,7 @@ def compress_command(
     embedding_bits: int | None,
     engine: str | None,
     keep_both: bool,
+    tune: float | None,
     trim_vocab: str | None,
     student: str | None,
     data: str | None,
@@ -116,6 +118,8 @@ def compress_command(
     from edgepipe.recipe import parse_setting, resolve
     from edgepipe.search.asked import asked_of, number_of, room_of
 
+    if tune is not None and not tune > 0:
+        raise ConfigError(f"--tune: expected minutes above 0, got {tune:g}; leave it out for the defaults")
     search = asked_of(
         bits=bits,
         embedding_bits=embedding_bits,
@@ -132,6 +136,7 @@ def compress_command(
         ("quantize", "embedding_bits", embedding_bits),
         ("export", "context", context),
         ("compile", "engine", engine),
+        ("compile", "tune", tune),
     ]
     flags += [("distill", "student", student), ("distill", "data", data)]
     flags += [("distill", "steps", steps), ("distill", "minutes", minutes), ("prune", "ratio", prune)]

@@ -153,6 +153,8 @@ def _check_flags(
     if engine == AUTO and (asked is not None or room is not None):
         flag = "--max-drop" if room is None else "a budget of bytes or time"
         raise ConfigError(f"{flag} measures one engine's bundle: name an engine in place of auto")
+    if dict(recipe.stages)["compile"].tune and (asked is not None or room is not None):
+        raise ConfigError("--tune tunes one bundle, and --max-drop or a budget builds many: leave one out")
     _check_measured_here(recipe, timed or ("--max-drop" if asked else "--budget-ms" if room and room.ms else None))
 
 

@@ -42,6 +42,7 @@ class Level:
     mabi: str = ""  # where LLVM's default isn't the system's
     rows: int = 4  # of x that share a load of weights: as many as the registers hold
     byte_products: str = ""  # what multiplies bytes: vpdpbusd, sdot or vrmpy; empty: they are multiplied as floats
+    table: bool = False  # one instruction looks 16 floats up by 4 bits each: vpermps of AVX-512
     system: str = LINUX
     gpu: Gpu | None = None  # runs the kernels; the rest is for the processor beside it
 
@@ -80,8 +81,17 @@ LEVELS = (
         flags=(*_V4, "avx512_vnni"),
         rows=8,
         byte_products="vpdpbusd",
+        table=True,
     ),
-    Level(name="x86-64-v4", machine="x86_64", mcpu="x86-64-v4", mattr=("-prefer-256-bit",), flags=_V4, rows=8),
+    Level(
+        name="x86-64-v4",
+        machine="x86_64",
+        mcpu="x86-64-v4",
+        mattr=("-prefer-256-bit",),
+        flags=_V4,
+        rows=8,
+        table=True,
+    ),
     Level(name="x86-64-v3", machine="x86_64", mcpu="x86-64-v3", flags=_V3),
     Level(
         name="armv8.2-a",

@@ -235,10 +235,10 @@ def _record(finished: Measured, recipe: Recipe) -> Json:
 
 
 def _uncompressed(name: str, stage: Stage) -> Stage:
-    """Return a stage without the options that compress: keys and values of the baseline are float32."""
+    """Return a stage without the options that compress or tune: keys and values of the baseline are float32."""
     if name != "compile":
         return stage
-    return dataclasses.replace(stage, cache_dtype="float32", calibration="", deflate="never")
+    return dataclasses.replace(stage, cache_dtype="float32", calibration="", deflate="never", tune=0.0, tuning="")
 
 
 def run_name(model: TorchModel, recipe: Recipe) -> str:

@@ -9,19 +9,20 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from edgepipe.artifacts import Context, Json, OnnxModel
-from edgepipe.bundle import write_bundle
+from edgepipe.bundle import TUNING, write_bundle
 from edgepipe.compiling.checks import EXACT, Asked, beside_one, in_steps, portable, within, worst_error, worst_loss
 from edgepipe.errors import TargetError
 from edgepipe.levels import Level
 from edgepipe.runtime.exits import GATE
-from edgepipe.store import file_sha256
+from edgepipe.store import file_sha256, write_json
 from edgepipe.target import Target
 
 _EXACT_LIBRARY = "exact.so"
@@ -37,6 +38,8 @@ class Wanted:
     check_tokens: int  # 0 leaves the check out
     exact_tolerance: float  # largest error of exact arithmetic, in largest outputs
     shipped_tolerance: float  # RMS difference as shipped, in RMS
+    tune: float = 0.0  # minutes of a search for tilings; 0: none
+    tuning: str = ""  # a database that has them
 
 
 def check_tvm(cache_dtype: str, target: Target, *, checked: bool) -> Level:
@@ -68,8 +71,12 @@ def build_library(model: OnnxModel, wanted: Wanted, path: Path, ctx: Context) ->
     from edgepipe.engines.native import level_here, runs_here
 
     level, cache_dtype = wanted.level, wanted.cache_dtype
-    exact = engine.lower(model, level, accuracy_level=EXACT, cache_dtype=cache_dtype, exact=True)
-    library = engine.lower(model, level, accuracy_level=wanted.accuracy_level, cache_dtype=cache_dtype, file=exact.file)
+    native = runs_here(level)
+    lower = partial(engine.lower, model, cache_dtype=cache_dtype)
+    tilings = _tilings(partial(lower, level, accuracy_level=wanted.accuracy_level), wanted, path, ctx)
+    common = level if native else replace(level, table=False)  # no instruction that this machine may lack
+    exact = lower(common, accuracy_level=EXACT, exact=True, tilings=tilings)
+    library = lower(level, accuracy_level=wanted.accuracy_level, file=exact.file, tilings=tilings)
     engine.write(library, path, lambda done, total: ctx.progress("writing weights", done, total))
     start = time.perf_counter()
     ctx.progress("compiling the library", 0, 1)
@@ -78,7 +85,6 @@ def build_library(model: OnnxModel, wanted: Wanted, path: Path, ctx: Context) ->
     facts = engine.describe(library)
     if wanted.check_tokens:
         checked = {"exact": facts}
-        native = runs_here(level)
         if library.integers or not native:  # its structure is checked in exact arithmetic, as onnxruntime's is
             on = level if native else level_here()
             engine.build(exact, path / _EXACT_LIBRARY, on)
@@ -93,6 +99,22 @@ def build_library(model: OnnxModel, wanted: Wanted, path: Path, ctx: Context) ->
     ctx.note(f"a library of {code / 1024:,.0f} KiB for {level.title}, and {weights / 1024:,.0f} KiB of weights")
     ctx.figures({"compile_s": seconds, "code_bytes": code, "weight_bytes": weights})
     return write_bundle(model, path, library.file, ctx.recipe, cache_dtype, library=facts)
+
+
+def _tilings(lower: Callable[..., Any], wanted: Wanted, path: Path, ctx: Context) -> Mapping[str, Any]:
+    """Return what takes the place of the default tilings, and leave it in `path`; nothing where nobody asks for it."""
+    from edgepipe.compiling.tuning import read_database, tune
+
+    if not wanted.tune and not wanted.tuning:
+        return {}
+    products = lower().asked
+    if wanted.tune:
+        found = tune(products, wanted.level, wanted.tune, ctx)
+    else:
+        found = read_database(Path(wanted.tuning), wanted.level)
+        ctx.note(f"tilings of {wanted.tuning}, found on {found.head['cpu']}")
+    write_json(path / TUNING, found.only({product.key for product in products}).to_json())
+    return found.tilings
 
 
 def _check(model: OnnxModel, wanted: Wanted, checked: Mapping[str, Json], path: Path, ctx: Context) -> None:

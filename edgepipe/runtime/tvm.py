@@ -87,6 +87,13 @@ def _open_runtime(name: str) -> None:
     )
 
 
+def use_threads(ffi: Any, threads: int) -> None:
+    """Let kernels that the calling thread calls run on so many threads."""
+    if getattr(_POOL, "threads", None) != threads:
+        ffi.get_global_func("runtime.config_threadpool")(_BIG_CORES, threads)
+        _POOL.threads = threads
+
+
 def _processors() -> int:
     """Return how many processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -183,9 +190,7 @@ class Library:
     def run(self, call: Any, arguments: Sequence[Any]) -> Any:
         """Call a function of the virtual machine, one caller at a time, with the threads that were asked for."""
         with self._lock:
-            if getattr(_POOL, "threads", None) != self._threads:
-                self._ffi.get_global_func("runtime.config_threadpool")(_BIG_CORES, self._threads)
-                _POOL.threads = self._threads
+            use_threads(self._ffi, self._threads)
             try:
                 with nullcontext() if self.device is None else self.device.ordered():
                     return call(*arguments)

@@ -94,10 +94,10 @@ PACKAGED: tuple[PackagedModel, ...] = (
 DEFAULT_MODEL = PACKAGED[0].name
 
 
-def cache_directory() -> Path:
-    """Return the directory that holds unpacked models: $EDGEPIPE_CACHE, or the user's cache, + edgepipe/models."""
+def cache_directory(kind: str = "models") -> Path:
+    """Return the directory that holds unpacked models, or what else: in $EDGEPIPE_CACHE, or the user's cache."""
     root = os.environ.get("EDGEPIPE_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root).expanduser() / "edgepipe" / "models"
+    return Path(root).expanduser() / "edgepipe" / kind
 
 
 def fetch(model: PackagedModel) -> Path:

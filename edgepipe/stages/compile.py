@@ -7,6 +7,7 @@ float32 rounding), and once more when other arithmetic ships (int8 activations c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -64,6 +65,8 @@ class Compile:
     tokens: int = 0  # of every text on an NPU, whose shapes are fixed; 0: 64, or the context where that is less
     npu_share: float = 0.95  # least share of the nodes that must lie on an NPU, in [0, 1]
     deflate: str = "auto"  # weights are stored deflated: auto, where masks make that a tenth smaller; always; never
+    tune: float = 0.0  # minutes in which tvm's products are tuned on this machine (docs/tvm.md); 0: its defaults
+    tuning: str = ""  # a tuning database in place of that: the tuning.json of a bundle that was tuned
     check_tokens: int = 16  # tokens of the numeric check against the portable graph; 0 leaves it out
     exact_tolerance: float = 0.0  # error of exact arithmetic, in largest logits; 0: 1e-3, float16 cache 2e-2, int8 0.2
     shipped_tolerance: float = 0.0  # RMS difference as shipped, in RMS; 0: 0.1, int8 tensors 0.5, 4-bit activations 1.2
@@ -82,6 +85,10 @@ class Compile:
             raise ConfigError("compile.tokens must not be negative, and compile.npu_share must be from 0 to 1")
         if self.deflate not in _DEFLATES:
             raise ConfigError(f"compile.deflate: expected one of {', '.join(_DEFLATES)}, got {self.deflate!r}")
+        if not 0 <= self.tune < math.inf:
+            raise ConfigError(f"compile.tune: expected minutes above 0, or 0 for the defaults, got {self.tune}")
+        if self.tune and self.tuning:
+            raise ConfigError("compile.tune searches and compile.tuning names what was found: leave one out")
         if self.check_tokens < 0 or self.exact_tolerance < 0 or self.shipped_tolerance < 0:
             raise ConfigError("compile.check_tokens and the tolerances must not be negative")
 
@@ -91,12 +98,20 @@ class Compile:
         return self.engine
 
     def reads(self) -> Json:
-        """Return what identifies the texts that ranges come from."""
+        """Return what identifies the texts that ranges come from, and a tuning database."""
         if self.cache_dtype != "int8" and not self.calibration:
-            return {}
+            return self._tuning_read()
         from edgepipe.quantizers.texts import fingerprint
 
-        return fingerprint(self._texts())
+        return fingerprint(self._texts()) | self._tuning_read()
+
+    def _tuning_read(self) -> Json:
+        from edgepipe.store import file_sha256
+
+        try:
+            return {"tuning": file_sha256(Path(self.tuning))} if self.tuning else {}
+        except OSError as error:
+            raise ConfigError(f"compile.tuning: {self.tuning} can't be read: {error.strerror}") from error
 
     def check(self, model: TorchModel) -> None:
         """Refuse, before any work, an int8 cache that has no use or no texts."""
@@ -110,6 +125,10 @@ class Compile:
         that another machine left here is not taken for this one's.
         """
         engine = self._engine(target)
+        if engine != "tvm" and (self.tune or self.tuning):
+            raise ConfigError(
+                f"compile.tune and compile.tuning are for tvm's kernels, not for {engine}'s: leave them out"
+            )
         if engine == "qnn":
             return self._meets_npu(target)
         if self.calibration and self.cache_dtype != "int8":
@@ -122,7 +141,15 @@ class Compile:
         from edgepipe.engines.nvcc import compiled_by
 
         level = self._level(target)
-        return {"level": asdict(level), **linked_by(level), **compiled_by(level)}
+        return {"level": asdict(level), **linked_by(level), **compiled_by(level), **self._meets_tuning(level)}
+
+    def _meets_tuning(self, level: Level) -> Json:
+        """Return the processor that tilings are searched for on; refuse what can't be timed here, or be used."""
+        from edgepipe.compiling.tuning import check_tunable, read_database
+
+        if self.tuning:
+            read_database(Path(self.tuning), level)
+        return {"tuned_on": check_tunable(level)} if self.tune else {}
 
     def _engine(self, target: Target) -> str:
         """Return the engine that is asked for, or the target's first; TargetError where the target hasn't it."""
@@ -225,6 +252,8 @@ class Compile:
             check_tokens=self.check_tokens,
             exact_tolerance=self.exact_tolerance or exact,
             shipped_tolerance=self._allowed(model),
+            tune=self.tune,
+            tuning=self.tuning,
         )
 
     def _with_onnxruntime(self, model: OnnxModel, level: int, path: Path, ctx: Context) -> Json:

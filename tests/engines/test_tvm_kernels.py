@@ -20,6 +20,7 @@ from edgepipe.engines.native import level_here
 from edgepipe.engines.tvm import attention as attentions
 from edgepipe.engines.tvm import functions, packed, products
 from edgepipe.engines.tvm.norms import norm
+from edgepipe.engines.tvm.tiling import Tiling
 from edgepipe.weights import WeightStore
 
 CODES = {
@@ -62,12 +63,12 @@ def test_products_and_gathers_of_codes(grid: str, rows: int) -> None:
     known, block = (1, 1) if rows == 1 else (None, 4)
     kernels = {
         "sums": products.group_sums(w.columns, w.group, known),
-        "exact": products.codes_product(w, known, block, integers=""),
+        "exact": products.codes_product(w, known, Tiling(rows=block), integers=""),
         "gather": products.gather_codes(w, None),
     }
     if level_here().byte_products:
         kernels["rounded"] = products.rounded(w.columns, w.group, known)
-        kernels["integers"] = products.codes_product(w, known, block, integers=level_here().byte_products)
+        kernels["integers"] = products.codes_product(w, known, Tiling(rows=block), integers=level_here().byte_products)
     library = compiled(**kernels)
     parts = [tensor(planned.load()) for planned in packed.plan_codes(weights, "w", w)]
     decoded = dequantize(value)
@@ -98,7 +99,7 @@ def test_products_of_floats(dtype: str, rows: int, out: int) -> None:
     value = random(out, 40).astype(getattr(ml_dtypes, dtype, dtype))
     w = packed.floats_of((out, 40), dtype)
     known = rows if rows == 1 else None
-    library = compiled(product=products.float_product(w, known, 1 if rows == 1 else 4))
+    library = compiled(product=products.float_product(w, known, Tiling(rows=1 if rows == 1 else 4)))
     weight = packed.plan_floats(WeightStore({"w": stored("w", value)}), "w", w).load()
     weight = np.ascontiguousarray(weight).view(products.stored_dtype(dtype))
     x, y = random(rows, 40), tensor(np.zeros((rows, out), np.float32))

@@ -28,6 +28,7 @@ import tvm
 import tvm_ffi
 
 from edgepipe.engines.tvm import packed, products
+from edgepipe.engines.tvm.tiling import Tiling
 
 pytestmark = pytest.mark.slow
 OUT, IN, GROUP = 52, 80, 32  # fill neither tile nor group
@@ -129,7 +130,7 @@ def test_products_of_codes_run_there(level: Level, bits: int, rows: int, tmp_pat
     prepare = products.rounded if integers else products.group_sums
     kernels = {
         "first": prepare(w.columns, w.group, rows),
-        "codes_product": products.codes_product(w, rows, 2 if rows == 1 else 4, integers=integers),
+        "codes_product": products.codes_product(w, rows, Tiling(rows=2 if rows == 1 else 4), integers=integers),
     }
     named = {name: kernel.with_attr("global_symbol", name) for name, kernel in kernels.items()}
     module = tvm.compile(tvm.IRModule(named), target=tvm.target.Target(level.target())).mod

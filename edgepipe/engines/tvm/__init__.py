@@ -30,6 +30,7 @@ from edgepipe.engines.tvm import schedules
 from edgepipe.engines.tvm.convert import Function, Library
 from edgepipe.engines.tvm.heads import Cached
 from edgepipe.engines.tvm.kernels import pack
+from edgepipe.engines.tvm.tiling import Tiling
 from edgepipe.errors import TargetError
 from edgepipe.graph.dialect import weight_name
 from edgepipe.levels import Level
@@ -49,12 +50,14 @@ def lower(
     cache_dtype: str = "float32",
     exact: bool = False,
     file: WeightsFile | None = None,
+    tilings: Mapping[str, Tiling] | None = None,
 ) -> Library:
     """Return the functions of a model's graphs and the layout of the weights they share; nothing is compiled.
 
     `accuracy_level` is MatMulNBits': from 4 on activations are rounded to 8 bits, where the processor multiplies
     bytes. `exact` multiplies in float what the model's plan multiplies as integers, and takes none of the kernels that
-    only a GPU's threads run. `file` is the layout of an earlier lowering of the same model.
+    only a GPU's threads run. `file` is the layout of an earlier lowering of the same model. `tilings` take the place of
+    the default ones, by Product.key.
     """
     plan = model.activations
     if plan is not None and plan.kind == "static":
@@ -69,6 +72,7 @@ def lower(
         integers=bytes_multiply and not exact and (accuracy_level >= _INTEGER_LEVEL or plan is not None),
         has_threads=level.gpu is not None and not exact,
         multiplied=_multiplied(graphs, model) if level.gpu is None else frozenset(),
+        tilings=tilings or {},
     )
     for name, graph in graphs.items():
         if preallocated and name == "decoder":

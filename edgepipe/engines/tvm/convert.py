@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,6 +21,8 @@ from tvm import relax, tirx
 from edgepipe.artifacts import Json, QuantizedTensor
 from edgepipe.engines.onnxruntime.planned import PlannedTensor, WeightsFile
 from edgepipe.engines.tvm import packed, products
+from edgepipe.engines.tvm.products import Codes, Floats
+from edgepipe.engines.tvm.tiling import Product, Tiling, default
 from edgepipe.engines.tvm.values import Known, Size, Tensor, Value, Weight, known_sizes, on_sizes, size
 from edgepipe.errors import ContractError, TargetError
 from edgepipe.graph.dialect import weight_name
@@ -42,6 +44,8 @@ class Library:
     integers: bool  # round activations to 8 bits, and multiply bytes
     has_threads: bool  # of a GPU; not where functions for one are only checked, on this machine's processor
     multiplied: frozenset[str]  # weights that some product reads: float ones are packed, and lie in the file once
+    tilings: Mapping[str, Tiling] = field(default_factory=dict)  # in place of the defaults, by Product.key
+    asked: Counter[Product] = field(default_factory=Counter)  # products, by how many matrices take each
     builder: Any = field(default_factory=relax.BlockBuilder)
     functions: dict[str, Json] = field(default_factory=dict)  # what the manifest says of each
     tensors: dict[str, Json] = field(default_factory=dict)  # of the weights file: offset, dtype, shape
@@ -53,6 +57,13 @@ class Library:
         if key not in self._kernels:
             self._kernels[key] = self.builder.add_func(make(), str(key[0]))
         return self._kernels[key]
+
+    def tiling(self, w: Codes | Floats, rows: int | None, integers: str) -> Tiling:
+        """Return how a product goes through its matrix."""
+        product = Product(w=w, rows=rows, integers=integers)
+        self.asked[product] += 1
+        tiling = self.tilings.get(product.key) or default(product, self.level)
+        return replace(tiling, table=tiling.table and self.level.table)
 
     def place(self, planned: PlannedTensor) -> str:
         """Give a tensor its place in the weights file; return its key."""

@@ -107,18 +107,14 @@ def matmul(f: Function, node: ir.Node) -> Sequence[Value]:
     return [f.reshape(found, [*x.shape[:-1], found.shape[-1]])]
 
 
-def _block(f: Function, rows: int | None) -> int:
-    return min(rows or f.library.level.rows, f.library.level.rows)
-
-
 def _float_product(f: Function, name: str, x: Tensor, rows: Size) -> Tensor:
     library = f.library
     library.products["float32"] += 1
     record = library.weights[name]
     w = packed.floats_of((record.shape[0], record.shape[1]), record.dtype)
     known = rows if isinstance(rows, int) else None
-    block = _block(f, known)
-    kernel = library.kernel(("float_product", w, known, block), lambda: products.float_product(w, known, block))
+    tiling = library.tiling(w, known, "")
+    kernel = library.kernel(("float_product", w, known, tiling), lambda: products.float_product(w, known, tiling))
     weight = f.weight(packed.plan_floats(library.weights, name, w))
     (found,) = f.call(kernel, [x, weight], [((rows, w.shape[0]), "float32")])
     return found
@@ -131,16 +127,16 @@ def _codes_product(f: Function, name: str, x: Tensor, rows: Size, source: Any) -
     assert value is not None
     w = packed.codes_of(value)
     known = rows if isinstance(rows, int) else None
-    block = _block(f, known)
     integers = library.level.byte_products if library.integers else ""
     library.products["int8" if integers else "float32"] += 1
     if value.column_scale is not None:
         operands = _operands(f, w, expressions.scaled(f, name, x), rows)
     else:  # several matrices that multiply one tensor share its sums
         operands = f.once(("operands", source, w.columns, w.group), lambda: _operands(f, w, x, rows))
+    tiling = library.tiling(w, known, integers)
     kernel = library.kernel(
-        ("codes_product", w, known, block, integers),
-        lambda: products.codes_product(w, known, block, integers=integers),
+        ("codes_product", w, known, tiling, integers),
+        lambda: products.codes_product(w, known, tiling, integers=integers),
     )
     parts = [f.weight(planned) for planned in packed.plan_codes(library.weights, name, w)]
     (found,) = f.call(kernel, [*operands, *parts], [((rows, w.shape[0]), "float32")])

@@ -1,8 +1,8 @@
 """Kernels: rows of x times a packed matrix, written by hand in TIR, and gathers from such matrices.
 
 A matrix is packed in tiles of output rows, so that one vector load gives the same columns of 16 rows. Tiles are
-shared out among threads; within a tile, blocks of rows of x share every load. 16 lanes are one register of AVX-512, two
-of AVX2 and four of NEON: LLVM splits them.
+shared out among threads; within a tile, blocks of rows of x share every load, and a `Tiling` says how large they are.
+16 lanes are one register of AVX-512, two of AVX2 and four of NEON: LLVM splits them.
 
     float    [tiles, in, width]      width 16 or 32; float32, float16 or bfloat16 (as its bits)
     codes    [tiles, words, 64]      64 bytes = 16 rows of a 32-bit word; byte b, place p hold column p · 4 + b
@@ -16,15 +16,20 @@ alone, so codes of 8 bits count from −128 there, and the offset makes up for i
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from edgepipe.engines.tvm.functions import scratch, typed
+from edgepipe.engines.tvm.functions import ask_for, scratch, typed
+
+if TYPE_CHECKING:
+    from edgepipe.engines.tvm.tiling import Tiling
 
 LANES = 16
 WORD = 4  # bytes
@@ -32,6 +37,7 @@ _OPAQUE = 8  # Relax's kind of kernel that nothing is fused with
 ATTRIBUTES = {"tirx.noalias": True, "op_pattern": _OPAQUE}  # of a kernel written by hand
 _VNNI, _SDOT = "llvm.x86.avx512.vpdpbusd.512", "llvm.aarch64.neon.sdot.v4i32.v16i8"
 _VRMPY = "llvm.hexagon.V6.vrmpybusv.acc.128B"
+_TABLE = "llvm.x86.avx512.permvar.sf.512"  # picks of 16 floats by the lowest 4 bits of every lane
 _SDOT_LANES = 4  # sums in a register of NEON
 _SIGN = 128  # what the codes of 8 bits lose under sdot
 _MOST_CODE = 127.0  # of a rounded activation
@@ -110,9 +116,18 @@ def _splat(value: Any) -> Any:
     return tirx.Broadcast(value, LANES)
 
 
-def _zero(buffer: Any, places: int, dtype: str) -> None:
+def _zeros(places: int, dtype: str) -> Any:
+    """Return local vectors of zeros."""
+    buffer = scratch(places * LANES, dtype)
     for place in range(places):
         T.buffer_store(buffer, _splat(tirx.const(0, dtype)), [lanes_at(place * LANES)])
+    return buffer
+
+
+def _total(buffers: list[Any], place: int) -> Any:
+    """Return the sum of one place of some buffers."""
+    at = lanes_at(place * LANES)
+    return functools.reduce(lambda total, buffer: total + buffer[at], buffers[1:], buffers[0][at])
 
 
 def _add(buffer: Any, place: int, value: Any) -> None:
@@ -147,10 +162,11 @@ def _header(name: str, handles: int) -> list[Any]:
     return [T.arg(f"a{i}", T.handle()) for i in range(handles)]
 
 
-def float_product(w: Floats, rows: int | None, block: int) -> Any:
-    """Return the kernel (x [m, in], w) → y [m, out], all float32; `block` rows of x share a load."""
+def float_product(w: Floats, rows: int | None, tiling: Tiling) -> Any:
+    """Return the kernel (x [m, in], w) → y [m, out], all float32."""
     n, k = w.shape
-    vectors = w.width // LANES
+    vectors, block = w.width // LANES, tiling.rows
+    at_once = math.gcd(k, tiling.words)
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             handles = _header("float_product", 3)
@@ -160,21 +176,20 @@ def float_product(w: Floats, rows: int | None, block: int) -> Any:
             y = T.match_buffer(handles[2], [m, n], "float32")
             with T.parallel(0, w.tiles) as tile, T.serial(0, (m + (block - 1)) // block) as number:
                 first = T.Bind(number * block)
-                accs = [scratch(block * LANES) for _ in range(vectors)]
-                for acc in accs:
-                    _zero(acc, block, "float32")
-                with T.serial(0, k) as column:
-                    loaded = [
-                        T.Bind(widened(packed[tile, column, lanes_at(j * LANES)], w.dtype, LANES))
-                        for j in range(vectors)
-                    ]
-                    for r in range(block):
-                        value = T.Bind(_splat(x[tirx.min(first + r, m - 1), column]))
-                        for j in range(vectors):
-                            _add(accs[j], r, value * loaded[j])
+                accs = [[_zeros(block, "float32") for _ in range(at_once)] for _ in range(vectors)]
+                with T.serial(0, k // at_once) as start:
+                    for i in range(at_once):
+                        column = start * at_once + i
+                        loaded = [
+                            T.Bind(widened(packed[tile, column, lanes_at(j * LANES)], w.dtype, LANES))
+                            for j in range(vectors)
+                        ]
+                        for r in range(block):
+                            value = T.Bind(_splat(x[tirx.min(first + r, m - 1), column]))
+                            for j in range(vectors):
+                                _add(accs[j][i], r, value * loaded[j])
                 for r in range(block):
-                    results = [acc[lanes_at(r * LANES)] for acc in accs]
-                    _store_rows(y, results, first + r, m, tile * w.width, n)
+                    _store_rows(y, [_total(acc, r) for acc in accs], first + r, m, tile * w.width, n)
     return builder.get()
 
 
@@ -300,16 +315,20 @@ def _parts(w: Codes) -> int:
     return 2 if w.offset == "middle" else 3
 
 
-def codes_product(w: Codes, rows: int | None, block: int, *, integers: str) -> Any:
+def codes_product(w: Codes, rows: int | None, tiling: Tiling, *, integers: str) -> Any:
     """Return the kernel (x, [steps,] sums, codes, scale[, offset]) → y [m, out] float32.
 
     `integers` is the instruction that multiplies bytes, or empty. x [m, columns] is float32, or with one what `rounded`
     gives; sums [m, groups] are those of x.
     """
     add = {"": _add_floats, "vpdpbusd": _add_vnni, "sdot": _add_sdot, "vrmpy": _add_vrmpy}[integers]
+    if tiling.table and not integers and w.bits < 8:
+        add = _add_table
     less = _SIGN if integers == "sdot" and w.bits == 8 else 0
     inputs = 3 if integers else 2
     kind = "int32" if integers else "float32"
+    words, block, wide = w.group // w.per_word, tiling.rows, min(tiling.tiles, w.tiles)
+    at_once = math.gcd(words, tiling.words)
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             handles = _header("codes_product", inputs + _parts(w) + 1)
@@ -319,27 +338,33 @@ def codes_product(w: Codes, rows: int | None, block: int, *, integers: str) -> A
             sums = T.match_buffer(handles[inputs - 1], [m, w.groups], "float32")
             codes, scales, other = _match_codes(w, handles[inputs:-1])
             y = T.match_buffer(handles[-1], [m, w.shape[0]], "float32")
-            words = w.group // w.per_word
-            with T.parallel(0, w.tiles) as tile, T.serial(0, (m + (block - 1)) // block) as number:
+            with T.parallel(0, -(-w.tiles // wide)) as task, T.serial(0, (m + (block - 1)) // block) as number:
                 first = T.Bind(number * block)
                 at = [T.Bind(tirx.min(first + r, m - 1)) for r in range(block)]
-                acc = scratch(block * LANES)
-                _zero(acc, block, "float32")
+                # Where the last ones are missing, one tile is stored twice
+                tiles = [T.Bind(tirx.min(task * wide + j, w.tiles - 1)) for j in range(wide)]
+                accs = [_zeros(block, "float32") for _ in tiles]
                 with T.serial(0, w.groups) as g:
-                    part = scratch(block * LANES, kind)
-                    _zero(part, block, kind)
-                    with T.serial(0, words) as word:
-                        column = T.Bind(g * w.group + word * w.per_word)
-                        add(w, part, (codes, tile, T.Bind(g * words + word)), x, at, column)
-                    scale = T.Bind(widened(scales[tile, g, lanes_at(0)], w.scale_dtype, LANES))
-                    offset = T.Bind(_offset(w, scale, other, tile, g, less))
+                    parts = [[_zeros(block, kind) for _ in range(at_once)] for _ in tiles]
+                    with T.serial(0, words // at_once) as start:
+                        for i in range(at_once):
+                            word = T.Bind(g * words + start * at_once + i)
+                            column = T.Bind(word * w.per_word)
+                            for tile, part in zip(tiles, parts, strict=True):
+                                if tiling.ahead:
+                                    ask_for(codes, tile, word + tiling.ahead, 0)
+                                add(w, part[i], (codes, tile, word), x, at, column)
+                    for tile, part, acc in zip(tiles, parts, accs, strict=True):
+                        scale = T.Bind(widened(scales[tile, g, lanes_at(0)], w.scale_dtype, LANES))
+                        offset = T.Bind(_offset(w, scale, other, tile, g, less))
+                        for r in range(block):
+                            inner = _total(part, r)
+                            if integers:
+                                inner = inner.astype(f"float32x{LANES}") * _splat(steps[at[r], g])
+                            _add(acc, r, scale * inner + offset * _splat(sums[at[r], g]))
+                for tile, acc in zip(tiles, accs, strict=True):
                     for r in range(block):
-                        inner = part[lanes_at(r * LANES)]
-                        if integers:
-                            inner = inner.astype(f"float32x{LANES}") * _splat(steps[at[r], g])
-                        _add(acc, r, scale * inner + offset * _splat(sums[at[r], g]))
-                for r in range(block):
-                    _store_rows(y, [acc[lanes_at(r * LANES)]], first + r, m, tile * LANES, w.shape[0])
+                        _store_rows(y, [acc[lanes_at(r * LANES)]], first + r, m, tile * LANES, w.shape[0])
     return builder.get()
 
 
@@ -349,16 +374,28 @@ def _words(place: tuple[Any, Any, Any], first: int, lanes: int) -> Any:
     return T.Bind(tirx.reinterpret(f"uint32x{lanes}", codes[tile, number, lanes_at(first * WORD, lanes * WORD)]))
 
 
-def _add_floats(w: Codes, part: Any, place_of: Any, x: Any, at: list[Any], column: Any) -> None:
-    """Add the products of one word of every row of the tile, decoded to floats."""
+def _add_floats(w: Codes, part: Any, place_of: Any, x: Any, at: list[Any], column: Any, *, table: Any = None) -> None:
+    """Add the products of one word of every row of the tile, decoded to floats: converted, or looked up in a table."""
     mask = _splat(tirx.const((1 << w.bits) - 1, "uint32"))
     word = _words(place_of, 0, LANES)
     for place in range(8 // w.bits):
         for byte in range(WORD):
             shift = _splat(tirx.const(8 * byte + w.bits * place, "uint32"))
-            code = T.Bind(((word >> shift) & mask).astype(f"int32x{LANES}").astype(f"float32x{LANES}"))
+            if table is None:
+                code = ((word >> shift) & mask).astype(f"int32x{LANES}").astype(f"float32x{LANES}")
+            else:
+                lowest = tirx.reinterpret(f"int32x{LANES}", word >> shift)
+                code = tirx.call_llvm_pure_intrin(f"float32x{LANES}", _TABLE, table, lowest)
+            code = T.Bind(code)
             for r, row in enumerate(at):
                 _add(part, r, code * _splat(x[row, column + place * WORD + byte]))
+
+
+def _add_table(w: Codes, part: Any, place_of: Any, x: Any, at: list[Any], column: Any) -> None:
+    """Do the same with a table that ignores the bits above a code."""
+    values = [tirx.const(i % (1 << w.bits), "float32") for i in range(LANES)]
+    table = tirx.Shuffle(values, [tirx.const(i, "int32") for i in range(LANES)])
+    _add_floats(w, part, place_of, x, at, column, table=table)
 
 
 def _four(byte: int) -> int:
