@@ -9,14 +9,17 @@ Each pass is one file, and says what it rewrites and what it leaves alone.
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 
 from edgepipe.artifacts import OnnxModel
 from edgepipe.engines.qnn.fix_sizes import fix_sizes
 from edgepipe.engines.qnn.plain_attention import plain_attention
+from edgepipe.engines.qnn.rotate import rotate
 from edgepipe.errors import TargetError
 
 GRAPH = "model"  # the one graph that is lowered: that of an encoder
+DECODER = "decoder"  # the same of a decoder, whose step runs one token
 _MOST_BYTES = (1 << 31) - 1  # of a graph with its weights inside, as protocol buffers have it
 
 
@@ -31,7 +34,11 @@ def lower(model: OnnxModel, tokens: int, most_axes: int) -> onnx.ModelProto:
             f"an NPU's graph is compiled from float weights of {_MOST_BYTES / 1e9:.1f} GB at most, and "
             f"{model.info.name} has {floats / 1e9:.1f} GB: distil or prune it first"
         )
-    plain = plain_attention(fix_sizes(model.graphs[GRAPH], model.weights, tokens))
+    if DECODER in model.graphs:
+        plain = _step(model, tokens)
+    else:
+        sizes = {"batch": 1, "sequence": tokens}
+        plain = plain_attention(fix_sizes(model.graphs[GRAPH], model.weights, sizes))
     graph = plain.graph
     for value in [*graph.input, *graph.value_info, *graph.output]:
         axes = len(value.type.tensor_type.shape.dim)
@@ -40,3 +47,10 @@ def lower(model: OnnxModel, tokens: int, most_axes: int) -> onnx.ModelProto:
                 f"the NPU takes tensors of {most_axes} axes at most, and {value.name} has {axes}: take another target"
             )
     return plain
+
+
+def _step(model: OnnxModel, context: int) -> onnx.ModelProto:
+    """Return a decoder's graph for one token behind a cache of `context` places."""
+    sizes = {"batch": 1, "sequence": 1, "past": context, "wanted": 1}
+    only = {"logits_positions": np.zeros((1, 1), np.int64)}
+    return rotate(plain_attention(fix_sizes(model.graphs[DECODER], model.weights, sizes, only)))
