@@ -30,20 +30,21 @@ from benchmarks.stored import (
     replace_section,
     write_result,
 )
-from edgepipe.artifacts import CompiledModel, Json, TorchModel
+from edgepipe.artifacts import CompiledModel, Json
 from edgepipe.measuring.run import describe_machine
 from edgepipe.measuring.scores import spearman
-from edgepipe.pipeline import run, run_stages
+from edgepipe.pipeline import run
 from edgepipe.recipe import resolve
 from edgepipe.report.progress import Progress
-from edgepipe.runtime import Encoder, load
+from edgepipe.runtime import Encoder, Model, load, open_graphs, read_bundle
+from edgepipe.runtime.sampling import log_softmax
 from edgepipe.sources import open_model
 from edgepipe.store import file_sha256
-from edgepipe.students.result import save
 
 NAME = "npu"
 PAGE = ROOT / "docs" / "npu.md"
 SEED = 0
+TEXT = "prose-eval"  # that decoders are scored on
 STUDENT = Arm(
     name="student",
     label="mask removed, ranking of scored pairs",
@@ -69,6 +70,17 @@ class Case:
     pairs: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """Name a decoder and a target, the places of its cache, and how many tokens of a text are emulated."""
+
+    model: str
+    target: str
+    context: int
+    tokens: int
+
+
+STEPS = (Step(model=TEACHER, target="snapdragon-8gen3-htp", context=128, tokens=20),)
 CASES = (
     Case(model="minilm-l6-v2", target="snapdragon-8gen3-htp", pairs=25),
     Case(model="student", target="snapdragon-8gen3-htp", pairs=100),
@@ -82,6 +94,7 @@ def main(arguments: list[str]) -> None:
     folder = Path(os.environ.get("EDGEPIPE_DATA", "."))
     parser.add_argument("--data", type=Path, default=folder / "stsb-dev.tsv", help="the dev set of STS-B")
     parser.add_argument("--page-only", action="store_true", help="rewrite the table from the stored run")
+    parser.add_argument("--encoders", action="store_true", help="leave decoders out")
     parser.add_argument("--fresh", action="store_true", help="run what is stored again")
     options = parser.parse_args(arguments)
     stored: Json = read_result(NAME) if (RESULTS / f"{NAME}.json").is_file() and not options.fresh else {"rows": []}
@@ -94,7 +107,14 @@ def main(arguments: list[str]) -> None:
         stored["machine"] = describe_machine(0)
         stored["data"] = {"name": options.data.name, "sha256": file_sha256(options.data)}
         write_result(NAME, stored)
+    for step in () if options.page_only or options.encoders else STEPS:
+        if any((row["model"], row["target"]) == (step.model, step.target) for row in stored.get("steps", ())):
+            continue
+        stored.setdefault("steps", []).append(measure_step(step))
+        write_result(NAME, stored)
     replace_section(PAGE, NAME, page_section(stored))
+    if stored.get("steps"):
+        replace_section(PAGE, f"{NAME}-steps", steps_section(stored))
     print(json.dumps({f"{row['model']} {row['target']}": min(row["cosines"]) for row in stored["rows"]}))
 
 
@@ -127,6 +147,48 @@ def measure(case: Case, data: Path) -> Json:
     }
 
 
+def measure_step(step: Step) -> Json:
+    """Build both bundles of a decoder and run the tokens of a text through them, each after those before it."""
+    came_from = provenance()
+    settings: list[tuple[str, str, object]] = [("export", "context", step.context)]
+    plain = build(step.model, step.model, "cpu", [*settings, ("compile", "cache_dtype", "float32")])
+    npu = build(step.model, step.model, step.target, [*settings, ("compile", "tokens", step.context)])
+    text = (ROOT / "calibration" / f"{TEXT}.txt").read_text(encoding="utf-8")
+    model = load(plain.path)
+    assert isinstance(model, Model)
+    ids = model.encode(text)[: step.tokens]
+    expected = step_logits(plain, ids)
+    started = time.perf_counter()
+    found = step_logits(npu, ids)
+    seconds = time.perf_counter() - started
+    before, after = (log_softmax(logits.astype(np.float64)) for logits in (expected, found))
+    told = np.arange(len(ids) - 1), np.array(ids[1:])
+    return {
+        "provenance": came_from,
+        "model": step.model,
+        "target": step.target,
+        "text": TEXT,
+        "context": step.context,
+        "tokens": len(ids),
+        "npu": {key: npu.manifest["npu"][key] for key in ("nodes", "on_npu", "share", "tokens", "leftovers")},
+        "cache_bytes": npu.manifest["cache"]["bytes"],
+        "bundle_bytes": {"float32": bytes_of(plain), "npu": bytes_of(npu)},
+        "divergence": [float(value) for value in np.sum(np.exp(before) * (before - after), 1)],
+        "same_token": [bool(value) for value in before.argmax(1) == after.argmax(1)],
+        "loss": {"float32": float(-before[told].mean()), "npu": float(-after[told].mean())},
+        "emulated_s": round(seconds / len(ids), 2),
+    }
+
+
+def step_logits(bundle: CompiledModel, ids: list[int]) -> np.ndarray:
+    """Return the logits [n, vocab] after each of n ids."""
+    decoder = open_graphs(read_bundle(bundle.path), None)
+    count = len(ids)
+    rows = np.array([ids], np.int64), np.zeros(1, np.int64), np.array([count]), np.arange(count)[None]
+    logits: np.ndarray = decoder.run(decoder.new_cache(1), *rows)[0]
+    return logits.copy()
+
+
 def student(data: Path) -> str:
     """Return the directory of an encoder of sentences: first layers of a decoder, taught with the pairs of STS-B train.
 
@@ -139,7 +201,7 @@ def student(data: Path) -> str:
     return str(place)
 
 
-def build(name: str, source: str, target: str) -> CompiledModel:
+def build(name: str, source: str, target: str, settings: list[tuple[str, str, object]] | None = None) -> CompiledModel:
     """Send a model down the river without a stage that rounds."""
     folder = ROOT / "runs" / NAME / f"{name}-{target}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -147,7 +209,7 @@ def build(name: str, source: str, target: str) -> CompiledModel:
     recipe_file.write_text('stages = ["export", "compile"]\n', encoding="utf-8")
     made = run(
         open_model(source),
-        resolve(target=target, file=recipe_file),
+        resolve(target=target, file=recipe_file, settings=settings or []),
         out=folder / "bundle",
         runs=folder,
         fresh=False,
@@ -196,9 +258,10 @@ def page_section(result: Json) -> str:
     versions = result["rows"][0]["provenance"]["versions"]
     first, said = result["rows"][0], ""
     if any(row["model"] == "student" for row in result["rows"]):
+        steps, batch = STUDENT.settings["steps"], STUDENT.settings["batch"]
         said = (
-            f"The student is the first {len(LAYERS)} layers of {TEACHER} without its mask, taught {STUDENT.settings['steps']} "
-            f"steps of {STUDENT.settings['batch']} scored pairs of STS-B train, its vocabulary trimmed to their sentences. "
+            f"The student is the first {len(LAYERS)} layers of {TEACHER} without its mask, taught {steps} steps of "
+            f"{batch} scored pairs of STS-B train, its vocabulary trimmed to their sentences. "
         )
     return (
         f"{markdown_table(HEADER, cells)}\n\n"
@@ -206,6 +269,38 @@ def page_section(result: Json) -> str:
         f"Emulated by onnxruntime-qnn {versions['onnxruntime-qnn']} on {result['machine']['cpu']}; "
         + ", ".join(f"{date} at `{commit}`" for date, commit in made)
         + "."
+    )
+
+
+def steps_section(result: Json) -> str:
+    """Return the page's table of decoders and the sentence below it, from a stored run alone."""
+    header = (
+        *("model", "target", "nodes on the NPU", "bundle, MB", "float32, MB", "context", "cache, MB", "tokens"),
+        *("KL to float32, nats", "same likeliest token", "perplexity", "of float32"),
+    )
+    cells = [
+        [
+            *(row["model"], row["target"]),
+            f"{row['npu']['on_npu']} of {row['npu']['nodes']} ({row['npu']['on_npu'] / row['npu']['nodes']:.1%})",
+            f"{row['bundle_bytes']['npu'] / 1e6:.1f}",
+            f"{row['bundle_bytes']['float32'] / 1e6:.1f}",
+            str(row["context"]),
+            f"{row['cache_bytes'] / 1e6:.1f}",
+            str(row["tokens"]),
+            f"{np.mean(row['divergence']):.3f}",
+            f"{sum(row['same_token'])} of {row['tokens']}",
+            f"{np.exp(row['loss']['npu']):.2f}",
+            f"{np.exp(row['loss']['float32']):.2f}",
+        ]
+        for row in result["steps"]
+    ]
+    made = sorted({(row["provenance"]["date"], row["provenance"]["commit"][:12]) for row in result["steps"]})
+    first = result["steps"][0]
+    return (
+        f"{markdown_table(header, cells)}\n\n"
+        f"The first {first['tokens']} tokens of `{first['text']}`, one a call, each after the real ones before it; "
+        f"{first['emulated_s']:.0f} s each in the emulator. So few tokens say whether it works, not what it costs. "
+        f"Emulated on {result['machine']['cpu']}; " + ", ".join(f"{date} at `{commit}`" for date, commit in made) + "."
     )
 
 

@@ -20,8 +20,8 @@ from edgepipe.runtime.onnxruntime import Graph
 
 PAST, NEW = "past_", "new_"  # begin the names of what is read of a cache, and of what is written to it
 PAST_MASK = "past_mask"
+CACHE_DTYPE = "uint16"  # levels on grids that the graph knows
 _SEEN = np.uint16(65535)
-_INT64, _FLOAT, _LEVELS = "int64", "float32", "uint16"
 
 Arrays = dict[str, np.ndarray]
 
@@ -30,12 +30,12 @@ def ends_of_step(model: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the inputs and outputs that a step has, as a manifest describes ends, from the model's facts."""
     heads, width, places = int(model["kv_heads"]), int(model["head_dim"]), int(model["context"])
     layers = range(int(model["layers"]))
-    inputs = {name: _end(_INT64, 1, 1) for name in ("input_ids", "position_ids")}
-    inputs[PAST_MASK] = _end(_LEVELS, 1, 1, 1, places)
-    outputs = {"logits": _end(_FLOAT, 1, 1, int(model["vocab_size"]))}
+    inputs = {name: _end("int64", 1, 1) for name in ("input_ids", "position_ids")}
+    inputs[PAST_MASK] = _end(CACHE_DTYPE, 1, 1, 1, places)
+    outputs = {"logits": _end("float32", 1, 1, int(model["vocab_size"]))}
     for begin, count, ends in ((PAST, places, inputs), (NEW, 1, outputs)):
-        ends |= {f"{begin}key.{layer}": _end(_LEVELS, 1, heads, width, count) for layer in layers}
-        ends |= {f"{begin}value.{layer}": _end(_LEVELS, 1, heads, count, width) for layer in layers}
+        ends |= {f"{begin}key.{layer}": _end(CACHE_DTYPE, 1, heads, width, count) for layer in layers}
+        ends |= {f"{begin}value.{layer}": _end(CACHE_DTYPE, 1, heads, count, width) for layer in layers}
     return {"inputs": inputs, "outputs": outputs}
 
 
@@ -57,7 +57,7 @@ def read_zeros(manifest: Mapping[str, Any]) -> dict[str, int]:
     npu = manifest.get("npu")
     zeros = npu.get("cache_zeros") if isinstance(npu, dict) else None
     if not isinstance(zeros, dict) or set(zeros) != set(names):
-        raise ConfigError("manifest.json: npu.cache_zeros must name every past_key and past_value: copy the bundle again")
+        raise ConfigError("manifest.json: npu.cache_zeros must name every past_key and past_value: build it again")
     if not all(type(zero) is int and 0 <= zero < 1 << 16 for zero in zeros.values()):
         raise ConfigError("manifest.json: npu.cache_zeros must be whole numbers below 65536: copy the bundle again")
     return zeros
@@ -77,7 +77,7 @@ class Decoder:
         self.cache_bytes = sum(2 * int(np.prod(self._ends[name]["shape"])) for name in self._zeros)
 
     def new_cache(self, batch: int) -> list[Arrays]:
-        """Make an empty cache for `batch` sequences: every place holds zeros, so that none is larger than what is real."""
+        """Make an empty cache for `batch` sequences: zeros at every place, for what is hidden must not be large."""
         made = range(batch)
         return [{n: np.full(self._ends[n]["shape"], zero, np.uint16) for n, zero in self._zeros.items()} for _ in made]
 

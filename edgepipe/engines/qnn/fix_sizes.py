@@ -21,17 +21,20 @@ from edgepipe.weights import WeightStore
 
 
 def fix_sizes(
-    portable: bytes, weights: WeightStore, sizes: Mapping[str, int], fixed_inputs: Mapping[str, np.ndarray] | None = None
+    portable: bytes,
+    weights: WeightStore,
+    sizes: Mapping[str, int],
+    constant: Mapping[str, np.ndarray] | None = None,
 ) -> onnx.ModelProto:
     """Return a portable graph with the size of every named axis, as `sizes` has them; every shape is written down.
 
-    `fixed_inputs` are inputs that never change: they become constants. Raises TargetError for a graph whose inputs have
+    `constant` are inputs that never change: they become constants. Raises TargetError for a graph whose inputs have
     other axes of any length.
     """
     model = onnx.load_model_from_string(portable)
     graph = model.graph
     known: dict[str, np.ndarray] = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
-    known |= fixed_inputs or {}
+    known |= constant or {}
     named = {value.name: weight_name(value.name) for value in graph.input}
     example = {v.name: _example(v, sizes) for v in graph.input if named[v.name] is None and v.name not in known}
     seen: dict[str, np.ndarray] = dict(example)

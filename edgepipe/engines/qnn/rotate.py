@@ -5,8 +5,8 @@
     MatMul(norm, W)         →  MatMul(norm, Qᵀ · diag(w) · W)
     x + MatMul(y, W) (+ b)  →  x · Q + MatMul(y, W · Q) (+ b · Q)
 
-The graph computes what it did; nothing is added to it. Decoders put thousands into one or two channels at a text's first
-place (24,000 in SmolLM2-135M, where the others have some tens), and 65,536 levels for that range leave a step of 0.4.
+The graph computes what it did; nothing is added to it. Decoders put thousands into one or two channels at a text's
+first place (24,000 in SmolLM2-135M, where others have some tens), and 65,536 levels for that range leave a step of 0.4.
 Turned, that value is spread over all channels. Q is a Hadamard matrix ⊗ a cosine transform, with seeded signs.
 Source: Ashkboos et al., QuaRot, arXiv:2404.00456; the massive values: Sun et al., arXiv:2402.17762.
 
@@ -52,12 +52,13 @@ def rotate(plain: onnx.ModelProto) -> onnx.ModelProto:
     for name in plan.columns:
         held = nodes.constants[TURNED + name if name in plan.rows else name]
         made[name] = nodes.constant((held @ turn).astype(np.float32), TURNED + name)
-    one = nodes.constant(np.ones(width, np.float32), f"{TURNED}norm")
+    ones = {name: nodes.constant(np.ones(width, np.float32), TURNED + name) for name in plan.norms.values()}
     for node in plain.graph.node:
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
         for place, name in enumerate(node.input):
-            copy.input[place] = one if node.output[0] in plan.norms and place == 1 else made.get(name, name)
+            is_norm = node.output[0] in plan.norms and place == 1
+            copy.input[place] = ones[name] if is_norm else made.get(name, name)
         nodes.out.append(copy)
     return nodes.finish()
 
