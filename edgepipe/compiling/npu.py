@@ -26,7 +26,6 @@ from edgepipe.runtime.npu_step import CACHE_DTYPE
 from edgepipe.target import QnnSettings, Target
 
 if TYPE_CHECKING:
-    from edgepipe.compiling.npu_step import Texts
     from edgepipe.engines.qnn.context import Placement
 
 _USUAL_TOKENS = 64  # of a text: a sentence or two; every text costs as much as this many
@@ -64,11 +63,11 @@ def check_npu(target: Target) -> QnnSettings:
 
 def build_npu(model: OnnxModel, wanted: Wanted, path: Path, ctx: Context) -> Json:
     """Compile the model's graph and write it beside its context binary in `path`; return the bundle's manifest."""
-    from edgepipe.compiling.npu_step import Texts, cache_zeros, is_decoder
+    from edgepipe.compiling.npu_step import cache_zeros, is_decoder, rows_of_steps
     from edgepipe.engines import qnn as engine
     from edgepipe.engines.qnn.context import binaries, compile_context, placement
     from edgepipe.engines.qnn.qdq import to_qdq
-    from edgepipe.engines.qnn.ranges import observe
+    from edgepipe.engines.qnn.ranges import observe, observe_steps
 
     chip = check_npu(ctx.target)
     tokens, decodes = _tokens(model, wanted, ctx.target), is_decoder(model)
@@ -79,9 +78,11 @@ def build_npu(model: OnnxModel, wanted: Wanted, path: Path, ctx: Context) -> Jso
     def seen(done: int, total: int) -> None:
         ctx.progress("ranges", done, total)
 
+    rows: list[list[int]] = []
+    texts: list[dict[str, np.ndarray]] = []
     if decodes:
-        steps = Texts.of(model.info, wanted.calibration, tokens, ctx.seed)
-        found, texts = steps.observe(plain, ctx.work_dir, seen), []
+        rows = rows_of_steps(model.info, wanted.calibration, tokens, ctx.seed)
+        found = observe_steps(plain, rows, ctx.work_dir, seen)
     else:
         texts = _texts(model, plain, wanted.calibration, tokens, ctx.seed)
         found = observe(plain, texts, ctx.work_dir, seen)
@@ -111,28 +112,33 @@ def build_npu(model: OnnxModel, wanted: Wanted, path: Path, ctx: Context) -> Jso
         **placed.to_json(),
         **({"cache_zeros": cache_zeros(graph)} if decodes else {}),
     }
-    _tell(ctx, placed, model, plain, _said(wanted, tokens, texts, steps.rows if decodes else None))
+    _tell(ctx, placed, model, plain, _said(wanted, tokens, len(texts), sum(map(len, rows))))
     shape = {key: value for key, value in model.spec.items() if key != "exits"}
     ends = {} if decodes else {"ends": {role: ends_of(plain.SerializeToString())}}
     compiled = replace(model, graphs={role: model.graphs[role]}, spec={**shape, "context": tokens, **ends})
     if wanted.checked and decodes:
-        _check_step(compiled, plain, path, npu, steps, wanted, ctx)
+        _check_step(compiled, plain, path, npu, rows[-1], wanted, ctx)
     elif wanted.checked:
         _check(compiled, plain, path, npu, texts, wanted, ctx)
     cache = CACHE_DTYPE if decodes else ""
     return write_bundle(
-        compiled, path, None, ctx.recipe, cache, npu={**npu, "file": files[0], "stored": _stored(graph)}
+        compiled,
+        path,
+        None,
+        ctx.recipe,
+        cache,
+        npu={**npu, "file": files[0], "stored": _stored(graph, model.graphs[role])},
     )
 
 
-def _said(wanted: Wanted, tokens: int, texts: list[dict[str, np.ndarray]], rows: list[list[int]] | None) -> str:
+def _said(wanted: Wanted, tokens: int, texts: int, steps: int) -> str:
     """Say what runs, and what its ranges come from."""
     from edgepipe.quantizers.texts import DEFAULT_SET
 
     source = wanted.calibration.source or DEFAULT_SET
-    if rows is None:
-        return f"texts of {tokens} tokens, ranges from {len(texts)} rows of {source}"
-    return f"a token a call, a cache of {tokens}, ranges from {sum(map(len, rows))} steps over {source}"
+    if steps:
+        return f"a token a call, a cache of {tokens}, ranges from {steps} steps over {source}"
+    return f"texts of {tokens} tokens, ranges from {texts} rows of {source}"
 
 
 def _tell(ctx: Context, placed: Placement, model: OnnxModel, plain: onnx.ModelProto, said: str) -> None:
@@ -149,7 +155,7 @@ def _tokens(model: OnnxModel, wanted: Wanted, target: Target) -> int:
     """Return the length of every text; refuse models without one, and lengths that don't fit."""
     from edgepipe.compiling.npu_step import is_decoder
 
-    context, decodes = model.spec.get("context"), is_decoder(model)
+    context, decodes = int(model.spec.get("context") or 0), is_decoder(model)
     if not decodes and ("ends" not in model.spec or "model" not in model.graphs or not context):
         raise TargetError(
             f"{target.name} runs encoders of texts and decoders of the Llama family, and {model.info.name} is for "
@@ -213,14 +219,14 @@ def _check(
 
 
 def _check_step(
-    model: OnnxModel, plain: onnx.ModelProto, path: Path, npu: Json, texts: Texts, wanted: Wanted, ctx: Context
+    model: OnnxModel, plain: onnx.ModelProto, path: Path, npu: Json, row: list[int], wanted: Wanted, ctx: Context
 ) -> None:
     """Compare a decoder's float step with the portable graph, and what ships with it, on a calibration text."""
     from edgepipe.compiling.npu_step import CHECKED, check_step
 
     ctx.progress("checking what ships", 3, 4)
     manifest = {"npu": npu, "graphs": {"decoder": "decoder.onnx"}, "ends": {}, "model": model.spec}
-    error, loss = check_step(model, plain, path, manifest, texts, ctx.work_dir)
+    error, loss = check_step(model, plain, path, manifest, row, ctx.work_dir)
     _note_agreement(f"{CHECKED} tokens", error, loss, wanted, ctx)
 
 
@@ -248,11 +254,14 @@ def _rounded_again(model: OnnxModel, plain: onnx.ModelProto) -> int:
     return sum(isinstance(one, QuantizedTensor) and (turned or not one.has_integer_rows) for one in tensors)
 
 
-def _stored(graph: onnx.ModelProto) -> dict[str, int]:
+def _stored(graph: onnx.ModelProto, portable: bytes) -> dict[str, int]:
     """Return the bytes of every weight's levels, by its name in the store."""
+    # 1 + weight, as some norms have it, is a constant called after its sum
+    sums = {n.output[0]: n.input[0] for n in onnx.load_model_from_string(portable).graph.node if n.op_type == "Add"}
     found: dict[str, int] = {}
     for tensor in graph.graph.initializer:
-        name = tensor.name.removeprefix(TURNED)
+        whole, _, rest = tensor.name.removeprefix(TURNED).partition("/")
+        name = f"{sums.get(whole, whole)}/{rest}"
         view, _, rest = name.removeprefix("weight/").partition("/")
         is_weight = name.startswith("weight/") and rest.endswith("/levels")
         named = weight_name(f"weight/{view}") if is_weight else None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,7 @@ import onnx
 
 from edgepipe.artifacts import Json, ModelInfo, OnnxModel
 from edgepipe.compiling.checks import worst_error, worst_loss
-from edgepipe.engines.qnn.qdq import Range
-from edgepipe.engines.qnn.ranges import observe_steps, stepped
+from edgepipe.engines.qnn.ranges import stepped
 from edgepipe.quantizers.texts import Calibration, check_calibration, rows_of
 from edgepipe.runtime.npu_step import PAST, PAST_MASK, Decoder
 
@@ -22,23 +20,12 @@ CHECKED = 4  # tokens that the emulator checks: seconds for each
 _EXACT = 12  # tokens that the float graph is checked on
 
 
-@dataclass(frozen=True, slots=True)
-class Texts:
-    """Hold rows of ids that the step runs one by one."""
-
-    rows: list[list[int]]
-
-    @classmethod
-    def of(cls, info: ModelInfo, calibration: Calibration, context: int, seed: int) -> Texts:
-        """Take rows of a calibration, as many as the steps allow."""
-        check_calibration(info, calibration)
-        length = min(_ROW, context)
-        rows = rows_of(info, replace(calibration, tokens=max(8, length)), seed=seed)
-        return cls([row[:length] for row in rows[-max(1, _STEPS // length) :]])  # short ones stand first
-
-    def observe(self, plain: onnx.ModelProto, work: Path, progress: Callable[[int, int], None]) -> dict[str, Range]:
-        """Return the ranges of a plain step over the rows."""
-        return observe_steps(plain, self.rows, work, progress)
+def rows_of_steps(info: ModelInfo, calibration: Calibration, context: int, seed: int) -> list[list[int]]:
+    """Return rows of a calibration's ids that the step runs one by one, as many as `_STEPS` allows."""
+    check_calibration(info, calibration)
+    length = min(_ROW, context)
+    rows = rows_of(info, replace(calibration, tokens=max(8, length)), seed=seed)
+    return [row[:length] for row in rows[-max(1, _STEPS // length) :]]  # short ones stand first
 
 
 def cache_zeros(graph: onnx.ModelProto) -> dict[str, int]:
@@ -49,14 +36,14 @@ def cache_zeros(graph: onnx.ModelProto) -> dict[str, int]:
 
 
 def check_step(
-    model: OnnxModel, plain: onnx.ModelProto, path: Path, manifest: Json, texts: Texts, work: Path
+    model: OnnxModel, plain: onnx.ModelProto, path: Path, manifest: Json, row: list[int], work: Path
 ) -> tuple[float, float]:
-    """Return the error of the float step beside the portable graph, and of what ships, over a calibration row."""
+    """Return the error of the float step beside the portable graph, and of what ships, over a row of ids."""
     from edgepipe.graph.evaluate import prompt_logits
     from edgepipe.runtime.onnxruntime import open_graph
     from edgepipe.runtime.qnn import open_context
 
-    ids = texts.rows[-1][:_EXACT]
+    ids = row[:_EXACT]
     expected = prompt_logits(model, np.array([ids], np.int64))[0]
     file = work / "plain.onnx"
     onnx.save(plain, file)
@@ -77,8 +64,4 @@ def check_step(
 
 def is_decoder(model: OnnxModel) -> bool:
     """Say whether a model is a decoder whose graph edgepipe wrote, with positions and a cache of its own."""
-    return set(model.graphs) == {"decoder"} and "ends" not in model.spec and _has_context(model.spec)
-
-
-def _has_context(spec: Mapping[str, object]) -> bool:
-    return bool(spec.get("context"))
+    return set(model.graphs) == {"decoder"} and "ends" not in model.spec and bool(model.spec.get("context"))
