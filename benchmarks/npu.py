@@ -1,11 +1,13 @@
-"""Compile encoders for an NPU and hold what its emulator gives against float32: the table of docs/npu.md.
+"""Compile models for an NPU and hold what its emulator gives against float32: the tables of docs/npu.md.
 
-    python benchmarks/npu.py [--data FILE]   run what isn't stored yet, store results/npu.json, rewrite the page's table
-    python benchmarks/npu.py --page-only     rewrite the table from the stored run
+    python benchmarks/npu.py [--data FILE]   run what isn't stored yet, store results/npu.json, rewrite the tables
+    python benchmarks/npu.py --page-only     rewrite the tables from the stored run
 
 FILE is STS-B dev (default: stsb-dev.tsv in the folder that EDGEPIPE_DATA names). Pairs are drawn with a seed; both of
 their sentences go through the float32 bundle for the CPU and through the NPU's in the emulator, seconds each. A row is
-kept as soon as it is there, and run again only when `--fresh` asks. Finished bundles stay in runs/npu.
+kept as soon as it is there, and run again only when `--fresh` asks. Finished bundles stay in runs/npu. A student is
+taught before, with the other files of that folder (benchmarks/README.md). A decoder reads the first tokens of a shipped
+text, each after the real ones before it.
 """
 
 from __future__ import annotations
@@ -90,10 +92,10 @@ CASES = (
 
 def main(arguments: list[str]) -> None:
     """Run, store and show, as the arguments say."""
-    parser = argparse.ArgumentParser(description="Hold encoders on an emulated NPU against float32.")
+    parser = argparse.ArgumentParser(description="Hold models on an emulated NPU against float32.")
     folder = Path(os.environ.get("EDGEPIPE_DATA", "."))
     parser.add_argument("--data", type=Path, default=folder / "stsb-dev.tsv", help="the dev set of STS-B")
-    parser.add_argument("--page-only", action="store_true", help="rewrite the table from the stored run")
+    parser.add_argument("--page-only", action="store_true", help="rewrite the tables from the stored run")
     parser.add_argument("--encoders", action="store_true", help="leave decoders out")
     parser.add_argument("--fresh", action="store_true", help="run what is stored again")
     options = parser.parse_args(arguments)
@@ -113,8 +115,6 @@ def main(arguments: list[str]) -> None:
         stored.setdefault("steps", []).append(measure_step(step))
         write_result(NAME, stored)
     replace_section(PAGE, NAME, page_section(stored))
-    if stored.get("steps"):
-        replace_section(PAGE, f"{NAME}-steps", steps_section(stored))
     print(json.dumps({f"{row['model']} {row['target']}": min(row["cosines"]) for row in stored["rows"]}))
 
 
@@ -237,7 +237,12 @@ def bytes_of(bundle: CompiledModel) -> int:
 
 
 def page_section(result: Json) -> str:
-    """Return the page's table and the sentence below it, from a stored run alone."""
+    """Return the page's tables, each with a sentence below it, from a stored run alone."""
+    return encoders_section(result) + (f"\n\n{steps_section(result)}" if result.get("steps") else "")
+
+
+def encoders_section(result: Json) -> str:
+    """Return the table of encoders and the sentence below it."""
     cells = [
         [
             "taught student" if row["model"] == "student" else row["model"],
@@ -273,7 +278,7 @@ def page_section(result: Json) -> str:
 
 
 def steps_section(result: Json) -> str:
-    """Return the page's table of decoders and the sentence below it, from a stored run alone."""
+    """Return the table of decoders and the sentence below it."""
     header = (
         *("model", "target", "nodes on the NPU", "bundle, MB", "float32, MB", "context", "cache, MB", "tokens"),
         *("KL to float32, nats", "same likeliest token", "perplexity", "of float32"),

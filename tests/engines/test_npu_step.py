@@ -83,9 +83,7 @@ def test_a_float_step_computes_the_portable_graph(
     np.testing.assert_allclose(found, expected, atol=3e-5 * np.abs(expected).max(), rtol=0)
 
 
-def test_a_turned_stream_has_no_channel_that_stands_out(
-    decoder: Callable[[str], OnnxModel], tmp_path: Path
-) -> None:
+def test_a_turned_stream_has_no_channel_that_stands_out(decoder: Callable[[str], OnnxModel], tmp_path: Path) -> None:
     """The same logits, and a range that is a fraction of what it was; a graph of another kind stays as it is."""
     from edgepipe.engines.qnn.fix_sizes import fix_sizes
 
