@@ -25,6 +25,7 @@ from edgepipe.runtime.npu_step import Decoder, ends_of_step
 from edgepipe.runtime.onnxruntime import Graph, check_graph_ends, open_graph, open_session
 from edgepipe.runtime.qnn import is_installed
 from edgepipe.stages.compile import Compile
+from edgepipe.talk import talk
 from edgepipe.target import load_target
 from tests.decoders import DECODERS, context, exported, opened
 
@@ -147,7 +148,9 @@ def compiled(model: OnnxModel, folder: Path, notes: list[str] | None = None, **o
 
 
 @needs_provider
-def test_a_decoder_on_an_npu(decoder: Callable[[str], OnnxModel], tmp_path: Path) -> None:
+def test_a_decoder_on_an_npu(
+    decoder: Callable[[str], OnnxModel], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Compiled, all nodes but the logits' conversion on the NPU; it generates, streams and scores in the emulator."""
     from edgepipe.verify import verify_bundle
 
@@ -166,6 +169,10 @@ def test_a_decoder_on_an_npu(decoder: Callable[[str], OnnxModel], tmp_path: Path
     whole = loaded.generate(prompt, max_new_tokens=3, ignore_eos=True)
     assert len(whole.token_ids) == 3
     assert "".join(loaded.generate(prompt, max_new_tokens=3, ignore_eos=True, stream=True)) == whole.text
+    sampling = {"max_new_tokens": 3, "ignore_eos": True}
+    assert talk(bundle.path, prompt, sampling, threads=None, raw=True) is None
+    said = capsys.readouterr()
+    assert said.out.startswith(whole.text) and "This machine has no Hexagon NPU" in said.err
     ids = loaded.encode(prompt)
     expected = prompt_logits(model, np.array([ids]))[0].astype(np.float64)
     told = expected - np.log(np.exp(expected).sum(1, keepdims=True))

@@ -2,7 +2,9 @@
 
     Attention(q, k, v, mask)  →  Softmax(q · scale · kᵀ + open + hidden) · v
     Where(rows that see nothing, 0, Attention)  →  Attention       with finite masks no row divides by zero
-    RotaryEmbedding(x)        →  x · cos + swapped halves(x) · sin
+    Attention with a past     →  cached_attention.py
+    RotaryEmbedding(x)        →  x · cos + swapped halves(x) · sin, rows of tables where positions are an input
+    GatherND(x, all places)   →  x
     Where(tokens, 0, −3.4e38) →  Where(tokens, 0, −100), where an exporter adds that to scores itself
 
 `hidden` [1, 1, 1, N] is 0 for a token and −100 for padding; `open` is what a mask holds when nothing is padded (a

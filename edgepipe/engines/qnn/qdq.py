@@ -162,7 +162,7 @@ def to_qdq(plain: onnx.ModelProto, ranges: Mapping[str, Range], weights: WeightS
     for node in plain.graph.node:
         if node.output[0] in joined:
             continue
-        for name in moved.intersection(node.input):
+        for name in sorted(moved.intersection(node.input)):
             moved.remove(name)
             one.given(name)
         if node.op_type == "MatMul" and nodes.constants.get(node.input[1], np.empty(0)).ndim == 2:
