@@ -6,7 +6,7 @@
 FILE is STS-B dev (default: stsb-dev.tsv in the folder that EDGEPIPE_DATA names). Pairs are drawn with a seed; both of
 their sentences go through the float32 bundle for the CPU and through the NPU's in the emulator, seconds each. A row is
 kept as soon as it is there, and run again only when `--fresh` asks. Finished bundles stay in runs/npu. A student is
-taught before, with the other files of that folder (benchmarks/README.md). A decoder reads the first tokens of a shipped
+taught before: the folder must hold the files of benchmarks/embedding.py. A decoder reads the first tokens of a shipped
 text, each after the real ones before it.
 """
 
@@ -82,7 +82,7 @@ class Step:
     tokens: int
 
 
-STEPS = (Step(model=TEACHER, target="snapdragon-8gen3-htp", context=128, tokens=20),)
+STEPS = (Step(model=TEACHER, target="snapdragon-8gen3-htp", context=128, tokens=64),)
 CASES = (
     Case(model="minilm-l6-v2", target="snapdragon-8gen3-htp", pairs=25),
     Case(model="student", target="snapdragon-8gen3-htp", pairs=100),
