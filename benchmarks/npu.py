@@ -157,9 +157,9 @@ def measure_step(step: Step) -> Json:
     model = load(plain.path)
     assert isinstance(model, Model)
     ids = model.encode(text)[: step.tokens]
-    expected = step_logits(plain, ids)
+    expected = step_logits(plain.path, ids)
     started = time.perf_counter()
-    found = step_logits(npu, ids)
+    found = step_logits(npu.path, ids)
     seconds = time.perf_counter() - started
     before, after = (log_softmax(logits.astype(np.float64)) for logits in (expected, found))
     told = np.arange(len(ids) - 1), np.array(ids[1:])
@@ -180,9 +180,9 @@ def measure_step(step: Step) -> Json:
     }
 
 
-def step_logits(bundle: CompiledModel, ids: list[int]) -> np.ndarray:
+def step_logits(bundle: Path, ids: list[int]) -> np.ndarray:
     """Return the logits [n, vocab] after each of n ids."""
-    decoder = open_graphs(read_bundle(bundle.path), None)
+    decoder = open_graphs(read_bundle(bundle), None)
     count = len(ids)
     rows = np.array([ids], np.int64), np.zeros(1, np.int64), np.array([count]), np.arange(count)[None]
     logits: np.ndarray = decoder.run(decoder.new_cache(1), *rows)[0]
