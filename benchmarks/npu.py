@@ -304,8 +304,8 @@ def steps_section(result: Json) -> str:
     return (
         f"{markdown_table(header, cells)}\n\n"
         f"The first {first['tokens']} tokens of `{first['text']}`, one a call, each after the real ones before it; "
-        f"{first['emulated_s']:.0f} s each in the emulator on a busy machine. Over so few perplexity is chance, and "
-        "the divergence isn't. The bundle beside it has float32 arithmetic and cache, and the weights as the package "
+        f"{first['emulated_s']:.0f} s each in the emulator on a busy machine. Perplexity over so few is rough, "
+        "the divergence is not. The bundle beside it has float32 arithmetic and cache, and the weights as the package "
         "stores them, in 4 to 8 bits; for the NPU those were rounded once more, to 8. "
         f"Emulated on {result['machine']['cpu']}; " + ", ".join(f"{date} at `{commit}`" for date, commit in made) + "."
     )

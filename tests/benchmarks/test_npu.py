@@ -25,3 +25,4 @@ def test_a_decoder_keeps_its_distribution(row: dict) -> None:
     assert row["npu"]["share"] >= 0.95
     assert len(row["divergence"]) == row["tokens"] and 0 < np.mean(row["divergence"]) < 0.05
     assert np.mean(row["same_token"]) >= 0.8
+    assert row["loss"]["npu"] - row["loss"]["float32"] < 0.05
