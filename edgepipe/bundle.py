@@ -35,7 +35,7 @@ _PIECE = 1 << 20  # bytes that are deflated at a time
 _TOKENIZER = "tokenizer.json"
 _TEMPLATE = "chat_template.jinja"
 _PREPROCESSOR = "preprocessor_config.json"
-_CACHE_BYTES = {"float32": 4, "float16": 2, "int8": 1}  # of one element of a key or value
+_CACHE_BYTES = {"float32": 4, "float16": 2, "uint16": 2, "int8": 1}  # of one element of a key or value
 _COMPILERS = {"tvm": "apache-tvm", "qnn": "onnxruntime-qnn"}  # packages that decide the bytes of one engine's bundles
 _EMBEDDINGS = "embedding and head"
 # What parameters of a part are called in the models of transformers; the first part that has a mark takes the weight.

@@ -16,7 +16,7 @@ from edgepipe.artifacts import Json
 from edgepipe.errors import ConfigError
 
 if TYPE_CHECKING:
-    from edgepipe.runtime import Encoder
+    from edgepipe.runtime import Encoder, Model
 
 _CUT = {  # why an answer ended before its end, by its finish reason
     "length": "--max-new-tokens ended it after {tokens} tokens",
@@ -36,8 +36,8 @@ def talk(
     from edgepipe.runtime import Encoder, load
 
     model = load(bundle, threads=threads)
+    _say_emulated(model)
     if isinstance(model, Encoder):
-        _say_emulated(model)
         return _encoded(model, prompt if prompt is not None else _read_stdin())
     if prompt is None and sys.stdin.isatty():
         _chat(model, sampling)
@@ -51,7 +51,7 @@ def talk(
     return None
 
 
-def _say_emulated(model: Encoder) -> None:
+def _say_emulated(model: Model | Encoder) -> None:
     """Say where a bundle for an NPU runs, when that isn't its NPU."""
     if model.manifest["engine"] == "qnn":
         from edgepipe.runtime.qnn import said_of

@@ -19,7 +19,7 @@ from edgepipe.errors import ContractError, EdgepipeError
 from edgepipe.runtime.bundle import GENERATION, MANIFEST, read_bundle, read_manifest, verify_hashes
 from edgepipe.runtime.exits import has_exits
 
-_ELEMENT_BYTES = {"float32": 4, "float16": 2, "int8": 1}  # of a key or value
+_ELEMENT_BYTES = {"float32": 4, "float16": 2, "uint16": 2, "int8": 1}  # of a key or value
 _MOST_PARAMETERS = 1 << 50
 _BILL = "sbom.cdx.json"
 _MOST_BILL_BYTES = 16 << 20

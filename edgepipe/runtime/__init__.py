@@ -112,8 +112,11 @@ def _depths(manifest: Mapping[str, Any]) -> tuple[int, ...]:
 
 def _open_npu(bundle: Bundle, threads: int | None) -> Any:
     """Open the graph of a bundle for an NPU, on the chip or in its emulator."""
+    from edgepipe.runtime.npu_step import Decoder
     from edgepipe.runtime.qnn import open_context
 
+    if bundle.manifest["task"] == "text-generation" and not bundle.manifest["ends"]:
+        return Decoder(open_context(bundle.path, bundle.manifest, "decoder", threads), bundle.manifest)
     if set(bundle.manifest["ends"]) != {"model"}:
         raise ConfigError("manifest.json: a bundle for an NPU must have ends of one graph, model: build it again")
     return open_context(bundle.path, bundle.manifest, "model", threads)

@@ -37,7 +37,7 @@ _MOST_CONTEXT = 1 << 26
 
 GENERATION = ("text-generation", "text2text-generation")  # tasks with a cache of keys and values
 _CACHE_KINDS = ("preallocated", "growing")
-_CACHE_DTYPES = ("float32", "float16", "int8")
+_CACHE_DTYPES = ("float32", "float16", "int8", "uint16")
 _NOT_PLAIN = re.compile(r"[\\:\x00-\x1f\x7f\ud800-\udfff]")  # in a file's name
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 

@@ -372,6 +372,7 @@ _NUMPY_TENSORS = {
     "float16": "tensor(float16)",
     "int64": "tensor(int64)",
     "int32": "tensor(int32)",
+    "uint16": "tensor(uint16)",
     "bool": "tensor(bool)",
 }
 

@@ -2,7 +2,7 @@
 
 The package onnxruntime-qnn brings the provider and Qualcomm's closed libraries under Qualcomm's own licence; nothing of
 it is in a bundle. On an x86-64 the same library emulates the NPU: results are those of its arithmetic, times say
-nothing about a chip. Graphs take one text of a fixed length.
+nothing about a chip. Graphs take one text of a fixed length, or one token (npu_step.py).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import onnxruntime as ort
 
 from edgepipe.errors import ConfigError, TargetError
+from edgepipe.runtime.npu_step import ends_of_step
 from edgepipe.runtime.onnxruntime import Graph, check_graph_ends
 
 PACKAGE = "onnxruntime_qnn"
@@ -57,7 +58,7 @@ def open_context(path: Path, manifest: Mapping[str, Any], role: str, threads: in
     """
     facts = read_npu(manifest)
     session = open_npu_session(path / manifest["graphs"][role], facts["htp_arch"], facts["soc_model"], threads)
-    check_graph_ends(session, manifest["ends"][role])
+    check_graph_ends(session, manifest["ends"].get(role) or ends_of_step(manifest["model"]))
     return Graph(session)
 
 

@@ -62,7 +62,7 @@ class Compile:
     accuracy_level: int = -1  # of MatMulNBits: 0 float32, 4 int8 activations (faster, noisier); −1 takes the target's
     cache_dtype: str = "float16"  # of the KV cache: float16; float32: twice its bytes; int8: half, ranges from texts
     calibration: str = ""  # texts that ranges of an int8 cache or an NPU come from: a set or a file; empty: everyday
-    tokens: int = 0  # of every text on an NPU, whose shapes are fixed; 0: 64, or the context where that is less
+    tokens: int = 0  # on an NPU, of a text, or of a decoder's cache; 0: 64 or 512, or the context where that is less
     npu_share: float = 0.95  # least share of the nodes that must lie on an NPU, in [0, 1]
     deflate: str = "auto"  # weights are stored deflated: auto, where masks make that a tenth smaller; always; never
     tune: float = 0.0  # minutes in which tvm's products are tuned on this machine (docs/tvm.md); 0: its defaults

@@ -26,9 +26,10 @@ from edgepipe.sources import open_model
 from edgepipe.stages.compile import Compile
 from edgepipe.stages.export import Export
 from edgepipe.target import load_target
-from tests.decoders import context, exported, opened
+from tests.decoders import context
 from tests.encoders import save_encoder
 from tests.students.test_graphs import ENCODERS
+from tests.students.test_models import PAIRS
 from tests.students.tiny import save_tiny_student
 
 TOKENS, LENGTHS = 16, (16, 9, 1)
@@ -316,10 +317,14 @@ def test_shapes_beyond_the_target(encoder: Callable[[str], OnnxModel], tmp_path:
 
 @needs_provider
 def test_models_that_no_npu_here_runs(tmp_path: Path) -> None:
-    """A decoder is refused with the way out."""
-    decoder = exported(opened(tmp_path, "llama grouped"))
-    with pytest.raises(TargetError, match=r"runs encoders of texts, and .* is for text-generation: take --target cpu"):
-        compiled(decoder, tmp_path / "work")
+    """A decoder behind an encoder is refused with the way out."""
+    path = save_tiny_student(tmp_path / "pair", next(iter(PAIRS.values())))
+    pair = Export(check_tokens=0)(open_model(str(path)), context(tmp_path))
+    with pytest.raises(
+        TargetError,
+        match=r"encoders of texts and decoders of the Llama .* is for text2text-generation: take --target cpu",
+    ):
+        compiled(pair, tmp_path / "work")
 
 
 @pytest.mark.parametrize("option", [{"calibration": "everyday"}, {"tokens": 64}])

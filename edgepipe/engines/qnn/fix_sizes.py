@@ -19,19 +19,24 @@ from edgepipe.graph.dialect import weight_name
 from edgepipe.graph.evaluate import run_node
 from edgepipe.weights import WeightStore
 
-_BATCH, _TOKENS = "batch", "sequence"  # names of the axes that a text has
 
+def fix_sizes(
+    portable: bytes,
+    weights: WeightStore,
+    sizes: Mapping[str, int],
+    constant: Mapping[str, np.ndarray] | None = None,
+) -> onnx.ModelProto:
+    """Return a portable graph with the size of every named axis, as `sizes` has them; every shape is written down.
 
-def fix_sizes(portable: bytes, weights: WeightStore, tokens: int) -> onnx.ModelProto:
-    """Return a portable graph for one text of `tokens` tokens; the shape of every value is written down.
-
-    Raises TargetError for a graph whose inputs have other axes of any length.
+    `constant` are inputs that never change: they become constants. Raises TargetError for a graph whose inputs have
+    other axes of any length.
     """
     model = onnx.load_model_from_string(portable)
     graph = model.graph
     known: dict[str, np.ndarray] = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+    known |= constant or {}
     named = {value.name: weight_name(value.name) for value in graph.input}
-    example = {v.name: _example(v, tokens) for v in graph.input if named[v.name] is None}
+    example = {v.name: _example(v, sizes) for v in graph.input if named[v.name] is None and v.name not in known}
     seen: dict[str, np.ndarray] = dict(example)
     kept: list[onnx.NodeProto] = []
     for node in graph.node:
@@ -61,16 +66,15 @@ def fix_sizes(portable: bytes, weights: WeightStore, tokens: int) -> onnx.ModelP
     return onnx.helper.make_model(fixed_graph, opset_imports=model.opset_import, ir_version=model.ir_version)
 
 
-def _example(value: onnx.ValueInfoProto, tokens: int) -> np.ndarray:
+def _example(value: onnx.ValueInfoProto, sizes: Mapping[str, int]) -> np.ndarray:
     """Return what an input is given while sizes are found: ones, since a mask of zeros would hide every token."""
     tensor = value.type.tensor_type
-    sizes: Mapping[str, int] = {_BATCH: 1, _TOKENS: tokens}
     dims = [dim.dim_value or sizes.get(dim.dim_param, 0) for dim in tensor.shape.dim]
     if not all(dims):
         free = next(dim.dim_param for dim, size in zip(tensor.shape.dim, dims, strict=True) if not size)
         raise TargetError(
-            f"an NPU runs fixed shapes, and {value.name} has an axis {free!r} beside batch and sequence: take a model "
-            "of texts, or another target"
+            f"an NPU runs fixed shapes, and {value.name} has an axis {free!r} beside {' and '.join(sizes)}: take "
+            "a model of texts, or another target"
         )
     return np.ones(dims, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
 

@@ -20,10 +20,13 @@ class Nodes:
     model: onnx.ModelProto
     constants: dict[str, np.ndarray] = field(init=False)  # initializers by name
     shapes: dict[str, tuple[int, ...]] = field(init=False)  # of every value that stood in the graph at first
+    inputs: list[onnx.ValueInfoProto] = field(init=False)
+    outputs: list[onnx.ValueInfoProto] = field(init=False)
     out: list[onnx.NodeProto] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         graph = self.model.graph
+        self.inputs, self.outputs = list(graph.input), list(graph.output)
         self.constants = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
         described = [*graph.input, *graph.value_info, *graph.output]
         self.shapes = {v.name: tuple(dim.dim_value for dim in v.type.tensor_type.shape.dim) for v in described}
@@ -55,7 +58,7 @@ class Nodes:
         """Return the model with the new nodes: only those that an output needs, every shape inferred anew."""
         graph = self.model.graph
         left = Counter(name for node in self.out for name in node.input)
-        left.update(value.name for value in graph.output)
+        left.update(value.name for value in self.outputs)
         kept = []
         for node in reversed(self.out):
             if any(left[name] for name in node.output if name):
@@ -66,8 +69,8 @@ class Nodes:
         made = onnx.helper.make_graph(
             kept[::-1],
             graph.name,
-            [value for value in graph.input if value.name in read],
-            list(graph.output),
+            [value for value in self.inputs if value.name in read],
+            self.outputs,
             [onnx.numpy_helper.from_array(v, name) for name, v in self.constants.items() if name in read],
         )
         model = onnx.helper.make_model(made, opset_imports=self.model.opset_import, ir_version=self.model.ir_version)

@@ -2,7 +2,9 @@
 
     Attention(q, k, v, mask)  →  Softmax(q · scale · kᵀ + open + hidden) · v
     Where(rows that see nothing, 0, Attention)  →  Attention       with finite masks no row divides by zero
-    RotaryEmbedding(x)        →  x · cos + swapped halves(x) · sin
+    Attention with a past     →  cached_attention.py
+    RotaryEmbedding(x)        →  x · cos + swapped halves(x) · sin, rows of tables where positions are an input
+    GatherND(x, all places)   →  x
     Where(tokens, 0, −3.4e38) →  Where(tokens, 0, −100), where an exporter adds that to scores itself
 
 `hidden` [1, 1, 1, N] is 0 for a token and −100 for padding; `open` is what a mask holds when nothing is padded (a
@@ -18,11 +20,11 @@ from collections.abc import Callable
 import numpy as np
 import onnx
 
+from edgepipe.engines.qnn.cached_attention import HIDDEN, cached_attention
 from edgepipe.engines.qnn.nodes import Nodes, attributes_of
 from edgepipe.errors import TargetError
 from edgepipe.graph.evaluate import run_node
 
-HIDDEN = -100.0  # of a score: e^−100 is no weight, and scores keep hundreds of levels for each unit
 _MASK = "attention_mask"
 _LEAST_HIDDEN = -1e3  # what every exporter's minus infinity lies below, and no bias does
 
@@ -34,8 +36,12 @@ def plain_attention(model: onnx.ModelProto) -> onnx.ModelProto:
     attentions = {node.output[0] for node in model.graph.node if node.op_type == "Attention"}
     for node in model.graph.node:
         node = _renamed(node, skipped)
-        if node.op_type == "Attention":
+        if node.op_type == "Attention" and len(node.input) > 4:
+            cached_attention(nodes, node)
+        elif node.op_type == "Attention":
             _attention(nodes, node)
+        elif node.op_type == "GatherND" and _is_whole(nodes, node):
+            skipped[node.output[0]] = node.input[0]
         elif node.op_type == "RotaryEmbedding":
             _rotary(nodes, node)
         elif node.op_type == "Where" and node.input[2] in attentions and _is_zero(nodes, node.input[1]):
@@ -67,6 +73,13 @@ def _renamed(node: onnx.NodeProto, names: dict[str, str]) -> onnx.NodeProto:
     return node
 
 
+def _is_whole(nodes: Nodes, node: onnx.NodeProto) -> bool:
+    """Say whether a GatherND picks every position of its data [1, S, width] in order."""
+    places = nodes.constants.get(node.input[1])
+    count = nodes.shapes[node.input[0]][1]
+    return places is not None and places.shape == (1, count, 1) and np.array_equal(places.ravel(), np.arange(count))
+
+
 def _is_zero(nodes: Nodes, name: str) -> bool:
     return name in nodes.constants and not np.any(nodes.constants[name])
 
@@ -74,10 +87,10 @@ def _is_zero(nodes: Nodes, name: str) -> bool:
 def _attention(nodes: Nodes, node: onnx.NodeProto) -> None:
     """Write one attention, of one text, as plain operators."""
     given = attributes_of(node)
-    if given.get("softcap") or given.get("qk_matmul_output_mode") or any(node.input[4:]) or any(node.output[1:]):
+    if given.get("softcap") or given.get("qk_matmul_output_mode") or any(node.output[1:]):
         raise TargetError(
-            f"the attention {node.output[0]} has a soft cap or a cache, which the NPU path doesn't know yet: take "
-            "another target"
+            f"the attention {node.output[0]} has a soft cap or gives its cache, which the NPU path doesn't know yet: "
+            "take another target"
         )
     q, k, v = node.input[:3]
     whole = len(nodes.shapes[q]) == 3  # [1, S, H · D]: heads aren't apart yet
@@ -198,27 +211,46 @@ def _before(nodes: Nodes, mask: str) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _rotary(nodes: Nodes, node: onnx.NodeProto) -> None:
-    """Write one rotation; cosines and sines of the positions are constants."""
+    """Write one rotation; cosines and sines are constants, or rows of a table where positions are given."""
     given = attributes_of(node)
     tables = [nodes.constants.get(name) for name in node.input[1:3]]
-    positions = nodes.constants.get(node.input[3]) if len(node.input) > 3 else None
     shape = nodes.shapes[node.input[0]]
     heads = given.get("num_heads", 0) if len(shape) == 3 else shape[1]
     if any(t is None for t in tables) or given.get("interleaved") or given.get("rotary_embedding_dim") or not heads:
         raise TargetError(f"the rotation {node.output[0]} is of a form that the NPU path doesn't know yet")
-    cos, sin = (t if positions is None else t[positions] for t in tables if t is not None)  # [1, S, D / 2]
-    half = cos.shape[2]
+    half = tables[0].shape[-1]  # type: ignore[union-attr]
     x = node.input[0]
     axis = 2 if len(shape) == 3 else 1
     if len(shape) == 3:
         x = nodes.op("Reshape", [x, nodes.sizes(1, shape[1], heads, 2 * half)])
-    cos, sin = (np.expand_dims(np.concatenate(pair, 2), axis) for pair in ((cos, cos), (-sin, sin)))
+    cos, sin = _turns(nodes, node, axis)
     first, second = (
         nodes.op("Slice", [x, nodes.sizes(start), nodes.sizes(start + half), nodes.sizes(3)]) for start in (0, half)
     )
     swapped = nodes.op("Concat", [second, first], {"axis": 3})
-    left = nodes.op("Mul", [x, nodes.constant(cos.astype(np.float32), "rotary.cos")])
-    right = nodes.op("Mul", [swapped, nodes.constant(sin.astype(np.float32), "rotary.sin")])
+    left = nodes.op("Mul", [x, cos])
+    right = nodes.op("Mul", [swapped, sin])
     turned = nodes.op("Add", [left, right], output="" if len(shape) == 3 else node.output[0])
     if len(shape) == 3:
         nodes.op("Reshape", [turned, nodes.sizes(*shape)], output=node.output[0])
+
+
+def _turns(nodes: Nodes, node: onnx.NodeProto, axis: int) -> list[str]:
+    """Return cosines and sines of a rotation's positions, four axes, heads along `axis`."""
+    cos, sin = (nodes.constants[name] for name in node.input[1:3])
+    places = node.input[3] if len(node.input) > 3 else ""
+    both = {"rotary.cos": np.concatenate((cos, cos), -1), "rotary.sin": np.concatenate((-sin, sin), -1)}
+    found = []
+    for name, table in both.items():
+        table = table.astype(np.float32)
+        if places in nodes.constants or not places:
+            rows = table[nodes.constants[places]] if places else table  # [1, S, D]
+            found.append(nodes.constant(np.expand_dims(rows, axis), name))
+            continue
+        shape = [*nodes.shapes[places], table.shape[-1]]
+        shape.insert(axis, 1)
+        if not any(name in made.output for made in nodes.out):  # once for all layers
+            rows_of = nodes.op("Gather", [nodes.constant(table, f"{name}.of"), places], {"axis": 0})
+            nodes.op("Reshape", [rows_of, nodes.sizes(*shape)], output=name)
+        found.append(name)
+    return found

@@ -7,6 +7,7 @@
     other constants               →  uint16
     what only moves values        →  result on the grid of what it moves
     Where(mask, x, −3.4e38)       →  on the grid of x: the constant is its lowest level
+    float inputs, new_key.i, new_value.i  →  16-bit levels as they are: an app moves a cache and computes nothing of it
 
 The product is written as a convolution because the HTP takes a scale for each channel there and not in its MatMul; per
 tensor, 8 bits cost MiniLM thirty times as much (docs/npu.md). The Transposes around it meet the layout the HTP wants,
@@ -25,9 +26,12 @@ import numpy as np
 import onnx
 
 from edgepipe.artifacts import QuantizedTensor
+from edgepipe.engines.qnn.cached_attention import HIDDEN
 from edgepipe.engines.qnn.nodes import Nodes
+from edgepipe.engines.qnn.rotate import TURNED
 from edgepipe.graph.dialect import weight_name
 from edgepipe.numerics.grids import unpack
+from edgepipe.runtime.npu_step import NEW, PAST, PAST_MASK
 from edgepipe.weights import WeightStore
 
 Range = tuple[float, float]
@@ -86,6 +90,24 @@ class _Pass:
             return other
         return Grid.of(*self.ranges[name])
 
+    def given(self, name: str) -> None:
+        """Let a float input of the graph be levels: a cache's on the grid of what is written to it."""
+        grid = Grid.of(HIDDEN, 0.0) if name == PAST_MASK else self.grids[NEW + name.removeprefix(PAST)]
+        self.grids[name] = grid
+        self.names[name] = self.decode(name, name, grid, f"{name}{APART}rounded")
+
+    def decode(self, levels: str, name: str, grid: Grid, output: str) -> str:
+        """Return the result of a DequantizeLinear of levels on the grid of a value."""
+        inputs = [levels, *self.parts(name, grid)]
+        made = self.nodes.op("DequantizeLinear", inputs, output=output)
+        self.nodes.out[-1].name = f"{name}{APART}rounded"
+        return made
+
+    def parts(self, name: str, grid: Grid) -> list[str]:
+        """Return the names of a grid's scale and zero point as constants."""
+        found = {"scale": np.array(grid.scale), "zero": np.array(grid.zero, grid.dtype)}
+        return [self.nodes.constant(value, f"{name}{APART}{part}") for part, value in found.items()]
+
     def beside_constant(self, node: onnx.NodeProto) -> Grid | None:
         """Return the grid of what a Where puts a constant beside; None for anything else."""
         if node.op_type != "Where" or sum(name in self.nodes.constants for name in node.input[1:]) != 1:
@@ -113,13 +135,13 @@ class _Pass:
     def rounded(self, raw: str, name: str, grid: Grid) -> None:
         """Let `name` be the value `raw` rounded to a grid."""
         self.grids[name] = grid
-        parts = {"scale": np.array(grid.scale), "zero": np.array(grid.zero, grid.dtype)}
-        given = [self.nodes.constant(value, f"{name}{APART}{part}") for part, value in parts.items()]
-        levels = self.nodes.op("QuantizeLinear", [raw, *given], output=f"{name}{APART}levels")
-        is_output = any(name == value.name for value in self.nodes.model.graph.output)
-        decoded = name if is_output else f"{name}{APART}rounded"
-        self.names[name] = self.nodes.op("DequantizeLinear", [levels, *given], output=decoded)
-        self.nodes.out[-1].name = f"{name}{APART}rounded"
+        is_output = any(name == value.name for value in self.nodes.outputs)
+        as_levels = is_output and name.startswith(NEW)
+        inputs = [raw, *self.parts(name, grid)]
+        levels = self.nodes.op("QuantizeLinear", inputs, output=name if as_levels else f"{name}{APART}levels")
+        self.nodes.out[-1].name = f"{name}{APART}levels"
+        decoded = name if is_output and not as_levels else f"{name}{APART}rounded"
+        self.names[name] = self.decode(levels, name, grid, decoded)
 
 
 def to_qdq(plain: onnx.ModelProto, ranges: Mapping[str, Range], weights: WeightStore) -> onnx.ModelProto:
@@ -131,12 +153,18 @@ def to_qdq(plain: onnx.ModelProto, ranges: Mapping[str, Range], weights: WeightS
     described = [*plain.graph.value_info, *plain.graph.output]
     floats = {v.name for v in described if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
     one = _Pass(nodes, ranges, weights, frozenset(floats))
+    moved = {value.name for value in plain.graph.input if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
+    nodes.inputs = [_levels(value) if value.name in moved else value for value in nodes.inputs]
+    nodes.outputs = [_levels(value) if value.name.startswith(NEW) else value for value in nodes.outputs]
     readers = Counter(name for node in plain.graph.node for name in node.input)
     following = {name: node for node in plain.graph.node for name in node.input}
     joined: set[str] = set()  # results of Adds that a convolution has as its bias
     for node in plain.graph.node:
         if node.output[0] in joined:
             continue
+        for name in sorted(moved.intersection(node.input)):
+            moved.remove(name)
+            one.given(name)
         if node.op_type == "MatMul" and nodes.constants.get(node.input[1], np.empty(0)).ndim == 2:
             after = following.get(node.output[0]) if readers[node.output[0]] == 1 else None
             bias = _bias(nodes, node, after)
@@ -148,6 +176,12 @@ def to_qdq(plain: onnx.ModelProto, ranges: Mapping[str, Range], weights: WeightS
         else:
             _operator(one, node)
     return nodes.finish()
+
+
+def _levels(value: onnx.ValueInfoProto) -> onnx.ValueInfoProto:
+    """Return the description of a value whose levels go in or out."""
+    shape = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+    return onnx.helper.make_tensor_value_info(value.name, onnx.TensorProto.UINT16, shape)
 
 
 def _operator(one: _Pass, node: onnx.NodeProto) -> None:
@@ -185,7 +219,7 @@ def _given(one: _Pass, node: onnx.NodeProto, place: int, name: str) -> str:
 def _rows(one: _Pass, node: onnx.NodeProto) -> None:
     """Write a Gather from a table: 8-bit rows where the table is a weight, then 16 bits on the same range."""
     table, name = node.input[0], node.output[0]
-    small = weight_name(table) is not None
+    small = weight_name(table.removeprefix(TURNED)) is not None
     copy = onnx.NodeProto()
     copy.CopyFrom(node)
     copy.name = name
