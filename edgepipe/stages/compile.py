@@ -50,8 +50,6 @@ _CACHE_TOLERANCES = {"float32": _TOLERANCE, "float16": 2e-2, "int8": 0.2}
 # model that was trained with that is far from itself in floats, and still right: its quality is what must be looked at.
 _SHIPPED_TOLERANCE, _PLANNED_TOLERANCE, _FOUR_BIT_TOLERANCE = 0.1, 0.5, 1.2
 _NPU_TOLERANCE = 0.2  # 8-bit weights with a scale a channel: a difference that a cosine of 0.98 stands for
-_DEFLATES = ("auto", "always", "never")
-_WORTH_IT = 0.9  # share of the bytes: a file that has to be unpacked when it is opened must be smaller than this
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,8 +81,8 @@ class Compile:
             raise ConfigError(f"compile.cache_dtype: expected float32, float16 or int8, got {self.cache_dtype!r}")
         if self.tokens < 0 or not 0 <= self.npu_share <= 1:
             raise ConfigError("compile.tokens must not be negative, and compile.npu_share must be from 0 to 1")
-        if self.deflate not in _DEFLATES:
-            raise ConfigError(f"compile.deflate: expected one of {', '.join(_DEFLATES)}, got {self.deflate!r}")
+        if self.deflate not in ("auto", "always", "never"):
+            raise ConfigError(f"compile.deflate: expected auto, always or never, got {self.deflate!r}")
         if not 0 <= self.tune < math.inf:
             raise ConfigError(f"compile.tune: expected minutes above 0, or 0 for the defaults, got {self.tune}")
         if self.tune and self.tuning:
@@ -259,6 +257,7 @@ class Compile:
     def _with_onnxruntime(self, model: OnnxModel, level: int, path: Path, ctx: Context) -> Json:
         """Write graphs of fused operators and their weights; return the manifest."""
         from edgepipe.bundle import write_bundle
+        from edgepipe.compiling.deflating import deflate
         from edgepipe.engines import onnxruntime as engine
         from edgepipe.engines.onnxruntime.planned import WeightsFile
 
@@ -276,25 +275,8 @@ class Compile:
             self._check_traced(model, exact, path, ctx, shipped=shipped)
         elif self.check_tokens:
             self._check_decoder(model, exact, path, ctx, shipped=shipped, seen=seen)
-        self._deflate(model, path, ctx)
+        deflate(model, path, ctx, self.deflate)
         return write_bundle(model, path, file, ctx.recipe, self.cache_dtype)
-
-    def _deflate(self, model: OnnxModel, path: Path, ctx: Context) -> None:
-        """Store the weights deflated where that is asked for, or where there are masks, and it pays."""
-        from edgepipe.bundle import deflate_weights
-        from edgepipe.numerics.sparsity import pattern_of
-
-        if self.deflate == "never" or (self.deflate == "auto" and pattern_of(model.history) is None):
-            return
-        most = 1.0 if self.deflate == "always" else _WORTH_IT
-        before, after = deflate_weights(path, most)
-        if after < most * before:
-            ctx.note(
-                f"weights are stored deflated, {after / 1e6:,.1f} of {before / 1e6:,.1f} MB ({after / before:.0%}), "
-                "and unpacked into memory when the bundle is opened"
-            )
-        else:
-            ctx.note(f"weights are stored as they are: deflated they would take {after / before:.0%}")
 
     def _cache_scales(self, model: OnnxModel, file: WeightsFile, path: Path, ctx: Context) -> CacheScales | None:
         """Return the scales of an int8 cache, found over the calibration texts; None for any other cache."""

@@ -260,6 +260,7 @@ def test_a_tiling_takes_no_instruction_that_isn_t_there() -> None:
         file=engine.WeightsFile(),
         level=dataclasses.replace(level_here(), table=False),
         integers=False,
+        has_threads=False,
         multiplied=frozenset(),
         tilings={key: tiling},
     )
