@@ -82,7 +82,7 @@ class Compile:
         if self.tokens < 0 or not 0 <= self.npu_share <= 1:
             raise ConfigError("compile.tokens must not be negative, and compile.npu_share must be from 0 to 1")
         if self.deflate not in ("auto", "always", "never"):
-            raise ConfigError(f"compile.deflate: expected auto, always or never, got {self.deflate!r}")
+            raise ConfigError(f"compile.deflate: expected one of auto, always, never, got {self.deflate!r}")
         if not 0 <= self.tune < math.inf:
             raise ConfigError(f"compile.tune: expected minutes above 0, or 0 for the defaults, got {self.tune}")
         if self.tune and self.tuning:
