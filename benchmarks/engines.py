@@ -43,6 +43,9 @@ TEXT = "prose-eval"
 TOKENS = 128  # whose outputs are compared: of every text, of a prompt with its continuation, of a source
 TEXTS = 8
 PERPLEXITY_TOKENS = 2048
+# Where activations are rounded: the arm in float arithmetic beside which both engines are set, of the same codes (MiniLM:
+# not rounded at all)
+_FLOAT = {"minilm-int8": "minilm-float32", "smollm2-8-int8": "smollm2-8", "smollm2-4-int8": "smollm2-4"}
 STUDENT_VOCABULARY = min(students.VOCABULARIES)
 
 Setting = tuple[str, str, object]
@@ -77,6 +80,7 @@ ARMS = (
     Arm(name="student-4", model=STUDENT, form="4 bits", options=_bits(4, 4)),
 )
 SAME = ("model", "form", "outputs", "largest error", "KL, mean", "KL, most", "same token", "parted at most")
+FLOAT = ("model", "form", "engine", "outputs", "least cosine", "KL, mean", "KL, most", "same token", "parted at most")
 BYTES = ("model", "form", "code, MB", "weights, MB", "bits/weight", "onnxruntime's, MB", "compiling, s")
 TIMES = ("model", "form", "threads", "of", "onnxruntime, ms", "tvm, ms", "tvm ÷ onnxruntime", "limit's share, both")
 
@@ -136,8 +140,10 @@ def taken(arm: Arm, blocks: int, turns: int) -> Json:
         plan = Plan(threads=threads, blocks=blocks, turns=turns, tokens=PERPLEXITY_TOKENS)
         times[str(threads)] = measure_bundles(sides, text, plan, progress=Progress().progress)
     compiled = made["tvm"].history[-1].figures
+    sides_of_float = beside_float(arm, sides, text)
     return {
         "parity": parity([sides["baseline"], sides["bundle"]], text),
+        **({} if sides_of_float is None else {"beside_float": sides_of_float}),
         "bytes": {**compiled, "onnxruntime_weight_bytes": made["onnxruntime"].manifest["weights"]["bytes"]},
         "bits_per_weight": made["tvm"].manifest["weights"]["bits_per_weight"],
         "level": made["tvm"].manifest["library"]["level"],
@@ -194,6 +200,14 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return found
 
 
+def beside_float(arm: Arm, sides: Mapping[str, Path], text: str) -> Json | None:
+    """Compare both engines with float arithmetic, where they round activations; else None."""
+    if arm.name not in _FLOAT:
+        return None
+    plain = build(next(one for one in ARMS if one.name == _FLOAT[arm.name]), "onnxruntime").path
+    return {engine: parity([plain, sides[side]], text) for side, engine in zip(sides, ENGINES, strict=True)}
+
+
 def embeddings(bundle: Path, text: str) -> np.ndarray:
     """Return the embeddings [texts, width] of pieces of a text, all of them in one call."""
     opened = read_bundle(bundle)
@@ -236,7 +250,9 @@ def page_section(result: Json) -> str:
     said = (
         f"Outputs on pieces of {TOKENS} tokens of `{TEXT}`, beside onnxruntime's bundle of the same codes: the largest "
         "error is a share of the largest value, KL is in nats a token, and where the most likely tokens differ, "
-        "onnxruntime's two best lay at most so many nats apart. Times are medians, ratios are taken within turns, with "
+        "onnxruntime's two best lay at most so many nats apart. Where activations are rounded, each engine in its own "
+        "way, the second table sets both beside float arithmetic over the same codes (MiniLM: the float32 model) and "
+        "gives its margins. Times are medians, ratios are taken within turns, with "
         f"their 95 % intervals; {first['asked']['blocks']} processes of each bundle, {first['asked']['turns']} turns "
         "each. The limit is the larger of bytes over measured bandwidth and multiply-adds over the measured peak "
         f"(measure.md). The student isn't trained. {machine['cpu']}, library for {first['level']}, load average at "
@@ -246,6 +262,7 @@ def page_section(result: Json) -> str:
     )
     tables = (
         markdown_table(SAME, [_same(arm, row) for arm, row in rows]),
+        markdown_table(FLOAT, [cells for arm, row in rows for cells in _beside(arm, row)]),
         markdown_table(BYTES, [_bytes(arm, row) for arm, row in rows]),
         markdown_table(TIMES, [cells for arm, row in rows for cells in _times(arm, row)]),
     )
@@ -259,6 +276,18 @@ def _same(arm: Arm, row: Json) -> list[str]:
         return [*cells, "", "", "", ""]
     parted = f"{found['parted_margin']:.3f}" if found["same_token"] < 1 else ""
     return [*cells, f"{found['kl_mean']:.1e}", f"{found['kl_most']:.1e}", f"{found['same_token']:.1%}", parted]
+
+
+def _beside(arm: Arm, row: Json) -> list[list[str]]:
+    found = []
+    for engine, one in row.get("beside_float", {}).items():
+        if "kl_mean" not in one:
+            found.append([arm.model, arm.form, engine, one["of"], f"{one['least_cosine']:.4f}", "", "", "", ""])
+            continue
+        kl = [f"{one[name]:.1e}" for name in ("kl_mean", "kl_most")]
+        same = [f"{one['same_token']:.1%}", f"{one['parted_margin']:.3f}"]
+        found.append([arm.model, arm.form, engine, one["of"], "", *kl, *same])
+    return found
 
 
 def _bytes(arm: Arm, row: Json) -> list[str]:

@@ -19,7 +19,7 @@ class Progress:
         self._stream = stream if stream is not None else sys.stderr
         self._moving = self._stream.isatty()
         self._title = ""
-        self._begun = self._drawn = 0.0
+        self._begun, self._drawn = time.monotonic(), 0.0
         self._work = (0, 0, 0)  # done when it began, done last, total: a stage does one after another
 
     def begin(self, stage: str, number: int, total: int) -> None:
