@@ -43,8 +43,8 @@ TEXT = "prose-eval"
 TOKENS = 128  # whose outputs are compared: of every text, of a prompt with its continuation, of a source
 TEXTS = 8
 PERPLEXITY_TOKENS = 2048
-# Where activations are rounded: the arm in float arithmetic beside which both engines are set, of the same codes (MiniLM:
-# not rounded at all)
+# Where activations are rounded: the arm in float arithmetic that both engines are set beside, of the same codes but for
+# MiniLM's
 _FLOAT = {"minilm-int8": "minilm-float32", "smollm2-8-int8": "smollm2-8", "smollm2-4-int8": "smollm2-4"}
 STUDENT_VOCABULARY = min(students.VOCABULARIES)
 

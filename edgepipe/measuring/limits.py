@@ -15,6 +15,7 @@ from typing import Any
 _NEAR = 0.5  # a figure at less than this share of its limit is limited by something else: overhead
 _CACHE_BYTES = {"float32": 4, "float16": 2, "int8": 1}  # of one element of a key or value
 _LEVEL = re.compile(rb"accuracy_level\x18(.)", re.DOTALL)
+_INTEGERS = re.compile(rb"\x22.(?:MatMulInteger|MatMulIntegerToFloat|DynamicQuantizeMatMul|QLinearMatMul)", re.DOTALL)
 _INT8 = 4  # MatMulNBits' accuracy level of int8 activations
 _HEAD_PART = "embedding and head"  # as the manifest's parts name it
 _ENCODER = "encoder: "  # before the name of a part that is read once for a source, not for every token
@@ -139,10 +140,12 @@ def precision(graph: bytes) -> str:
     """Return the arithmetic of most of a lowered graph's products: "int8" where activations are rounded to it.
 
     A product over packed weights says so in its attribute accuracy_level, written here as protobuf does: the name,
-    then field 3, the integer. All others compute in float32.
+    then field 3, the integer. One of integers has an operator of its own: field 4 of a node, its length, its name. All
+    others compute in float32.
     """
     levels = [level[0] for level in _LEVEL.findall(graph)]
-    return "int8" if 2 * levels.count(_INT8) > max(len(levels), 1) else "float32"
+    integers = len(_INTEGERS.findall(graph))
+    return "int8" if 2 * (levels.count(_INT8) + integers) > max(len(levels) + integers, 1) else "float32"
 
 
 def answer_limit(

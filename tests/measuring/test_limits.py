@@ -204,6 +204,15 @@ def test_the_arithmetic_is_read_from_the_graph_that_ships(
     assert precision(b"no product over packed weights") == "float32"
 
 
+@pytest.mark.parametrize(
+    ("operators", "expected"),
+    [(["MatMulIntegerToFloat", "MatMulInteger", "MatMul"], "int8"), (["MatMul", "Softmax"], "float32")],
+)
+def test_products_of_integers_are_seen(operators: list[str], expected: str) -> None:
+    nodes = [onnx.helper.make_node(operator, ["a", "b"], ["c"], name="MatMulInteger 1") for operator in operators]
+    assert precision(onnx.helper.make_graph(nodes, "products", [], []).SerializeToString()) == expected
+
+
 def test_peaks_are_measured(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peaks, "_SECONDS", 0.02)
     found = peaks.measure_peaks(tiny_bundle, 1)
