@@ -199,8 +199,8 @@ def page_section(result: dict[str, Any]) -> str:
     held = result["held_out"]
     kept = (
         f"Trimmed to the first four fifths of E2E, {held['inside']} of {held['texts']} further texts keep all of their "
-        f"tokens. After {held['same_token']:,} of these {held['tokens']:,} tokens both bundles give one kept token "
-        f"the highest logit; logits differ by {held['largest_error']:.0e} of the largest at most."
+        f"tokens. After {held['same_token']:,} of these {held['tokens']:,} both bundles take the same kept token for the "
+        f"likeliest; logits differ by {held['largest_error']:.0e} of the largest at most."
     )
     return f"{markdown_table(HEADER, cells)}\n\n{said}\n\n{kept}"
 
