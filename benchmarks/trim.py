@@ -199,7 +199,7 @@ def page_section(result: dict[str, Any]) -> str:
     held = result["held_out"]
     kept = (
         f"Trimmed to the first four fifths of E2E, {held['inside']} of {held['texts']} further texts keep all of their "
-        f"tokens. After {held['same_token']:,} of these {held['tokens']:,} both bundles take the same kept token for the "
+        f"tokens. After {held['same_token']:,} of these {held['tokens']:,} both bundles find the same kept token the "
         f"likeliest; logits differ by {held['largest_error']:.0e} of the largest at most."
     )
     return f"{markdown_table(HEADER, cells)}\n\n{said}\n\n{kept}"
