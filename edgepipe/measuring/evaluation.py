@@ -345,6 +345,8 @@ def _verdict(interval: list[float] | None, better: str) -> str | None:
 def _settings(options: Evaluation, suffix: str) -> Json:
     """Return the options that the metric reads, with the columns that were read."""
     chosen: Json = {name: getattr(options, name) for name in sorted(options.described.options)}
+    if chosen.get("exit_threshold", 0) is None:  # of a model without exits, or the usual one
+        del chosen["exit_threshold"]
     if "columns" in chosen:
         chosen["columns"] = dict(options.places(suffix).places)
     return {**chosen, "threads": options.threads, "seed": options.seed}
