@@ -19,18 +19,16 @@ import json
 import math
 import os
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
-import onnxruntime as ort
 
+from benchmarks.profiled import profiled
 from benchmarks.stored import RESULTS, ROOT, markdown_table, provenance, read_result, replace_section, write_result
 from edgepipe.artifacts import CompiledModel, Json
 from edgepipe.measuring.run import describe_machine
@@ -198,24 +196,13 @@ def judged(steps: Steps, full: Steps, ids: Sequence[int]) -> Json:
 
 def executed(bundle: Path, threshold: float, ids: Sequence[int]) -> tuple[Counter[str], int]:
     """Run tokens one by one, profiled; return operators that ran, by name, and the layers they went through."""
-    sessions: list[Any] = []
-    with tempfile.TemporaryDirectory() as folder:
-
-        class Profiled(ort.InferenceSession):  # type: ignore[misc]
-            def __init__(self, file: str, options: ort.SessionOptions, **given: Any) -> None:
-                options.enable_profiling = True
-                options.profile_file_prefix = f"{Path(folder) / Path(file).stem}"
-                super().__init__(file, options, **given)
-                sessions.append(self)
-
-        with patch.object(ort, "InferenceSession", Profiled):
-            decoder = open_graphs(read_bundle(bundle), THREADS, threshold)
-        depths = run_steps(decoder, ids).depths
-        traces = [Path(session.end_profiling()).read_text(encoding="utf-8") for session in sessions]
-    events = [event for trace in traces for event in json.loads(trace)]
-    kernels = [event for event in events if event["cat"] == "Node" and event["name"].endswith("_kernel_time")]
+    depths: list[int] = []
+    operators, _ = profiled(
+        lambda: open_graphs(read_bundle(bundle), THREADS, threshold),
+        lambda decoder: depths.extend(run_steps(decoder, ids).depths),
+    )
     layers = int(read_bundle(bundle).manifest["model"]["layers"])
-    return Counter(event["args"]["op_name"] for event in kernels), sum(depths) if depths else layers * len(ids)
+    return operators, sum(depths) if depths else layers * len(ids)
 
 
 def rows_of(result: Json) -> list[Json]:

@@ -20,18 +20,16 @@ import json
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
-import onnxruntime as ort
 
+from benchmarks.profiled import profiled
 from benchmarks.stored import RESULTS, ROOT, markdown_table, provenance, read_result, replace_section, write_result
 from edgepipe.artifacts import CompiledModel, Json
 from edgepipe.measuring.examples import read_labelled
@@ -174,26 +172,14 @@ def scored(
 
 
 def executed(bundle: Path, threshold: float, texts: Sequence[str]) -> tuple[Counter[str], int]:
-    """Run texts one by one as the bundle is opened, but profiled; return operators that ran, by name, and layers."""
-    sessions: list[Any] = []
-    with tempfile.TemporaryDirectory() as folder:
+    """Run texts one by one, profiled; return operators that ran, by name, and the layers they went through."""
 
-        class Profiled(ort.InferenceSession):  # type: ignore[misc]
-            def __init__(self, file: str, options: ort.SessionOptions, **given: Any) -> None:
-                options.enable_profiling = True
-                options.profile_file_prefix = f"{Path(folder) / Path(file).stem}"
-                super().__init__(file, options, **given)
-                sessions.append(self)
-
-        with patch.object(ort, "InferenceSession", Profiled):
-            model = opened(bundle, threshold)
+    def use(model: Any) -> None:
         for text in texts:
             model.run(model.feeds([text]))
-        traces = [Path(session.end_profiling()).read_text(encoding="utf-8") for session in sessions]
-    events = [event for trace in traces for event in json.loads(trace)]
-    kernels = [event for event in events if event["cat"] == "Node" and event["name"].endswith("_kernel_time")]
-    layers = sum(depth * count for depth, count in model.texts_by_depth.items())
-    return Counter(event["args"]["op_name"] for event in kernels), layers
+
+    operators, model = profiled(lambda: opened(bundle, threshold), use)
+    return operators, sum(depth * count for depth, count in model.texts_by_depth.items())
 
 
 def timed(bundle: Path, texts: Sequence[str]) -> dict[str, list[float]]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.engines import _FLOAT, ARMS, ENGINES, NAME, PAGE, THREADS, log_softmax, page_section, stored
-from benchmarks.stored import section
+from benchmarks.stored import ROOT, section
 
 ROWS = {row["arm"]: row for row in stored()["rows"]}
 taken = pytest.mark.skipif(not ROWS, reason="no run is stored: python benchmarks/engines.py takes one")
@@ -68,3 +68,11 @@ def test_tokens_at_four_bits_are_not_slower_than_onnxruntimes(threads: int) -> N
     """The whole interval, whatever the activations are."""
     for name in ("smollm2-4", "smollm2-4-int8", "student-4"):
         assert ROWS[name]["times"][str(threads)]["ratios"]["token_ms"]["high"] < 1, name
+
+
+@taken
+def test_the_readme_says_what_is_stored() -> None:
+    """The two ratios of a token at 4 bits, on one thread and on two."""
+    one, two = (ROWS["smollm2-4"]["times"][threads]["ratios"]["token_ms"]["value"] for threads in ("1", "2"))
+    said = f"decodes SmolLM2's 4 bits in {one:.2f} of its time on one thread and {two:.2f} on two"
+    assert said in (ROOT / "README.md").read_text(encoding="utf-8")
